@@ -1,0 +1,103 @@
+"""IPT-V2 (arXiv 2404.00633): a U-shaped image transformer with hierarchical attentions, made to live in diffusers.
+
+    from iptv2_diffusion import IPTV2Pipeline
+    pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
+    image = pipe("food_drink", generator=torch.Generator().manual_seed(0)).images[0]
+
+Importing this package costs little more than ``import torch, diffusers``: each public name is loaded when first used.
+
+Living in diffusers. A saved pipeline records each component as (module, class). Our classes say that their module is
+``iptv2_diffusion``, whatever file they are in, so that files may move without breaking saved pipelines; diffusers then
+looks here for the class and for the base classes ``ModelMixin`` and ``SchedulerMixin`` by which it knows how to load
+it: hence they are public names too. :func:`_register_with_diffusers` does what is left for
+``DiffusionPipeline.from_pretrained``.
+"""
+
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin, SchedulerMixin
+
+    from iptv2_diffusion.latents import LatentCodec
+    from iptv2_diffusion.models.presets import PRESETS, create_model
+    from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
+    from iptv2_diffusion.objectives import DiffusionObjective
+    from pipelines.pipeline_iptv2 import IPTV2Pipeline
+
+# Public name -> the module it is loaded from when first used.
+_LAZY_NAMES = {
+    "PRESETS": "iptv2_diffusion.models.presets",
+    "DiffusionObjective": "iptv2_diffusion.objectives",
+    "IPTV2Pipeline": "pipelines.pipeline_iptv2",
+    "IPTV2Transformer2DModel": "iptv2_diffusion.models.transformer_iptv2",
+    "LatentCodec": "iptv2_diffusion.latents",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+    "create_model": "iptv2_diffusion.models.presets",
+}
+
+__all__ = [
+    "PRESETS",
+    "DiffusionObjective",
+    "IPTV2Pipeline",
+    "IPTV2Transformer2DModel",
+    "LatentCodec",
+    "ModelMixin",
+    "SchedulerMixin",
+    "create_model",
+]
+
+# Pipelines that plain ``DiffusionPipeline.from_pretrained`` is to find.
+_PIPELINES = ("IPTV2Pipeline",)
+
+try:
+    __version__ = version("iptv2-diffusion")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY_NAMES[name]), name)
+    if isinstance(value, type) and value.__module__.startswith(("iptv2_diffusion.", "pipelines.")):
+        value.__module__ = __name__  # what a saved pipeline records
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _DiffusersWithOurPipelines(type(diffusers)):
+    """The class of the ``diffusers`` module once ours is imported: when asked, it finds our pipelines too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.modules[__name__], name) if name in _PIPELINES else super().__getattr__(name)
+
+
+def _register_with_diffusers() -> None:
+    """Let plain ``DiffusionPipeline.from_pretrained(folder)`` load our pipelines.
+
+    diffusers looks for the pipeline class as an attribute of ``diffusers``, and takes a component's module to be its
+    own if it is an attribute of ``diffusers.pipelines`` (for a repository on the Hub it accepts no other). Neither has
+    a public hook. The pipeline class is found lazily, since importing any pipeline takes seconds. Names that diffusers
+    should define itself one day are left alone, and so is a diffusers built in another way:
+    ``IPTV2Pipeline.from_pretrained`` of a folder needs none of this.
+    """
+    try:
+        if not hasattr(diffusers.pipelines, __name__):
+            setattr(diffusers.pipelines, __name__, sys.modules[__name__])
+        if not any(name in dir(diffusers) for name in _PIPELINES):
+            diffusers.__class__ = _DiffusersWithOurPipelines
+    except (AttributeError, TypeError):
+        return
+
+
+_register_with_diffusers()

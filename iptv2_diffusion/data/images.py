@@ -1,0 +1,302 @@
+"""Any set of images as tensors: one loader for folders, parquet files and Hub names, one Dataset of (3, H, W) tensors.
+
+`load_image_dataset` brings every source to the same two columns: "image" (undecoded) and, when there are labels, "label".
+`ImageTensors` decodes: EXIF orientation → composite on white → ADM centre crop → float32 (3, H, W) in [-1, 1].
+Nothing here is random: whoever trains chooses the order and the flips, so that a run can be repeated and resumed.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+IMAGE_COLUMNS = ("image", "img", "images", "picture")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
+SPLIT_FOLDERS = {"train", "test", "val", "validation", "valid", "heldout"}
+MAX_PIXELS = 512 * 1024**2  # a photograph of 200 megapixels is fine, a decompression bomb is not
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: every source becomes a datasets.Dataset with "image" (decode=False) and perhaps "label" (ClassLabel)
+
+
+def load_image_dataset(
+    source: str | Path,
+    *,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> datasets.Dataset:
+    """Images, and labels when there are any, from wherever they are.
+
+    `source` is one of: a folder of images (flat = unlabelled; one sub-folder per class = labelled; either may lie under
+    one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a Hub name.
+    `split` takes whatever `datasets` takes ("train", "train[:100]"). The columns are found by their usual names when
+    `image_column` and `label_column` are not given; `label_column="none"` ignores the labels.
+
+    Returns a Dataset with "image" (undecoded: {"bytes", "path"}) and, when labelled, "label" (ClassLabel).
+    Raises FileNotFoundError for a source that is not there, ValueError for one that is empty, or that has no such split
+    or column (the message lists those it has).
+    """
+    path = Path(source).expanduser()
+    cache = None if cache_dir is None else str(cache_dir)
+    if path.is_dir():
+        suffixes = {f.suffix.lower() for f in path.rglob("*") if f.is_file()}
+        if ".parquet" in suffixes:
+            data = _load_split(str(path), split, cache_dir=cache)
+        elif suffixes & IMAGE_SUFFIXES:
+            data = _load_folder(path, split)
+        else:
+            raise ValueError(f"{path}: holds neither images ({' '.join(sorted(IMAGE_SUFFIXES))}) nor parquet files")
+    elif path.suffix == ".parquet":
+        files = sorted(glob.glob(str(path), recursive=True))
+        if not files:
+            raise FileNotFoundError(f"{path}: no such parquet file; give a file, a glob or a folder")
+        # Files that are named one by one form one split, whatever the caller calls it; a slice such as [:100] stays.
+        _, bracket, rest = split.partition("[")
+        data = _load_split("parquet", f"train{bracket}{rest}", data_files={"train": files}, cache_dir=cache)
+    elif path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1 or path.exists():
+        raise FileNotFoundError(f"{path}: no such folder or parquet file")
+    else:
+        data = _load_split(str(source), split, revision=revision, cache_dir=cache)
+    return _standard_columns(data, str(source), image_column, label_column)
+
+
+def class_names(dataset: datasets.Dataset) -> list[str] | None:
+    """Names of the classes in the order of their ids; None when the data set is unlabelled."""
+    feature = dataset.features.get("label")
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _load_split(name: str, split: str, **options: Any) -> datasets.Dataset:
+    """`datasets.load_dataset`, with the failures that users meet told in one line."""
+    try:
+        return datasets.load_dataset(name, split=split, **options)
+    except ValueError as error:  # an unknown split: the text lists the known ones
+        raise ValueError(f"{name}: {_first_line(error)}") from None
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{name}: no such folder or file here, and no such data set on the Hub ({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _load_folder(path: Path, split: str) -> datasets.Dataset:
+    """A folder of images as a Dataset; nothing is decoded.
+
+    Written out rather than left to `imagefolder`, which takes "test" or "val" anywhere in a file's name for a split and
+    labels by the last folder only.
+    """
+    name, bracket, rest = split.partition("[")
+    splits = sorted({f.name for f in path.iterdir() if f.is_dir()} & SPLIT_FOLDERS)
+    if name in splits:
+        path = path / name
+    elif splits:
+        raise ValueError(f'{path}: no split "{name}"; there are: {", ".join(splits)}')
+    elif name != "train":
+        raise ValueError(
+            f'{path}: no split "{name}"; without folders train/, test/ … all images are the split "train"'
+        )
+    files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise ValueError(f"{path}: no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    columns: dict[str, list] = {"image": [{"bytes": None, "path": str(f)} for f in files]}
+    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    if all(f.parent != path for f in files):  # each image lies in a sub-folder, whose name is its class
+        classes = [f.relative_to(path).parts[0] for f in files]
+        names = sorted(set(classes))
+        columns["label"] = [names.index(c) for c in classes]
+        features["label"] = datasets.ClassLabel(names=names)
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    if bracket:
+        parts = datasets.ReadInstruction.from_spec(f"train[{rest}").to_absolute({"train": len(data)})
+        data = datasets.concatenate_datasets([data.select(range(p.from_ or 0, p.to)) for p in parts])
+    return data
+
+
+def _standard_columns(
+    data: datasets.Dataset, source: str, image_column: str | None, label_column: str | None
+) -> datasets.Dataset:
+    """Keep the image and the label column only, under those names and with those feature types."""
+    if len(data) == 0:
+        raise ValueError(f"{source}: the split is empty")
+    image = _find_column(data, source, image_column, IMAGE_COLUMNS, "image")
+    if image is None:
+        kinds = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+        if not kinds:
+            raise ValueError(
+                f"{source}: no image column among {', '.join(data.column_names)}; name it by image_column"
+            )
+        image = kinds[0]
+    label = None if label_column == "none" else _find_column(data, source, label_column, LABEL_COLUMNS, "label")
+    data = data.select_columns([image] if label is None else [image, label])
+    data = data.rename_columns(
+        {old: new for old, new in ((image, "image"), (label, "label")) if old not in (None, new)}
+    )
+    if data.features["image"] != datasets.Image(decode=False):
+        data = data.cast_column("image", datasets.Image(decode=False))
+    if label is not None and not isinstance(data.features["label"], datasets.ClassLabel):
+        data = _number_labels(data, source, label)
+    return data
+
+
+def _find_column(
+    data: datasets.Dataset, source: str, wanted: str | None, usual: tuple[str, ...], what: str
+) -> str | None:
+    if wanted is not None:
+        if wanted not in data.column_names:
+            raise ValueError(f'{source}: no {what} column "{wanted}"; there are: {", ".join(data.column_names)}')
+        return wanted
+    return next((name for name in usual if name in data.column_names), None)
+
+
+def _number_labels(data: datasets.Dataset, source: str, column: str) -> datasets.Dataset:
+    """Plain integers or strings as ClassLabel: strings in sorted order, integers as they are (0 … max)."""
+    values = data.unique("label")
+    if all(isinstance(v, int) for v in values):
+        if min(values) < 0:
+            raise ValueError(f'{source}: column "{column}" has the label {min(values)}; labels start at 0')
+        return data.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(max(values) + 1)]))
+    if all(isinstance(v, str) for v in values):
+        return data.cast_column("label", datasets.ClassLabel(names=sorted(values)))
+    raise ValueError(f'{source}: column "{column}" holds neither class numbers nor names; use label_column="none"')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB; transparent pictures are composited on white (an emoji's hidden pixels are black or arbitrary)."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        flat = Image.new("RGBA", rgba.size, "white")
+        flat.alpha_composite(rgba)
+        return flat.convert("RGB")
+    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip it to white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """ADM's centre crop, for any (height, width).
+
+    Halve by box filter while the picture is at least twice the target, then bicubic to cover the target, then crop the
+    centre. For square sizes this is the protocol that ImageNet FIDs of ADM, DiT and SiT are reported on.
+    """
+    height, width = size
+    while min(image.width / width, image.height / height) >= 2:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    if scale != 1:
+        covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(covering, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB picture → float32 (3, H, W) in [-1, 1]."""
+    array = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+class ImageTensors(torch.utils.data.Dataset):
+    """The images of `load_image_dataset` as tensors.
+
+    `dataset[i]` is {"pixel_values": float32 (3, H, W) in [-1, 1], "class_labels": int (0 when unlabelled), "index": i}.
+    `flip="always"` mirrors every picture, "index" makes the length 2N, with item N + i the mirror image of item i (the
+    form for caching latents of both); `get(i, flip=True)` mirrors one item, for a caller that draws its own flips.
+
+    A corrupt image raises ValueError with its name. With `strict=False` call `valid_indices()` first: it finds the
+    corrupt ones, warns once with their number and names, keeps them in `skipped`, and returns the others.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        size: int | tuple[int, int],
+        flip: Literal["never", "always", "index"] = "never",
+        strict: bool = False,
+    ) -> None:
+        if flip not in ("never", "always", "index"):
+            raise ValueError(f'flip is "{flip}"; use "never", "always" or "index"')
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size is {size}; use one positive number or (height, width)")
+        self.dataset, self.flip, self.strict = dataset, flip, strict
+        self.skipped: list[str] = []
+        self._valid: list[int] | None = None
+        # Labels are read once: a row access would fetch the picture's bytes too.
+        self.labels: list[int] = list(dataset["label"]) if "label" in dataset.column_names else [0] * len(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset) * (2 if self.flip == "index" else 1)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} images")
+        index %= len(self)
+        count = len(self.dataset)
+        item = self.get(index % count, flip=self.flip == "always" or index >= count)
+        return {**item, "index": index}
+
+    def get(self, index: int, flip: bool = False) -> dict[str, Any]:
+        """Item `index` of the data set, mirrored left to right if `flip`."""
+        pixels = to_tensor(center_crop(self._decode(index), self.size))
+        if flip:
+            pixels = pixels.flip(-1).contiguous()
+        return {"pixel_values": pixels, "class_labels": self.labels[index], "index": index}
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message: its file, else its row."""
+        path = self.dataset[index]["image"]["path"]
+        return path or f"image {index}"
+
+    def valid_indices(self) -> list[int]:
+        """Indices (into the data set) of the images that decode, in order; the first call decodes each image once."""
+        if self._valid is None:
+            self._valid, reasons = [], []
+            for index in range(len(self.dataset)):
+                try:
+                    self._decode(index)
+                    self._valid.append(index)
+                except ValueError as error:
+                    if self.strict:
+                        raise
+                    self.skipped.append(self.name(index))
+                    reasons.append(str(error))
+            if not self._valid:
+                raise ValueError(f"none of the {len(self.dataset)} images can be read; the first: {reasons[0]}")
+            if reasons:
+                shown = "; ".join(reasons[:5]) + (" …" if len(reasons) > 5 else "")
+                warnings.warn(f"skipping {len(reasons)} of {len(self.dataset)} images: {shown}", stacklevel=2)
+        return self._valid
+
+    def _decode(self, index: int) -> Image.Image:
+        """RGB picture at its own size; ValueError with its name when it cannot be read."""
+        record = self.dataset[index]["image"]
+        try:
+            with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"]) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}×{image.height} is over {MAX_PIXELS} pixels")
+                return to_rgb(image)
+        # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG) and struct or zlib errors.
+        except Exception as error:
+            raise ValueError(f"{self.name(index)}: cannot be read as an image ({_first_line(error)})") from error

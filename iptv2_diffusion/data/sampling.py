@@ -1,0 +1,150 @@
+"""Randomness without state: everything random in training is a pure function of (seed, step, position in the batch).
+
+* Data order: position i of the endless stream is epoch i // N, item perm(seed, epoch)[i % N]. Every item is seen once
+  an epoch, whatever the number of processes.
+* Everything else of optimiser step n (flips, noise, timesteps, label drops) is drawn for the *whole* global batch from
+  one CPU generator seeded with (seed, n); each process and micro-batch takes its slice.
+
+So a resumed run needs no random state, the loss curve does not depend on the number of processes, and gradient
+accumulation equals the large batch. The price is that each process draws the whole batch's noise: about 1 ms for 64
+latents of 16x16x4, 25 ms for 256 of 32x32x4, on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """A 63-bit seed from the run's seed and what it is for, equal on every machine.
+
+    Hashed, so that neighbouring steps or seeds have unrelated streams (torch's CPU generator uses the low 32 bits).
+    """
+    text = "/".join(str(part) for part in (seed, *parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def generator_for(seed: int, *parts: int | str) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, *parts))
+
+
+class DataOrder:
+    """The endless, shuffled, stateless stream of item numbers.
+
+    Args:
+        num_items: N, the size of an epoch.
+        seed: of the run.
+    """
+
+    def __init__(self, num_items: int, seed: int) -> None:
+        if num_items < 1:
+            raise ValueError("the data set is empty: there is nothing to train on")
+        self.num_items, self.seed = num_items, seed
+        self._epochs: dict[int, Tensor] = {}
+
+    def permutation(self, epoch: int) -> Tensor:
+        """Item numbers (N,) of an epoch; the last two asked for are remembered."""
+        if epoch not in self._epochs:
+            order = torch.randperm(self.num_items, generator=generator_for(self.seed, "order", epoch))
+            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: order}
+        return self._epochs[epoch]
+
+    def items(self, start: int, count: int) -> Tensor:
+        """Item numbers (count,) of positions start ... start + count - 1 of the stream."""
+        pieces, end = [], start + count
+        while start < end:
+            epoch, offset = divmod(start, self.num_items)
+            take = min(end - start, self.num_items - offset)
+            pieces.append(self.permutation(epoch)[offset : offset + take])
+            start += take
+        return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """What is random at one optimiser step; the first dimension of each is the (slice of the) global batch.
+
+    Attributes:
+        items: data items, int64.
+        flips: mirror the image?, bool.
+        timesteps: uniform numbers in [0, 1) for `DiffusionObjective.sample_timesteps`.
+        label_drops: uniform numbers in [0, 1); a label is dropped where the number is below the drop probability.
+        noise: standard normal (B, C, H, W), the diffusion noise.
+        posterior_noise: likewise, to sample the VAE's posterior; None where it has no spread.
+    """
+
+    items: Tensor
+    flips: Tensor
+    timesteps: Tensor
+    label_drops: Tensor
+    noise: Tensor
+    posterior_noise: Tensor | None
+
+    def __getitem__(self, part: slice) -> StepDraws:
+        """The same for a slice of the batch."""
+        return StepDraws(*(None if value is None else value[part] for value in vars(self).values()))
+
+
+def draw_step(
+    order: DataOrder,
+    step: int,
+    batch_size: int,
+    latent_shape: Sequence[int],
+    *,
+    posterior: bool = True,
+    stratified: bool = True,
+) -> StepDraws:
+    """Everything random at optimiser step `step` (from 0), for the whole global batch.
+
+    `stratified`: the batch's timestep numbers fall one into each of B equal strata, in random order: each is still
+    uniform, but the mean loss of a small batch scatters much less. `latent_shape` is (C, H, W).
+    """
+    generator = generator_for(order.seed, "step", step)
+    flips = torch.rand(batch_size, generator=generator) < 0.5
+    timesteps = torch.rand(batch_size, generator=generator)
+    strata = torch.randperm(batch_size, generator=generator)
+    if stratified:  # clamped because (B - 1 + 0.99999997) / B rounds to 1 in float32
+        timesteps = ((strata + timesteps) / batch_size).clamp(max=1 - 2**-24)
+    label_drops = torch.rand(batch_size, generator=generator)
+    noise = torch.randn(batch_size, *latent_shape, generator=generator)
+    posterior_noise = torch.randn(batch_size, *latent_shape, generator=generator) if posterior else None
+    items = order.items(step * batch_size, batch_size)
+    return StepDraws(items, flips, timesteps, label_drops, noise, posterior_noise)
+
+
+def own_slices(batch_size: int, num_processes: int, process: int, micro_batches: int = 1) -> list[slice]:
+    """The parts of the global batch that a process takes, one slice a micro-batch; together they cover it once."""
+    parts = num_processes * micro_batches
+    if batch_size % parts:
+        raise ValueError(
+            f"batch size {batch_size} does not divide over {num_processes} processes x {micro_batches} micro-batches"
+        )
+    size = batch_size // parts
+    first = process * micro_batches
+    return [slice((first + i) * size, (first + i + 1) * size) for i in range(micro_batches)]
+
+
+class StepBatches:
+    """A batch sampler: this process's [(item, flip), ...] of each micro-batch from optimiser step `start` on.
+
+    For a DataLoader over images (`batch_sampler=`), so that workers read ahead in the very order of the run.
+    """
+
+    def __init__(self, order: DataOrder, batch_size: int, slices: Sequence[slice], *, start: int, flip: bool) -> None:
+        self.order, self.batch_size, self.slices = order, batch_size, list(slices)
+        self.start, self.flip = start, flip
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        step = self.start
+        while True:
+            draws = draw_step(self.order, step, self.batch_size, (0,), posterior=False)
+            flips = draws.flips if self.flip else torch.zeros_like(draws.flips)
+            for part in self.slices:
+                yield list(zip(draws.items[part].tolist(), flips[part].tolist(), strict=True))
+            step += 1

@@ -1,0 +1,129 @@
+"""Rep-LeFFN: the re-parameterised, locally-enhanced feed-forward of an FG block (SPEC §5)."""
+
+import copy
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .depthwise import DepthwiseConv2d, depthwise_conv2d
+
+__all__ = ["RepLeFFN"]
+
+
+class RepLeFFN(nn.Module):
+    """Feed-forward with a depthwise convolution inside, over-parameterised in training [paper; details lineage].
+
+    The parameters of training, with r = `ratio`, no batch norm and no activation inside a pair:
+
+        x → 1×1 (C→rC/2) → 1×1 (rC/2→rC) → GELU → DW5×5 + DW3×3 + DW1×1 + identity → 1×1 (rC→rC/2) → 1×1 (rC/2→C)
+
+    Everything between x and GELU, and after it, is linear, so the same function is
+
+        x → 1×1 (W = W₂W₁, b = W₂b₁ + b₂) → GELU → DW5×5 (K₅ + pad K₃ + pad K₁ + δ) → 1×1 (likewise)
+
+    A training forward sums the depthwise kernels first, and multiplies a pair of 1×1 first where the map has enough
+    positions for that to pay: the same function, fewer multiplications [ours]. `fuse()` stores the merged kernels in
+    a new module for deployment.
+
+    Args:
+        channels: C.
+        ratio: r.
+        fused: build the deployed form, which has only the merged kernels.
+        bias: biases everywhere.
+    """
+
+    def __init__(self, channels: int, ratio: float = 2.0, fused: bool = False, bias: bool = True):
+        super().__init__()
+        middle = int(channels * ratio / 2)
+        hidden = 2 * middle
+        self.channels, self.ratio, self.fused, self.bias = channels, ratio, fused, bias
+
+        if fused:
+            self.expand = nn.Linear(channels, hidden, bias=bias)
+            self.depthwise = DepthwiseConv2d(hidden, 5, bias=bias)
+            self.project = nn.Linear(hidden, channels, bias=bias)
+        else:
+            self.expand_in = nn.Linear(channels, middle, bias=bias)
+            self.expand_out = nn.Linear(middle, hidden, bias=bias)
+            self.depthwise_5x5 = DepthwiseConv2d(hidden, 5, bias=bias)
+            self.depthwise_3x3 = DepthwiseConv2d(hidden, 3, bias=bias)
+            self.depthwise_1x1 = DepthwiseConv2d(hidden, 1, bias=bias)
+            self.project_in = nn.Linear(hidden, middle, bias=bias)
+            self.project_out = nn.Linear(middle, channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        if self.fused:
+            x = F.gelu(self.expand(x)).permute(0, 3, 1, 2)  # (B, rC, H, W)
+            x = self.depthwise(x).permute(0, 2, 3, 1)
+            x = self.project(x)
+        else:
+            x = F.gelu(apply_pair(self.expand_in, self.expand_out, x)).permute(0, 3, 1, 2)  # (B, rC, H, W)
+            kernel, bias = merge_depthwise(self.depthwise_5x5, self.depthwise_3x3, self.depthwise_1x1)
+            x = depthwise_conv2d(x, kernel, bias).permute(0, 2, 3, 1)
+            x = apply_pair(self.project_in, self.project_out, x)
+        return x.permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def fuse(self) -> "RepLeFFN":
+        """A new, deployed module of the same function, merged in float32; this one is left as it is.
+
+        A fused module gives a copy.
+        """
+        source = copy.deepcopy(self)
+        if self.fused:
+            return source
+        source.float()
+        merged = (
+            merge_pair(source.expand_in, source.expand_out),
+            merge_depthwise(source.depthwise_5x5, source.depthwise_3x3, source.depthwise_1x1),
+            merge_pair(source.project_in, source.project_out),
+        )
+        parameter = next(self.parameters())
+        deployed = RepLeFFN(self.channels, self.ratio, fused=True, bias=self.bias)
+        for layer, (weight, bias) in zip((deployed.expand, deployed.depthwise, deployed.project), merged, strict=True):
+            layer.weight.copy_(weight)
+            if bias is not None:
+                layer.bias.copy_(bias)
+        return deployed.to(parameter.device, parameter.dtype)
+
+
+def apply_pair(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
+    """second(first(x)) of a (B, H, W, C) map, in the order of fewer multiplications.
+
+    Merging costs in·middle·out once and saves middle·(in + out) - in·out at each position. Layers that something
+    wraps (a LoRA adapter) are called as they are.
+    """
+    plain = type(first) is nn.Linear and type(second) is nn.Linear
+    if plain:
+        inner, middle, outer = first.in_features, first.out_features, second.out_features
+        positions = x.numel() // inner
+        if positions * (middle * (inner + outer) - inner * outer) > inner * middle * outer:
+            return F.linear(x, *merge_pair(first, second))
+    return second(first(x))
+
+
+def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight W₂W₁ and bias W₂b₁ + b₂ of `second ∘ first`.
+
+    Autocast is off here: in half precision the rounding of W₂W₁ would add to that of the product with x.
+    """
+    device = first.weight.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        bias = None if first.bias is None else second.weight @ first.bias + second.bias
+        return second.weight @ first.weight, bias
+
+
+def merge_depthwise(*branches: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """5×5 kernel (rC, 1, 5, 5) and bias of the sum of depthwise branches and the identity; biases add."""
+    kernels = []
+    for branch in branches:
+        margin = 2 - branch.kernel_size[0] // 2
+        kernels.append(F.pad(branch.weight, (margin, margin, margin, margin)))
+    identity = torch.zeros_like(kernels[0])
+    identity[..., 2, 2] = 1
+    bias = None if branches[0].bias is None else sum(branch.bias for branch in branches)
+    return sum(kernels, identity), bias

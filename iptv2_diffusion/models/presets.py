@@ -1,0 +1,194 @@
+"""Named sizes, with the parameters and GMACs each must have, and the one function that makes a model from a name."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .transformer_iptv2 import IPTV2Transformer2DModel
+
+__all__ = ["PRESETS", "Preset", "count_macs", "count_parameters", "create_model"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration and what it costs; a test holds each to these figures.
+
+    Attributes:
+        config: arguments of the model's `__init__` that differ from its defaults.
+        parameters: of the (fused) model with `config`, in millions.
+        gmacs: 10⁹ multiply–accumulates of one (fused) forward at batch 1 and `config["sample_size"]`; what papers
+            call GFLOPs.
+        model_class: the diffusers model class.
+    """
+
+    config: dict[str, Any]
+    parameters: float
+    gmacs: float
+    model_class: type[ModelMixin] = IPTV2Transformer2DModel
+
+
+def dit(heads: int, head_dim: int, layers: int, patch_size: int, parameters: float, gmacs: float) -> Preset:
+    """DiT (Peebles & Xie 2023) as diffusers has it: embedders in each block, so more parameters than the paper."""
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "num_layers": layers,
+        "patch_size": patch_size,
+        "sample_size": 32,
+        "in_channels": 4,
+        "out_channels": 8,
+    }
+    return Preset(config, parameters, gmacs, DiTTransformer2DModel)
+
+
+# The sizes match DiT-*/2 in GMACs (SPEC §7); heads of 32 channels at S and B, of 64 at L and XL; GGSA strides 4, 2, 1
+# make groups of 64 tokens at every level of a 32×32 latent [ours].
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(  # for tests
+        {
+            "sample_size": 8,
+            "channels": 16,
+            "layers_per_stage": (1, 1, 1),
+            "num_attention_heads": 2,
+            "window_size": 4,
+            "grid_stride": (2, 1),
+            "num_class_embeds": 9,
+            "conditioning_dim": 32,
+        },
+        parameters=0.126,
+        gmacs=0.0035,
+    ),
+    "iptv2-s": Preset(
+        {"channels": 128, "layers_per_stage": (1, 3, 5, 3, 1), "num_attention_heads": (4, 8, 16, 8, 8)},
+        parameters=50.8,
+        gmacs=6.13,
+    ),
+    "iptv2-b": Preset(
+        {"channels": 192, "layers_per_stage": (2, 6, 9, 6, 2), "num_attention_heads": (6, 12, 24, 12, 12)},
+        parameters=177.0,
+        gmacs=23.1,
+    ),
+    "iptv2-l": Preset(
+        {"channels": 384, "layers_per_stage": (2, 5, 8, 5, 2), "num_attention_heads": (6, 12, 24, 12, 12)},
+        parameters=556.9,
+        gmacs=83.2,
+    ),
+    "iptv2-xl": Preset(
+        {"channels": 448, "layers_per_stage": (2, 6, 8, 6, 2), "num_attention_heads": (7, 14, 28, 14, 14)},
+        parameters=775.2,
+        gmacs=119.6,
+    ),
+    "dit-s-2": dit(6, 64, 12, patch_size=2, parameters=39.8, gmacs=6.06),
+    "dit-b-2": dit(12, 64, 12, patch_size=2, parameters=147.4, gmacs=23.0),
+    "dit-l-2": dit(16, 64, 24, patch_size=2, parameters=511.6, gmacs=80.7),
+    "dit-xl-2": dit(16, 72, 28, patch_size=2, parameters=749.8, gmacs=118.7),
+    "dit-s-1": dit(6, 64, 12, patch_size=1, parameters=39.8, gmacs=31.4),
+    "dit-b-1": dit(12, 64, 12, patch_size=1, parameters=147.4, gmacs=106.4),
+    "dit-l-1": dit(16, 64, 24, patch_size=1, parameters=511.6, gmacs=361.0),
+    "dit-xl-1": dit(16, 72, 28, patch_size=1, parameters=749.8, gmacs=524.5),
+}
+
+
+def create_model(name: str, **overrides: Any) -> ModelMixin:
+    """Make a fresh model from a preset's name or a diffusers `config.json`, or load one from a saved folder.
+
+    Args:
+        name: a key of `PRESETS`, the path of a `config.json`, or a folder that `save_pretrained` wrote (its weights
+            are loaded, and overrides are refused unless they agree).
+        **overrides: configuration to replace. `num_class_embeds` is translated for DiT (`num_embeds_ada_norm`; None
+            becomes one class that every sample has).
+
+    Raises:
+        ValueError: no such preset, file or folder, or a key that the model does not have.
+    """
+    if name in PRESETS:
+        model_class, config = PRESETS[name].model_class, dict(PRESETS[name].config)
+    elif Path(name).exists():
+        config = dict(IPTV2Transformer2DModel.load_config(name))
+        model_class = MODEL_CLASSES.get(config.get("_class_name"))
+        if model_class is None:
+            raise ValueError(f"{name}: _class_name is {config.get('_class_name')!r}, not one of {list(MODEL_CLASSES)}")
+    else:
+        near = get_close_matches(name, PRESETS, n=3, cutoff=0) or list(PRESETS)
+        raise ValueError(f"no preset, config.json or model folder called {name!r}; near it: {', '.join(near)}")
+
+    overrides = translate_overrides(model_class, overrides)
+    if Path(name).is_dir():
+        model = model_class.from_pretrained(name)
+        differing = [f"{k}={model.config[k]!r}, not {v!r}" for k, v in overrides.items() if model.config[k] != v]
+        if differing:
+            raise ValueError(f"{name} was saved with {'; '.join(differing)}")
+    else:
+        model = model_class.from_config(config, **overrides)
+    if isinstance(model, DiTTransformer2DModel):
+        disable_label_dropout(model)
+    return model
+
+
+MODEL_CLASSES = {c.__name__: c for c in (IPTV2Transformer2DModel, DiTTransformer2DModel)}
+
+
+def translate_overrides(model_class: type[ModelMixin], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Our names into DiT's, and an error for what the class does not have."""
+    overrides = dict(overrides)
+    if model_class is DiTTransformer2DModel:
+        if "num_class_embeds" in overrides:
+            overrides["num_embeds_ada_norm"] = overrides.pop("num_class_embeds") or 1
+        if overrides.get("out_channels", 0) is None:
+            overrides["out_channels"] = overrides.get("in_channels", 4)
+        if isinstance(overrides.get("sample_size"), (tuple, list)):
+            height, width = overrides["sample_size"]
+            if height != width:
+                raise ValueError(f"DiT takes square latents, not {height}×{width}")
+            overrides["sample_size"] = height
+    known = model_class._get_init_keys(model_class) - {"self"}
+    unknown = [key for key in overrides if key not in known]
+    if unknown:
+        near = get_close_matches(unknown[0], known, n=3, cutoff=0)
+        raise ValueError(f"{model_class.__name__} has no argument {unknown[0]!r}; near it: {', '.join(near)}")
+    return overrides
+
+
+def disable_label_dropout(model: nn.Module) -> None:
+    """Let the training loop alone drop labels.
+
+    Every block of diffusers' DiT owns a label embedder that drops 10 % by itself when training, so that hardly any
+    sample is without its label in all blocks. Dropping is a matter of the forward pass; the null row stays.
+    """
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, trainable or not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: ModelMixin, height: int | None = None, width: int | None = None, batch_size: int = 1) -> int:
+    """Multiply–accumulates of one forward per sample: matrix products, convolutions and attention.
+
+    The model is copied onto the meta device: on the CPU, PyTorch's counter takes attention as free.
+
+    Args:
+        model: a denoiser of this package or diffusers' DiT; pass `model.fuse()` to count the deployed form.
+        height, width: latent size, by default the model's `sample_size`.
+        batch_size: matters for an unfused model only, which merges weights once per batch.
+    """
+    size = model.config.sample_size
+    default_height, default_width = (size, size) if isinstance(size, int) else size
+    with torch.device("meta"):
+        twin = type(model).from_config(model.config)
+        sample = torch.empty(batch_size, model.config.in_channels, height or default_height, width or default_width)
+        timestep, labels = torch.zeros(batch_size), torch.zeros(batch_size, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(sample, timestep, labels)
+    return counter.get_total_flops() // (2 * batch_size)

@@ -1,0 +1,274 @@
+"""Checkpoints that are whole or absent: temporary folder, fsync, manifest with SHA-256, atomic rename, last k kept.
+
+    output_dir/checkpoint-00001000/
+        manifest.json           step, config, progress, SHA-256 and size of every file; written last
+        model.safetensors       + ema.safetensors, optimizer.bin, random_states_*.pkl: accelerate's save_state
+
+A checkpoint counts only under its final name, with a manifest whose hashes match. A damaged one is renamed to
+`damaged-checkpoint-*` and the one before is used; one written under another configuration is refused with the fields
+that differ. What a full disk interrupts is removed; older checkpoints are not touched before the new one is in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+
+from iptv2_diffusion.training.errors import UserError
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"^checkpoint-(\d{8,})$")
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: where it lies and what its manifest says."""
+
+    path: Path
+    step: int
+    progress: dict[str, Any]
+    config: dict[str, Any]
+
+
+class CheckpointManager:
+    """Saves and finds the checkpoints of one run.
+
+    Args:
+        output_dir: the run's folder.
+        accelerator: holds the prepared model and optimiser and the objects registered for checkpointing.
+        config: the fields that must agree on resumption (`config.frozen_fields`).
+        keep_last: how many checkpoints stay.
+        say: prints a message (by default on the main process).
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        accelerator: Accelerator,
+        config: Mapping[str, Any],
+        *,
+        keep_last: int = 2,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.accelerator = accelerator
+        self.config = json.loads(json.dumps(dict(config)))
+        self.keep_last = keep_last
+        self.say = say or accelerator.print
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Saving
+
+    def save(self, step: int, progress: Mapping[str, Any] | None = None) -> Path:
+        """Write checkpoint `step`, then delete the oldest beyond `keep_last`. Called by all processes together."""
+        final = self.output_dir / f"checkpoint-{step:08d}"
+        temporary = self.output_dir / f".tmp-checkpoint-{step:08d}"
+        failure: str | None = None
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            self.accelerator.save_state(str(temporary))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            failure = _reason(error)
+        if self._first_failure(failure) is None and self.accelerator.is_main_process:
+            try:
+                self._seal(temporary, final, step, dict(progress or {}))
+            except OSError as error:
+                failure = _reason(error)
+        failure = self._first_failure(failure)
+        if failure is not None:
+            self._give_up(temporary, step, failure)
+        if self.accelerator.is_main_process:
+            self._rotate()
+        return final
+
+    def _seal(self, temporary: Path, final: Path, step: int, progress: dict[str, Any]) -> None:
+        """Hash and flush every file, write the manifest, and give the folder its name."""
+        files = {}
+        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            files[path.relative_to(temporary).as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+            _fsync(path)
+        manifest = {"format": 1, "step": step, "progress": progress, "config": self.config, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _fsync(temporary / MANIFEST)
+        _fsync(temporary)
+        if final.exists():  # an equal step written again, as after a resumption: the new one is whole, so replace it
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _fsync(self.output_dir)
+
+    def _give_up(self, temporary: Path, step: int, failure: str) -> None:
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        left = [path.name for path in self._folders()]
+        free = shutil.disk_usage(self.output_dir).free / 2**20
+        raise UserError(
+            f"cannot save checkpoint {step} in {self.output_dir}: {failure} ({free:.0f} MB free); older checkpoints "
+            f"are whole ({', '.join(left) or 'none yet'}): make room and start the same command again"
+        )
+
+    def _first_failure(self, failure: str | None) -> str | None:
+        """The failure of whichever process had one: all processes must go the same way."""
+        if self.accelerator.num_processes == 1:
+            return failure
+        flag = torch.tensor([1.0 if failure else 0.0], device=self.accelerator.device)
+        if self.accelerator.reduce(flag, "sum").item() == 0:
+            return None
+        return failure or "another process could not write its part"
+
+    def _rotate(self) -> None:
+        for path in self._folders()[: -self.keep_last]:
+            # Renamed first: a kill in mid-delete must not leave something that looks like a checkpoint.
+            doomed = path.with_name(f".tmp-delete-{path.name}")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Finding and loading
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, or None. Sets damaged ones aside; refuses one of another configuration."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                self._clean()
+                found[0] = self._newest_whole()
+            except UserError as error:
+                found[0] = error
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return found[0]
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Bring the accelerator's objects to the checkpoint's state. Called by all processes together."""
+        try:
+            self.accelerator.load_state(str(checkpoint.path))
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{checkpoint.path} does not fit this model ({_reason(error)[:200]}); choose another --output_dir"
+            ) from error
+
+    def delete_all(self) -> None:
+        """Remove every checkpoint of the run (`--overwrite`)."""
+        if self.accelerator.is_main_process:
+            self._clean()
+            for path in self._folders():
+                shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+
+    def _newest_whole(self) -> Checkpoint | None:
+        for path in reversed(self._folders()):
+            try:
+                manifest = verify(path)
+            except DamagedCheckpointError as error:
+                aside = _free_name(path.with_name(f"damaged-{path.name}"))
+                os.replace(path, aside)
+                self.say(f"{path.name} is damaged ({error}); set aside as {aside.name}, trying the one before")
+                continue
+            differing = differing_fields(manifest["config"], self.config)
+            if differing:
+                raise UserError(
+                    f"{path} is from another configuration: {'; '.join(differing)}. Restore these values, choose "
+                    "another --output_dir, or start again with --overwrite"
+                )
+            return Checkpoint(path, manifest["step"], manifest["progress"], manifest["config"])
+        return None
+
+    def _folders(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        if not self.output_dir.is_dir():
+            return []
+        named = [(int(m[1]), p) for p in self.output_dir.iterdir() if (m := _NAME.match(p.name)) and p.is_dir()]
+        return [path for _, path in sorted(named)]
+
+    def _clean(self) -> None:
+        """Remove what a killed run left half-written."""
+        if self.output_dir.is_dir():
+            for path in self.output_dir.glob(".tmp-*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint whose files are not what its manifest says."""
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every file against the manifest and return the manifest. Raises `DamagedCheckpointError`."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files, _ = manifest["files"], (manifest["step"], manifest["config"], manifest["progress"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"its {MANIFEST} cannot be read") from error
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedCheckpointError(f"{name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise DamagedCheckpointError(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+        if sha256(file) != expected["sha256"]:
+            raise DamagedCheckpointError(f"the SHA-256 of {name} does not match")
+    return manifest
+
+
+def differing_fields(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """'name is A there, B here' for every field that differs; a field that only one side knows counts as None."""
+    names = sorted(set(saved) | set(wanted))
+    return [
+        f"{name} is {saved.get(name)!r} there, {wanted.get(name)!r} here"
+        for name in names
+        if saved.get(name) != wanted.get(name)
+    ]
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    """Flush a file or folder to the disk; folders cannot be opened everywhere (Windows), files always."""
+    with contextlib.suppress(PermissionError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The plainest words for why a write failed: torch hides the operating system's error in a chain."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _free_name(path: Path) -> Path:
+    candidate, number = path, 1
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate

@@ -1,0 +1,173 @@
+"""Latent diffusion as a training task: what `train_ldm.py` trains, evaluates and previews.
+
+    loss(step) = mean over the batch of objective(model(x_t, t, label), x0, noise)
+
+Latents, noise, timesteps and label drops of a step are a function of (seed, step) alone; see `data/sampling.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor, nn
+
+from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource
+from iptv2_diffusion.data.sampling import DataOrder, StepDraws, draw_step
+from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.objectives import DiffusionObjective
+from iptv2_diffusion.training.pictures import picture_sheet
+
+NOISE_BANDS = 4  # the held-out loss is also told for each quarter of the timesteps
+
+
+class LatentDiffusionTask:
+    """A `TrainingTask` (see `training/loop.py`).
+
+    Args:
+        config: has batch_size, stratified_timesteps, label_dropout, heldout_samples, and what `sheet` reads.
+        accelerator: gives device and processes.
+        codec: of the latents; its VAE goes into the pipelines.
+        model: the bare denoiser; only its config is read.
+        objective: what is predicted.
+        source: latents of the training images.
+        heldout: latents of the held-out images, or None.
+        order: the order of the training images.
+        slices: this process's micro-batches within the global batch.
+        latent_shape: (C, h, w).
+        names: of the classes; empty if unknown.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        accelerator: Accelerator,
+        *,
+        codec: LatentCodec,
+        model: nn.Module,
+        objective: DiffusionObjective,
+        source: LatentSource,
+        heldout: LatentCache | None,
+        order: DataOrder,
+        slices: list[slice],
+        latent_shape: tuple[int, int, int],
+        names: list[str],
+    ) -> None:
+        self.config, self.accelerator, self.codec, self.objective = config, accelerator, codec, objective
+        self.source, self.heldout, self.order, self.slices = source, heldout, order, slices
+        self.latent_shape = latent_shape
+        self.null_label = null_label(model)
+        self.id2label = dict(enumerate(names))
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
+        """(latents, noise, timesteps, labels) of each micro-batch, on the device."""
+        config = self.config
+        draws = draw_step(
+            self.order, step, config.batch_size, self.latent_shape, stratified=config.stratified_timesteps
+        )
+        for part in self.slices:
+            yield self._prepare(draws[part], self.source, config.label_dropout)
+
+    def _prepare(self, draws: StepDraws, source: LatentSource, label_dropout: float) -> tuple[Tensor, ...]:
+        latents, labels = source.batch(draws)
+        if self.null_label is not None:
+            labels = labels.masked_fill(draws.label_drops < label_dropout, self.null_label)
+        timesteps = self.objective.sample_timesteps(draws.timesteps)
+        device = self.accelerator.device
+        return tuple(t.to(device, non_blocking=True) for t in (latents, draws.noise, timesteps, labels))
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        """Mean loss of a micro-batch."""
+        return self._losses(model, batch).mean()
+
+    def _losses(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        """Loss of each sample, (B,)."""
+        latents, noise, timesteps, labels = batch
+        return self.objective.loss(model, latents, noise, timesteps, None if self.null_label is None else labels)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Held-out loss
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Held-out loss, with the same images, noise and timesteps each time; in all and by quarter of the timesteps.
+
+        Timesteps are drawn like in training. Each process takes its share of the images.
+        """
+        if self.heldout is None:
+            return {}
+        config, accelerator = self.config, self.accelerator
+        count = min(len(self.heldout), config.heldout_samples)
+        draws = draw_step(DataOrder(len(self.heldout), config.seed), 0, count, self.latent_shape)
+        draws.flips.zero_()
+        sums = torch.zeros(2, NOISE_BANDS, dtype=torch.float64, device=accelerator.device)  # of losses, of samples
+        size = self.slices[0].stop - self.slices[0].start
+        for start in range(accelerator.process_index * size, count, accelerator.num_processes * size):
+            part = draws[start : start + size]
+            batch = self._prepare(part, self.heldout, 0.0)
+            losses = self._losses(model, batch).double()
+            band = (batch[2].double() / self.objective.num_train_timesteps * NOISE_BANDS).long()
+            band = band.clamp(max=NOISE_BANDS - 1)
+            sums[0].index_add_(0, band, losses)
+            sums[1].index_add_(0, band, torch.ones_like(losses))
+        totals, counts = accelerator.reduce(sums, "sum").tolist()
+        bands = {
+            f"heldout_loss_t{100 * i // NOISE_BANDS}": totals[i] / counts[i] for i in range(NOISE_BANDS) if counts[i]
+        }
+        return {"heldout_loss": sum(totals) / sum(counts), **bands}
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Samples
+
+    def pipeline(self, model: nn.Module) -> Any:
+        """A pipeline around a denoiser, with this run's VAE, sampler and class names."""
+        from iptv2_diffusion import IPTV2Pipeline  # late: diffusers' pipelines take seconds to import
+
+        scheduler = sampling_scheduler(self.objective)
+        return IPTV2Pipeline(model, self.codec.vae, scheduler, id2label=self.id2label or None)
+
+    def preview(self, model: nn.Module, step: int) -> Path:
+        """previews/step-*.png: one row a class, the same seeds each time."""
+        return self.sheet(self.pipeline(model), Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png")
+
+    def sheet(self, pipeline: Any, path: Path) -> Path:
+        """Draw samples, one row a class (at most `config.preview_classes`), and write them as one picture."""
+        config = self.config
+        pipeline.set_progress_bar_config(disable=True)
+        classes: list[int | None] = [*range(min(self.null_label or 0, config.preview_classes))] or [None]
+        rows = []
+        for row, label in enumerate(classes):
+            seeds = [torch.Generator().manual_seed(1000 * row + column) for column in range(config.preview_per_class)]
+            images = pipeline(
+                label,
+                num_images_per_label=config.preview_per_class,
+                num_inference_steps=config.sample_steps,
+                guidance_scale=config.guidance_scale,
+                generator=seeds,
+            ).images
+            rows.append(images)
+        names = [self.id2label.get(label, f"class {label}") for label in classes if label is not None]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture_sheet(rows, names).save(path)
+        return path
+
+
+def null_label(model: nn.Module) -> int | None:
+    """The class index that means "no label" (also the number of classes); None for an unconditional model."""
+    if "num_embeds_ada_norm" in model.config:
+        return model.config.num_embeds_ada_norm
+    return model.config.num_class_embeds
+
+
+def sampling_scheduler(objective: DiffusionObjective) -> Any:
+    """What the pipeline samples with: DPM-Solver++ needs the fewest steps; a learned variance needs DDPM."""
+    if objective.prediction_type == "flow" or objective.learned_variance:
+        return objective.scheduler
+    return DPMSolverMultistepScheduler.from_config(objective.scheduler.config)

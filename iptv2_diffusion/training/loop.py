@@ -1,0 +1,326 @@
+"""The training loop that every train script shares.
+
+A script describes *what* is trained as a `TrainingTask`; `Trainer` owns *how*: accelerate, AdamW, schedule, averaged
+weights, accumulation, clipping, checkpoints and exact resumption, held-out losses, previews, logs, signals, NaN stop.
+
+Everything random at step n must be drawn by the task as a pure function of (seed, n) (see `data/sampling.py`). Then a
+checkpoint needs no random state, and the loss curve depends neither on the number of processes nor on accumulation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor, nn
+
+from iptv2_diffusion.training.checkpoint import CheckpointManager
+from iptv2_diffusion.training.config import TrainingConfig, config_to_dict, frozen_fields, save_config
+from iptv2_diffusion.training.ema import ModelState
+from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, user_errors
+from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
+from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
+from iptv2_diffusion.training.signals import StopSignal
+
+
+class TrainingTask(Protocol):
+    """What is trained. Called by every process alike."""
+
+    def micro_batches(self, step: int) -> Iterable[Any]:
+        """This process's `gradient_accumulation_steps` micro-batches of optimiser step `step` (from 0)."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean loss of a micro-batch: a scalar with gradient. `model` is the prepared one."""
+
+    def evaluate(self, model: nn.Module, step: int) -> Mapping[str, float]:
+        """Held-out figures of the averaged weights, the same on every process; may be empty."""
+
+    def preview(self, model: nn.Module, step: int) -> Path | None:
+        """Write a picture from the averaged weights (main process only); None if there is none."""
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator of a run; checks that the batch divides over processes and micro-batches."""
+    trackers, messages = available_trackers(config.report_to)
+    with user_errors(ValueError, ImportError):  # such as fp16 on a CPU
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
+        )
+    set_threads(config.num_threads, accelerator)
+    for message in messages:
+        accelerator.print(message)
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size {config.batch_size} does not divide over {accelerator.num_processes} processes x "
+            f"{config.gradient_accumulation_steps} micro-batches; use {math.ceil(config.batch_size / parts) * parts}"
+        )
+    return accelerator
+
+
+def set_threads(num_threads: int | None, accelerator: Accelerator) -> None:
+    """CPU threads of this process. `accelerate launch` sets one a process, which leaves a CPU run's cores idle."""
+    if num_threads is None and accelerator.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_threads = max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))))
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+class Trainer:
+    """Trains a model on a task, from the newest checkpoint of the output folder if there is one.
+
+    Args:
+        config: the run; `config.output_dir` is created and gets config.yaml, metrics.jsonl and checkpoints.
+        accelerator: from `make_accelerator`.
+        model: the bare model, on any device, in float32.
+        curves: names of the metrics drawn in loss_curve.png.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        model: nn.Module,
+        *,
+        curves: tuple[str, ...] = ("loss", "heldout_loss"),
+    ) -> None:
+        self.config, self.accelerator, self.curves = config, accelerator, curves
+        self.output_dir = Path(config.output_dir)
+        with user_errors(OSError):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        model.to(accelerator.device)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if config.torch_compile:
+            compile_blocks(model)
+        optimizer = make_optimizer(model, config, fused=accelerator.mixed_precision != "fp16")
+        self.schedule = LearningRate(optimizer, config)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.state = ModelState(accelerator, self.model, decay=config.ema_decay, power=config.ema_power)
+        self.checkpoints = CheckpointManager(
+            self.output_dir, accelerator, frozen_fields(config), keep_last=config.keep_last
+        )
+        self.step = 0  # optimiser steps done
+        self.seconds = 0.0  # spent in training steps over all resumptions; all processes agree on it
+        self._clock = 0.0  # the same, as this process measures it
+        self._budget = 60.0 * config.max_train_minutes if config.max_train_minutes else math.inf
+        self._saved_step = -1
+        self._next_batches: list[Any] = []
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Running
+
+    def resume(self) -> int:
+        """Go to the newest whole checkpoint, or start new; returns the steps already done."""
+        if self.config.overwrite:
+            self.checkpoints.delete_all()
+        found = self.checkpoints.latest()
+        if found is not None:
+            self.checkpoints.load(found)
+            self.step = found.step
+            self.seconds = self._clock = float(found.progress["seconds"])
+            self._saved_step = found.step
+            self.accelerator.print(f"resumed from {found.path} at step {self.step}")
+        main = self.accelerator.is_main_process
+        self.metrics = MetricLog(self.output_dir / "metrics.jsonl", resumed_step=self.step, enabled=main)
+        if main:
+            save_config(self.config, self.output_dir / "config.yaml")
+        self.accelerator.init_trackers("logs", config=_flat(config_to_dict(self.config)))
+        return self.step
+
+    def fit(self, task: TrainingTask) -> str | None:
+        """Train to the end. Returns None, or the name of the signal that stopped the run (after saving)."""
+        config = self.config
+        bar = ProgressBar(
+            max(self.step, config.max_train_steps),
+            initial=self.step,
+            batch_size=config.batch_size,
+            enabled=self.accelerator.is_main_process,
+        )
+        with StopSignal() as stop:
+            try:
+                while not self.finished:
+                    started = time.perf_counter()
+                    values = self._train_step(task, stop)
+                    self._clock += time.perf_counter() - started
+                    bar.update(self.step, {"loss": values["loss"], "lr": values["lr"]}, self._time_fraction)
+                    self._log_step(values, bar)
+                    if values["stop"] > 0:
+                        self.save()
+                        return stop.reason or "a signal to another process"
+                    self._after_step(task, bar)
+                self.save()
+            finally:
+                bar.close()
+        return None
+
+    @property
+    def fraction(self) -> float:
+        """How much of the run is done, in [0, 1]: steps or time, whichever is further along."""
+        return min(1.0, max(self.step / self.config.max_train_steps, self._time_fraction))
+
+    @property
+    def _time_fraction(self) -> float:
+        """How much of the time budget is spent; 0 where there is none."""
+        return self.seconds / self._budget
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its number of steps or its time."""
+        return self.fraction >= 1.0
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step, if it has none yet."""
+        if self._saved_step != self.step:
+            self.checkpoints.save(self.step, {"seconds": self.seconds})
+            self._saved_step = self.step
+
+    def check_resume(self) -> None:
+        """Load the newest checkpoint and check that it holds the present state exactly (for dry runs)."""
+        before = self._snapshot()
+        found = self.checkpoints.latest()
+        if found is None or found.step != self.step:
+            raise RuntimeError(f"no checkpoint of step {self.step} in {self.output_dir}")
+        self.checkpoints.load(found)
+        differing = [name for name, value in self._snapshot().items() if not torch.equal(value, before[name])]
+        if differing:
+            raise RuntimeError(f"a reloaded checkpoint differs in {', '.join(differing[:5])}")
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        """Copies of all that a checkpoint must bring back: weights, averages, optimiser state."""
+        tensors = {f"weights.{k}": v for k, v in self.state.module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.state.averaged_state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items() if torch.is_tensor(v)}
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def finish(self) -> None:
+        """Draw the loss curve and close the trackers."""
+        self._plot()
+        self.accelerator.end_training()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # One step
+
+    def _train_step(self, task: TrainingTask, stop: StopSignal) -> dict[str, float]:
+        config, accelerator = self.config, self.accelerator
+        rate = self.schedule.set(self.step, self._time_fraction)
+        total = torch.zeros((), device=accelerator.device)
+        batches = self._next_batches or list(task.micro_batches(self.step))
+        for index, batch in enumerate(batches):
+            # Gradients are averaged over the processes once a step, with the last micro-batch.
+            with accelerator.no_sync(self.model) if index + 1 < len(batches) else contextlib.nullcontext():
+                loss = task.loss(self.model, batch) / len(batches)
+                accelerator.backward(loss)
+            total += loss.detach()
+        # Drawn and sent while the device still computes: `_agree` waits for it.
+        self._next_batches = list(task.micro_batches(self.step + 1)) if self.step + 1 < config.max_train_steps else []
+        limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        values = self._agree(total, norm, bool(stop))
+        self._check_finite(values)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step()
+        self.step += 1
+        return {**values, "lr": rate, "ema_decay": self.state.decay}
+
+    def _agree(self, loss: Tensor, norm: Tensor, stop: bool) -> dict[str, float]:
+        """Loss (mean over processes), gradient norm, stop flag and time: the same numbers on every process.
+
+        Reading them waits for the device, once a step and before the weights are touched: a NaN never enters them.
+        """
+        own = torch.tensor([float(stop), self._clock], dtype=torch.float64, device=loss.device)
+        vector = torch.cat([torch.stack([loss, torch.as_tensor(norm, device=loss.device)]).double(), own])
+        if self.accelerator.num_processes > 1:
+            vector = self.accelerator.reduce(vector, "mean")
+        loss_value, norm_value, stop_value, self.seconds = vector.tolist()
+        return {"loss": loss_value, "grad_norm": norm_value, "stop": stop_value}
+
+    def _check_finite(self, values: Mapping[str, float]) -> None:
+        # With fp16 an infinite gradient is everyday: the scaler skips the step and lowers its scale.
+        scaled = self.accelerator.scaler is not None
+        what = "loss" if not math.isfinite(values["loss"]) else "gradient norm"
+        if math.isfinite(values["loss"]) and (scaled or math.isfinite(values["grad_norm"])):
+            return
+        kept = f"checkpoint-{self._saved_step:08d} is kept" if self._saved_step >= 0 else "there was no checkpoint yet"
+        raise NonFiniteLossError(
+            f"the {what} is {values['loss' if what == 'loss' else 'grad_norm']} at step {self.step + 1}: stopped "
+            f"before the weights were touched; {kept}. Try a lower learning_rate (now {self.config.learning_rate:g}), "
+            "more lr_warmup_steps, or bf16 instead of fp16"
+        )
+
+    def _log_step(self, values: Mapping[str, float], bar: ProgressBar) -> None:
+        if self.step % self.config.log_every == 0 or self.step == 1 or self.finished:
+            row = {k: v for k, v in values.items() if k != "stop"}
+            self._log({**row, "images_per_second": bar.images_per_second, "seconds": round(self.seconds, 2)})
+
+    def _after_step(self, task: TrainingTask, bar: ProgressBar) -> None:
+        """Held-out losses, previews and checkpoints that are due after `self.step` steps.
+
+        The checkpoint comes last: a run killed in between repeats what was due, and its log reads as if undisturbed.
+        """
+        config, last, worked = self.config, self.finished, False
+        if config.eval_every and (self.step % config.eval_every == 0 or last):
+            with self.state.averaged() as model:
+                figures = dict(task.evaluate(model, self.step))
+            if figures:
+                self._log(figures)
+                bar.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+            worked = True
+        if config.preview_every and (self.step % config.preview_every == 0 and not last):
+            if self.accelerator.is_main_process:
+                with self.state.averaged() as model:
+                    task.preview(model, self.step)
+                self._plot()
+            worked = True
+        if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+            self.save()
+            worked = True
+        if worked:
+            bar.pause()
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        self.metrics.write(self.step, values)
+        self.accelerator.log(dict(values), step=self.step)
+
+    def _plot(self) -> None:
+        if self.accelerator.is_main_process:
+            path = self.output_dir / "loss_curve.png"
+            plot_curves(self.metrics.path, path, curves=self.curves, title=self.output_dir.name)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile in place: the repeated blocks where the model names them (fast to compile), else the whole."""
+    if getattr(model, "_repeated_blocks", None):
+        model.compile_repeated_blocks()
+    else:
+        model.compile()
+
+
+def prepare_dry_run(config: TrainingConfig) -> None:
+    """Shorten a configuration so that every stage runs once: two steps, a checkpoint and a preview after the first."""
+    config.output_dir = str(Path(config.output_dir) / "dry_run")
+    config.max_train_steps, config.max_train_minutes = 2, None
+    config.checkpoint_every = config.eval_every = config.preview_every = config.log_every = 1
+    config.report_to = "none"
+    shutil.rmtree(config.output_dir, ignore_errors=True)
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Trackers take numbers, words and booleans only."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}

@@ -1,0 +1,40 @@
+"""Leave in order: SIGTERM, SIGUSR1 (pre-emption) and Ctrl-C ask the loop to save and stop; a second Ctrl-C insists."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+
+class StopSignal:
+    """Remembers that the run was asked to stop. Use as a context manager around the training loop."""
+
+    _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._previous: dict[int, object] = {}
+        # `accelerate launch` of one process dies of SIGTERM without telling its child: an orphan then stops by itself.
+        self._parent = os.getppid() if any(name.startswith("ACCELERATE_") for name in os.environ) else None
+
+    def __enter__(self) -> StopSignal:
+        for name in self._SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason is not None:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        if self.reason is None and self._parent is not None and os.getppid() != self._parent:
+            self.reason = "the end of its launcher"
+        return self.reason is not None

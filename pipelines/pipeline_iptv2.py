@@ -1,0 +1,426 @@
+"""IPTV2Pipeline: class labels in, images out, by denoising latents with an IPT-V2 (or a DiT) transformer.
+
+One step, for every label at once:
+
+    (cond, uncond) = transformer([x_t, x_t], t, [label, null label])     one forward for the pair
+    guided         = uncond + guidance_scale * (cond - uncond)           on all latent channels; or a diffusers guider
+    x_{t-1}        = scheduler.step(guided, t, x_t)
+
+The latents and the scheduler's arithmetic stay in float32 whatever the transformer runs in. The scheduler owns the
+noise schedule, the LatentCodec the latent's size and units.
+"""
+
+import difflib
+import inspect
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from iptv2_diffusion import IPTV2Transformer2DModel, LatentCodec
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LEARNED_VARIANCES = ("learned", "learned_range")
+# The schedulers that sample with a variance that the model predicts
+VARIANCE_SCHEDULERS = (DDPMScheduler, DDPMParallelScheduler)
+# Where torch itself puts a tensor, in bytes
+ALIGNMENT = 64
+
+Label = int | str
+
+
+class IPTV2Pipeline(DiffusionPipeline):
+    """Class-conditional or unconditional image generation.
+
+    Args:
+        transformer: ``IPTV2Transformer2DModel``, or a ``DiTTransformer2DModel`` as a baseline.
+        vae: any VAE that a ``LatentCodec`` takes.
+        scheduler: any diffusers scheduler that fits the transformer's training target: DDPM, DDIM, DPM-Solver++, Euler
+            and their kin for noise and v-prediction, FlowMatchEuler for flow matching. Swap one for another of the
+            same kind by ``pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)``.
+        id2label: class names by id. A name may list synonyms, separated by commas.
+
+    Example:
+        >>> pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
+        >>> seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
+        >>> images = pipe(["food_drink", "flags"], num_images_per_label=4, generator=seeds).images
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ("latents", "class_labels", "model_output")
+
+    def __init__(
+        self,
+        transformer: IPTV2Transformer2DModel | DiTTransformer2DModel,
+        vae: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+    ):
+        super().__init__()
+        for component in (transformer, vae):
+            if component is not None:
+                _align_weights(component)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        # JSON turns integer keys into strings
+        id2label = {int(key): str(name) for key, name in id2label.items()} if id2label else None
+        self.register_to_config(id2label=id2label)
+        self._vae_tiling: tuple[int, float] | None = None
+        self._interrupt = False
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        if transformer is not None and vae is not None:
+            self._check_channels()
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.compression if vae is not None else 8)
+
+    def _check_channels(self) -> None:
+        config, channels = self.transformer.config, self.codec.latent_channels
+        out_channels = config.out_channels or config.in_channels
+        if config.in_channels != channels:
+            raise ValueError(
+                f"the transformer takes {config.in_channels} channels, the VAE's latents have {channels}; "
+                "use the VAE that the transformer was trained with"
+            )
+        if out_channels not in (channels, 2 * channels):
+            raise ValueError(
+                f"the transformer gives {out_channels} channels for latents of {channels}; it must give {channels}, "
+                f"or {2 * channels} with a learned variance"
+            )
+        if self.id2label and self.num_classes is not None and max(self.id2label) >= self.num_classes:
+            raise ValueError(
+                f"id2label names class {max(self.id2label)}, the transformer has classes 0 to {self.num_classes - 1}"
+            )
+
+    # --- what the pipeline is made of --------------------------------------------------------------------------------
+
+    @property
+    def codec(self) -> LatentCodec:
+        """The codec of the present VAE, with this pipeline's tiling."""
+        codec = LatentCodec(self.vae)
+        if self._vae_tiling is not None:
+            codec.enable_tiling(*self._vae_tiling)
+        return codec
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, also the id of the null label; None for an unconditional transformer."""
+        config = self.transformer.config
+        return config["num_class_embeds"] if "num_class_embeds" in config else config.get("num_embeds_ada_norm")
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return self.config.get("id2label") or {}
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class id by name; synonyms too. Where two classes share a name, the lower id has it."""
+        labels: dict[str, int] = {}
+        for key, name in sorted(self.id2label.items()):
+            for synonym in (name, *name.split(",")):
+                labels.setdefault(synonym.strip(), key)
+        return labels
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """A step callback may set ``pipe._interrupt = True``: the remaining steps are skipped."""
+        return self._interrupt
+
+    def enable_vae_tiling(self, tile_size: int = 512, overlap: float = 0.25) -> None:
+        """Decode large images in tiles; see ``LatentCodec.enable_tiling``."""
+        self.codec.enable_tiling(tile_size, overlap)  # raises at once on sizes that do not fit
+        self._vae_tiling = (tile_size, overlap)
+
+    def disable_vae_tiling(self) -> None:
+        self._vae_tiling = None
+
+    # --- inputs ------------------------------------------------------------------------------------------------------
+
+    def get_label_ids(self, labels: Label | Sequence[Label] | Tensor) -> list[int]:
+        """Class ids of labels given by name or by id."""
+        if isinstance(labels, Tensor):
+            labels = labels.flatten().tolist()
+        elif isinstance(labels, str) or not isinstance(labels, Sequence):
+            labels = [labels]
+        return [self._label_id(label) for label in labels]
+
+    def _label_id(self, label: Label) -> int:
+        if isinstance(label, str):
+            names = self.labels
+            if label in names:
+                return names[label]
+            if not names:
+                raise ValueError(f"class name {label!r}: this pipeline has no class names (id2label); give a class id")
+            near = difflib.get_close_matches(label.lower(), names, n=3, cutoff=0.5) or sorted(names)[:5]
+            raise ValueError(f"unknown class name {label!r}; the nearest of {len(names)} names: {', '.join(near)}")
+        index = operator.index(label)
+        if not 0 <= index < self.num_classes:
+            raise ValueError(f"class label {index} is out of range; the model has classes 0 to {self.num_classes - 1}")
+        return index
+
+    def _prepare_labels(self, class_labels: Any, num_images_per_label: int, device: torch.device) -> Tensor | None:
+        """(B,) int64; None for an unconditional model. All null labels if a conditional model is given none."""
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label is {num_images_per_label}; it must be at least 1")
+        if self.num_classes is None:
+            if class_labels is not None:
+                raise ValueError("this model is unconditional: leave class_labels out and set num_images_per_label")
+            return None
+        ids = [self.num_classes] if class_labels is None else self.get_label_ids(class_labels)
+        if not ids:
+            raise ValueError("class_labels is empty; give at least one class, or None for the model's null label")
+        return torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
+
+    def _prepare_latents(
+        self,
+        batch: int,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        device: torch.device,
+    ) -> Tensor:
+        """Starting noise (B, C, h, w), float32, of unit variance: drawn, or checked where it is given."""
+        sample_size = self.transformer.config.sample_size
+        default = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        if latents is not None and latents.ndim == 4:
+            default = tuple(latents.shape[-2:])
+        default_height, default_width = self.codec.image_size(*default)
+        size = self.codec.latent_size(height or default_height, width or default_width)
+        if isinstance(self.transformer, DiTTransformer2DModel):
+            patch = self.transformer.config.patch_size
+            if size[0] != size[1] or size[0] % patch:
+                raise ValueError(
+                    f"a DiT takes square latents in multiples of its patch size {patch}, not {size[0]} x {size[1]}; "
+                    f"choose equal height and width in multiples of {patch * self.codec.compression}"
+                )
+        shape = (batch, self.codec.latent_channels, *size)
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"{len(generator)} generators for {batch} images; give one for each, or a single one")
+        if latents is None:
+            # float32 before any cast, so that a seed means the same noise in every precision
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}; {batch} images of this size need {shape}")
+        return latents.to(device=device, dtype=torch.float32)
+
+    def _prepare_scheduler(self) -> SchedulerMixin:
+        """The scheduler to step with, once it is clear that it fits the transformer's outputs."""
+        scheduler, config = self.scheduler, self.scheduler.config
+        variance_type = config.get("variance_type")
+        if variance_type in LEARNED_VARIANCES:
+            if not isinstance(scheduler, VARIANCE_SCHEDULERS):
+                # Other schedulers inherit the setting from a DDPM's config without a use for it; DPM-Solver's then cut
+                # the model's output to 3 channels. They get the mean alone from us.
+                return type(scheduler).from_config(config, variance_type=None)
+            if not self._learns_variance:
+                raise ValueError(
+                    f"variance_type {variance_type!r} of the scheduler needs a transformer with 2 x "
+                    f"{self.codec.latent_channels} output channels; set it to 'fixed_small'"
+                )
+        if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)) and config.clip_sample:
+            logger.warning(
+                f"{type(scheduler).__name__} has clip_sample=True: latents cut to ±{config.clip_sample_range} make "
+                "dull images; make the scheduler by from_config of the saved one's config, or with clip_sample=False"
+            )
+        return scheduler
+
+    @property
+    def _learns_variance(self) -> bool:
+        return self.transformer.config.out_channels == 2 * self.transformer.config.in_channels
+
+    def _prepare_guider(
+        self,
+        guider: BaseGuidance | None,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        guidance_rescale: float,
+        guidable: bool,
+    ) -> BaseGuidance | None:
+        """The guider of a call; None where there is no label to guide towards."""
+        self._guidance_scale = getattr(guider, "guidance_scale", guidance_scale)
+        if not guidable:
+            return None
+        if guider is not None:
+            if guider._input_predictions != ["pred_cond", "pred_uncond"] or (
+                type(guider).prepare_models is not BaseGuidance.prepare_models
+            ):
+                raise ValueError(
+                    f"{type(guider).__name__} needs more than a conditional and an unconditional prediction; use "
+                    "ClassifierFreeGuidance, AdaptiveProjectedGuidance or another guider of such a pair"
+                )
+            return guider
+        start, stop = guidance_interval
+        guider_log = logging.getLogger("diffusers.guiders.guider_utils")
+        level = guider_log.level
+        guider_log.setLevel(logging.ERROR)  # every guider made warns that guiders are experimental
+        try:
+            return ClassifierFreeGuidance(
+                guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, start=start, stop=stop
+            )
+        finally:
+            guider_log.setLevel(level)
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def _denoise(self, latents: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
+        """The transformer's output (B, C or 2C, h, w) in float32."""
+        timestep = timestep.to(latents.device).expand(latents.shape[0])
+        latents = latents.to(self.transformer.dtype)
+        return self.transformer(latents, timestep=timestep, class_labels=class_labels, return_dict=False)[0].float()
+
+    def _predict(
+        self, latents: Tensor, timestep: Tensor, class_labels: Tensor | None, guider: BaseGuidance | None
+    ) -> tuple[Tensor, Tensor]:
+        """Guided prediction (B, C, h, w), and the variance channels (B, C or 0, h, w), which guidance leaves alone."""
+        channels = latents.shape[1]
+        if guider is None:
+            output = self._denoise(latents, timestep, class_labels)
+            return output[:, :channels], output[:, channels:]
+        if guider.num_conditions == 1:
+            output, unconditional = self._denoise(latents, timestep, class_labels), None
+        else:
+            both_labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
+            output, null_output = self._denoise(torch.cat([latents, latents]), timestep, both_labels).chunk(2)
+            unconditional = null_output[:, :channels]
+        guided = guider.forward(pred_cond=output[:, :channels], pred_uncond=unconditional).pred
+        return guided, output[:, channels:]
+
+    # --- the call ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] | Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        guider: BaseGuidance | None = None,
+        num_images_per_label: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images.
+
+        Args:
+            class_labels: one class or several, by name or id. None: the null label of a conditional model (an image of
+                any class, unguided), or an unconditional model.
+            height, width: in pixels, multiples of the VAE's compression; the size trained at by default.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: classifier-free guidance; 1 is none and halves the time.
+            guidance_interval: (start, stop), the fraction of the steps from and up to which guidance acts.
+            guidance_rescale: 0 to 1, how far to bring the guided prediction back to the deviation of the unguided (Lin
+                et al. 2023, arXiv 2305.08891, §3.4).
+            guider: a diffusers guider in place of the three arguments above.
+            num_images_per_label: images of each label; images of one label follow one another.
+            eta: of DDIM: 0 is deterministic, 1 is as random as DDPM.
+            generator: one for all images; or a list with one for each: an image then depends on its own seed alone.
+            latents: starting noise (B, C, h, w) of unit variance, in place of drawing it.
+            output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; "latent", in model units.
+            return_dict: return an ``ImagePipelineOutput`` instead of a tuple.
+            callback_on_step_end: called as ``callback(pipe, step, timestep, tensors)`` after each step; what it
+                returns in a dict under "latents" or "class_labels" is used from then on.
+            callback_on_step_end_tensor_inputs: which of "latents", "class_labels", "model_output" it is given.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``.images``, or a tuple with them.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}; not {unknown}")
+
+        device = self._execution_device
+        guidable = class_labels is not None
+        class_labels = self._prepare_labels(class_labels, num_images_per_label, device)
+        batch = num_images_per_label if class_labels is None else len(class_labels)
+        latents = self._prepare_latents(batch, height, width, generator, latents, device)
+        guider = self._prepare_guider(guider, guidance_scale, guidance_interval, guidance_rescale, guidable)
+        scheduler = self._prepare_scheduler()
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        # flow-matching schedulers have neither of these two
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        scale_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+        takes = inspect.signature(scheduler.step).parameters
+        step_options = {k: v for k, v in {"generator": generator, "eta": eta}.items() if k in takes}
+        step_takes_variance = (
+            isinstance(scheduler, VARIANCE_SCHEDULERS) and scheduler.config.variance_type in LEARNED_VARIANCES
+        )
+
+        self._num_timesteps = len(scheduler.timesteps)
+        self._interrupt = False
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            for step, timestep in enumerate(scheduler.timesteps):
+                if self._interrupt:
+                    break
+                if guider is not None:
+                    guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
+                scaled = scale_input(latents, timestep)
+                model_output, variance = self._predict(scaled, timestep, class_labels, guider)
+                if step_takes_variance:
+                    model_output = torch.cat([model_output, variance], dim=1)
+                latents = scheduler.step(model_output, timestep, latents, **step_options, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    known = {"latents": latents, "class_labels": class_labels, "model_output": model_output}
+                    given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                    returned = callback_on_step_end(self, step, timestep, given) or {}
+                    latents = returned.get("latents", latents)
+                    class_labels = returned.get("class_labels", class_labels)
+                progress.update()
+
+        if output_type == "latent":
+            images = latents
+        else:
+            decoded = self.codec.decode(latents, generator if isinstance(generator, torch.Generator) else None)
+            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _align_weights(model: nn.Module) -> None:
+    """Copy the weights that do not start where torch would have put them.
+
+    safetensors leaves loaded weights where they lie in the file, and there the CPU's vector kernels sum in another order: the
+    same weights would give another last bit than in the process that saved them. A saved pipeline must give the same image.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and type(tensor.data) is Tensor and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()

@@ -1,0 +1,151 @@
+"""torch.compile of the denoiser, whole and by repeated blocks, and what other libraries hook into it."""
+
+from __future__ import annotations
+
+import pytest
+import references
+import torch
+from accelerate import cpu_offload
+from diffusers.training_utils import EMAModel
+from test_transformer_iptv2 import VARIANTS, denoiser, inputs, sample
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+class TestCompile:
+    @pytest.mark.parametrize("variant", ["default", "grid only"])
+    def test_forward_is_one_graph(self, variant):
+        model = denoiser(**VARIANTS[variant])
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        given = inputs(size=(13, 16))
+        torch.testing.assert_close(sample(compiled, **given), sample(model, **given), rtol=1e-4, atol=1e-5)
+
+    def test_training_step_is_one_graph(self):
+        model = denoiser(layers_per_stage=(1,), grid_stride=2).train()
+        model(**inputs()).sample.square().mean().backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled(**inputs()).sample.square().mean().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+    def test_repeated_blocks(self):
+        """Regional compilation: one graph per stage, not one per block.
+
+        `dynamic=False`, because widths differ between stages: PyTorch would take the channels for a dynamic dimension
+        and compile ten times longer.
+        """
+        model, given = denoiser(layers_per_stage=(2, 2, 2)), inputs()
+        expected = sample(model, **given)
+        counter = CompileCounterWithBackend("aot_eager")
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=counter)
+        torch.testing.assert_close(sample(model, **given), expected, rtol=1e-4, atol=1e-5)
+        assert counter.frame_count == 3
+
+    def test_fused(self):
+        model, given = denoiser(layers_per_stage=(1,), grid_stride=2).fuse(), inputs()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(sample(compiled, **given), sample(model, **given), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("regional", [False, True])
+    def test_inductor(self, regional):
+        model, given = denoiser(), inputs()
+        expected = sample(model, **given)
+        if regional:
+            model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            actual = sample(model, **given)
+        else:
+            actual = sample(torch.compile(model, fullgraph=True), **given)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.slow
+    def test_inductor_trains_under_autocast(self):
+        model = denoiser().train()
+        compiled = torch.compile(model, fullgraph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = compiled(**inputs()).sample.float().square().mean()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+class TestAdapters:
+    def lora(self, **kwargs):
+        peft = pytest.importorskip("peft")
+        targets = ["qkv", "out_proj", "expand_in", "expand_out", "project_in", "project_out"]
+        return peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=True, **kwargs)
+
+    def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(self):
+        model, given = denoiser(), inputs()
+        before = sample(model, **given)
+        model.add_adapter(self.lora(), adapter_name="style")
+        torch.testing.assert_close(sample(model, **given), before, rtol=1e-4, atol=1e-5)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+        changed = sample(model, **given)
+        assert (changed - before).abs().max() > 1e-3
+        model.disable_adapters()
+        torch.testing.assert_close(sample(model, **given), before, rtol=1e-4, atol=1e-5)
+        model.enable_adapters()
+        torch.testing.assert_close(sample(model, **given), changed, rtol=1e-4, atol=1e-5)
+
+    def test_every_adapted_layer_learns(self):
+        """A layer whose weight is read instead of called would leave its adapter without a gradient."""
+        model = denoiser()
+        model.add_adapter(self.lora())
+        references.randomize_(model, 0.05)
+        model.train()
+        model(**inputs()).sample.square().mean().backward()
+        adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+        assert len(adapters) > 0
+        assert [n for n, p in adapters.items() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+    def test_adapter_saves_and_loads(self, tmp_path):
+        model, given = denoiser(), inputs()
+        model.add_adapter(self.lora(), adapter_name="style")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+        model.save_lora_adapter(tmp_path, adapter_name="style")
+        other = denoiser()
+        other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+        torch.testing.assert_close(sample(other, **given), sample(model, **given), rtol=1e-4, atol=1e-5)
+
+    def test_attention_processor_interface(self):
+        """FCSA and GGSA have no exchangeable processors; the mixin's interface says so instead of failing."""
+        model = denoiser()
+        assert model.attn_processors == {}
+        model.fuse_qkv_projections()
+        model.unfuse_qkv_projections()
+
+
+class TestDiffusersTools:
+    def test_ema_model_round_trip(self, tmp_path):
+        model = denoiser()
+        ema = EMAModel(model.parameters(), decay=0.5, model_cls=IPTV2Transformer2DModel, model_config=model.config)
+        references.randomize_(model, 0.1, seed=1)
+        ema.step(model.parameters())
+        ema.save_pretrained(tmp_path)
+        loaded = EMAModel.from_pretrained(tmp_path, IPTV2Transformer2DModel)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.shadow_params, ema.shadow_params, strict=True))
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_sequential_offload(self, fused):
+        """`enable_sequential_cpu_offload`: outside of a layer's own call its weights are on the meta device."""
+        model, given = denoiser(), inputs()
+        model = model.fuse() if fused else model
+        expected = sample(model, **given)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert next(model.parameters()).is_meta
+        torch.testing.assert_close(sample(model, **given), expected, rtol=1e-4, atol=1e-5)

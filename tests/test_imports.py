@@ -1,0 +1,78 @@
+"""Importing the package: cheap, lazy, and known to diffusers."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+
+import iptv2_diffusion
+
+ROOT = Path(__file__).parents[1]
+
+# What importing us adds to the modules that `import torch, diffusers` loads, and what using us then adds.
+PROBE = """
+import json, sys
+import torch, diffusers
+before = set(sys.modules)
+import iptv2_diffusion
+added = set(sys.modules) - before
+has_pipeline = "pipelines" in sys.modules
+from diffusers import IPTV2Pipeline
+print(json.dumps({"added": sorted(added), "has_pipeline": has_pipeline, "name": IPTV2Pipeline.__name__}))
+"""
+
+
+def test_import_loads_nothing_but_itself():
+    """Hence it costs a few milliseconds over `import torch, diffusers`."""
+    result = subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True, text=True, cwd=ROOT)
+    report = json.loads(result.stdout)
+    heavy = [
+        name for name in report["added"] if name.split(".")[0] not in ("iptv2_diffusion", "diffusers", "importlib")
+    ]
+    # importlib.metadata, which reads the version, brings a few small modules of the standard library
+    assert [name for name in heavy if name.split(".")[0] not in sys.stdlib_module_names] == []
+    assert [name for name in report["added"] if name.startswith("iptv2_diffusion")] == ["iptv2_diffusion"]
+    assert [name for name in report["added"] if name.startswith("diffusers")] in ([], ["diffusers.pipelines"])
+    assert not report["has_pipeline"]
+    assert report["name"] == "IPTV2Pipeline"
+
+
+@pytest.mark.parametrize("name", iptv2_diffusion.__all__)
+def test_public_names(name):
+    value = getattr(iptv2_diffusion, name)
+    assert name in dir(iptv2_diffusion)
+    if isinstance(value, type) and not value.__module__.startswith("diffusers"):
+        assert value.__module__ == "iptv2_diffusion"
+        assert pickle.loads(pickle.dumps(value)) is value
+
+
+def test_every_public_name_is_lazy_and_the_other_way_round():
+    assert set(iptv2_diffusion.__all__) == set(iptv2_diffusion._LAZY_NAMES)
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'IPTV3Pipeline'"):
+        iptv2_diffusion.IPTV3Pipeline  # noqa: B018
+
+
+def test_diffusers_knows_us_and_is_otherwise_unchanged():
+    assert diffusers.pipelines.iptv2_diffusion is iptv2_diffusion
+    assert diffusers.IPTV2Pipeline is iptv2_diffusion.IPTV2Pipeline
+    assert diffusers.DDPMScheduler.__name__ == "DDPMScheduler"
+    with pytest.raises(AttributeError, match="IPTV3Pipeline"):
+        diffusers.IPTV3Pipeline  # noqa: B018
+
+
+def test_registering_twice_changes_nothing():
+    before = type(diffusers)
+    iptv2_diffusion._register_with_diffusers()
+    assert type(diffusers) is before
+
+
+def test_base_classes_by_which_diffusers_loads_our_components():
+    assert iptv2_diffusion.ModelMixin is diffusers.ModelMixin
+    assert iptv2_diffusion.SchedulerMixin is diffusers.SchedulerMixin
