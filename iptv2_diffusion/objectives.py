@@ -51,9 +51,7 @@ def gaussian_kl(mean_difference: Tensor, log_variance_q: Tensor, log_variance_p:
     Ho et al. 2020, eq. 5, written out for diagonal Gaussians. All arguments broadcast; the result is non-negative.
     """
     ratio = torch.exp(log_variance_q - log_variance_p)
-    return 0.5 * (
-        log_variance_p - log_variance_q - 1.0 + ratio + mean_difference.square() * torch.exp(-log_variance_p)
-    )
+    return 0.5 * (log_variance_p - log_variance_q - 1.0 + ratio + mean_difference.square() * torch.exp(-log_variance_p))
 
 
 def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -212,7 +212,9 @@ class IPTV2Pipeline(DiffusionPipeline):
         if latents is not None and latents.ndim == 4:
             default = tuple(latents.shape[-2:])
         default_height, default_width = self.codec.image_size(*default)
-        size = self.codec.latent_size(height or default_height, width or default_width)
+        size = self.codec.latent_size(
+            default_height if height is None else height, default_width if width is None else width
+        )
         if isinstance(self.transformer, DiTTransformer2DModel):
             patch = self.transformer.config.patch_size
             if size[0] != size[1] or size[0] % patch:
@@ -418,8 +420,8 @@ class IPTV2Pipeline(DiffusionPipeline):
 def _align_weights(model: nn.Module) -> None:
     """Copy the weights that do not start where torch would have put them.
 
-    safetensors leaves loaded weights where they lie in the file, and there the CPU's vector kernels sum in another order: the
-    same weights would give another last bit than in the process that saved them. A saved pipeline must give the same image.
+    safetensors leaves loaded weights where they lie in the file, and there the CPU's vector kernels sum in another
+    order: the last bits would differ from the process that saved them. A saved pipeline must give the same image.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and type(tensor.data) is Tensor and tensor.data_ptr() % ALIGNMENT:

@@ -179,6 +179,12 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
             f"the model takes {model.config.in_channels} channels, the VAE {config.vae} gives {channels}; choose "
             "another VAE or leave in_channels out of model_overrides"
         )
+    patch = model.config.patch_size
+    if "num_embeds_ada_norm" in model.config and (height % patch or width % patch):
+        raise ConfigError(
+            f"latents of {height} x {width} do not divide into this DiT's patches of {patch}; choose a resolution in "
+            f"multiples of {patch * codec.compression}"
+        )
     return model
 
 
@@ -271,9 +277,9 @@ def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: A
 # Running
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, build, train, save."""
-    config = parse_config(LDMConfig, description=__doc__, examples=EXAMPLES)
+    config = parse_config(LDMConfig, argv, description=__doc__, examples=EXAMPLES)
 
     from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry_run
 

@@ -2,10 +2,10 @@
 
     accelerate launch train/train_vae.py --config configs/vae-emoji64.yaml
 
-loss = l1_weight·|x̂ − x| + mse_weight·(x̂ − x)² + kl_weight·KL, each a mean over its elements (pixels, or latents for the
-KL), x in [-1, 1]; x̂ is decoded from a sample of the posterior. The result, output_dir/vae, loads with
-`AutoencoderKL.from_pretrained`. Its config carries `latents_mean` and `latents_std`, the statistics of each latent channel
-over the training images, by which `LatentCodec` brings latents to mean 0 and standard deviation 1.
+loss = l1_weight·|y − x| + mse_weight·(y − x)² + kl_weight·KL, each a mean over its elements (pixels, or latents for
+the KL), x in [-1, 1]; y is decoded from a sample of the posterior. The result, output_dir/vae, loads with
+`AutoencoderKL.from_pretrained`. Its config carries `latents_mean` and `latents_std`, the statistics of each latent
+channel over the training images, by which `LatentCodec` brings latents to mean 0 and standard deviation 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from iptv2_diffusion.training.config import TrainingConfig, option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 examples:
-  the shipped VAE (about 20 minutes on two cores)   accelerate launch train/train_vae.py --config configs/vae-emoji64.yaml
-  two processes, faster than two threads on a CPU   accelerate launch --num_processes 2 --cpu train/train_vae.py ...
-  try every stage in seconds                        ... --dry_run
-  your own images, 8x down                          ... --data my_photos --heldout_split none --resolution 128 \\
-                                                        --block_out_channels 32,64,96,128 --output_dir runs/my-vae
-  only measure a finished run                       the same command again: it finds the run finished and evaluates
+  the shipped VAE                accelerate launch train/train_vae.py --config configs/vae-emoji64.yaml
+  two processes on a CPU         accelerate launch --cpu --num_processes 2 train/train_vae.py --config ...
+                                 (faster than one process of two threads)
+  try every stage in seconds     ... --dry_run
+  your own images, 8x down       ... --data my_photos --heldout_split none --resolution 128 \\
+                                     --block_out_channels 32,64,96,128 --output_dir runs/my-vae
+  measure a finished run         the same command again: it finds the run finished, evaluates and saves
 
 The same command resumes from the newest checkpoint in output_dir. The down-sampling is 2^(levels - 1).
 """

@@ -174,7 +174,7 @@ def to_webp(data: bytes) -> bytes:
 
 
 def list_emoji(google_tarball: Path) -> list[dict]:
-    """Every emoji and kept skin-tone variant: code_point, name, label, skin_tone ("" for the base), in Unicode's order."""
+    """Every emoji and kept skin tone, in Unicode's order: code_point, name, label, skin_tone ("" for the base)."""
     with tarfile.open(google_tarball) as tar:
         entries = json.load(tar.extractfile("package/emoji.json"))
     rows = []
@@ -245,8 +245,8 @@ configs:
 ---
 # emoji64
 
-{total:,} emoji pictures, 64×64 RGB on white, in three styles, with 9 class labels (the Unicode groups). Small enough to
-ship with the code, varied enough to train a class-conditional image model and a VAE on a CPU.
+{total:,} emoji pictures, 64×64 RGB on white, in three styles, with 9 class labels (the Unicode groups). Small enough
+to ship with the code, varied enough to train a class-conditional image model and a VAE on a CPU.
 *This card is written by `build.py`; edit it there.*
 
 ```python
@@ -262,7 +262,7 @@ base = train.filter(lambda tone: tone == "", input_columns="skin_tone")  # witho
 | `style` | ClassLabel: `noto`, `twemoji`, `fluent3d` |
 | `code_point` | Unicode sequence, such as `1F468-200D-1F9B0` |
 | `name` | Unicode name in lower case (a skin-tone variant carries its base's name) |
-| `skin_tone` | `""` for the base image; else `light`, `medium` or `dark` (the two tones between and mixed couples are left out) |
+| `skin_tone` | `""` for the base image; else `light`, `medium` or `dark` (the others are left out) |
 
 ## Split
 By *family* of code points: skin tones, genders and directions of one emoji in every style are all in `train` or all in
@@ -274,7 +274,8 @@ code points are held out. `heldout` holds base images only. (Families go further
 
 ## How made
 `python data/emoji64/build.py` (`--tarballs DIR` if the packages are there already). Pictures with transparency are
-composited on white; Fluent (256 px) is reduced to 64 px by Lanczos *after* compositing; the others are 64 px as they come.
+composited on white; Fluent (256 px) is reduced to 64 px by Lanczos *after* compositing; the others are 64 px
+as they come.
 
 | style | source (npm) | licence of the pictures | attribution | SHA-256 of the tarball |
 |---|---|---|---|---|

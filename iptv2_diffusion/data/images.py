@@ -1,6 +1,6 @@
 """Any set of images as tensors: one loader for folders, parquet files and Hub names, one Dataset of (3, H, W) tensors.
 
-`load_image_dataset` brings every source to the same two columns: "image" (undecoded) and, when there are labels, "label".
+`load_image_dataset` brings every source to the same two columns: "image" (undecoded) and, if there are labels, "label".
 `ImageTensors` decodes: EXIF orientation → composite on white → ADM centre crop → float32 (3, H, W) in [-1, 1].
 Nothing here is random: whoever trains chooses the order and the flips, so that a run can be repeated and resumed.
 """
@@ -108,9 +108,7 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
     elif splits:
         raise ValueError(f'{path}: no split "{name}"; there are: {", ".join(splits)}')
     elif name != "train":
-        raise ValueError(
-            f'{path}: no split "{name}"; without folders train/, test/ … all images are the split "train"'
-        )
+        raise ValueError(f'{path}: no split "{name}"; without folders train/, test/ … all images are the split "train"')
     files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise ValueError(f"{path}: no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
@@ -138,9 +136,7 @@ def _standard_columns(
     if image is None:
         kinds = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
         if not kinds:
-            raise ValueError(
-                f"{source}: no image column among {', '.join(data.column_names)}; name it by image_column"
-            )
+            raise ValueError(f"{source}: no image column among {', '.join(data.column_names)}; name it by image_column")
         image = kinds[0]
     label = None if label_column == "none" else _find_column(data, source, label_column, LABEL_COLUMNS, "label")
     data = data.select_columns([image] if label is None else [image, label])

@@ -1,6 +1,7 @@
 """Rep-LeFFN: the re-parameterised, locally-enhanced feed-forward of an FG block (SPEC §5)."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -62,8 +63,7 @@ class RepLeFFN(nn.Module):
             x = self.project(x)
         else:
             x = F.gelu(apply_pair(self.expand_in, self.expand_out, x)).permute(0, 3, 1, 2)  # (B, rC, H, W)
-            kernel, bias = merge_depthwise(self.depthwise_5x5, self.depthwise_3x3, self.depthwise_1x1)
-            x = depthwise_conv2d(x, kernel, bias).permute(0, 2, 3, 1)
+            x = apply_branches((self.depthwise_5x5, self.depthwise_3x3, self.depthwise_1x1), x).permute(0, 2, 3, 1)
             x = apply_pair(self.project_in, self.project_out, x)
         return x.permute(0, 3, 1, 2)
 
@@ -94,16 +94,31 @@ class RepLeFFN(nn.Module):
 def apply_pair(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     """second(first(x)) of a (B, H, W, C) map, in the order of fewer multiplications.
 
-    Merging costs in·middle·out once and saves middle·(in + out) - in·out at each position. Layers that something
-    wraps (a LoRA adapter) are called as they are.
+    Merging costs in·middle·out once and saves middle·(in + out) - in·out at each position.
     """
-    plain = type(first) is nn.Linear and type(second) is nn.Linear
-    if plain:
+    if is_plain(first) and is_plain(second):
         inner, middle, outer = first.in_features, first.out_features, second.out_features
         positions = x.numel() // inner
         if positions * (middle * (inner + outer) - inner * outer) > inner * middle * outer:
             return F.linear(x, *merge_pair(first, second))
     return second(first(x))
+
+
+def apply_branches(branches: Sequence[nn.Conv2d], x: Tensor) -> Tensor:
+    """x + Σ branch(x) of a (B, rC, H, W) map, as one convolution."""
+    if all(is_plain(branch) for branch in branches):
+        return depthwise_conv2d(x, *merge_depthwise(*branches))
+    return sum((branch(x) for branch in branches), x)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's weights may be read instead of calling it.
+
+    Not so for one that an adapter wraps (LoRA), or that a hook gives its weights only during its forward (accelerate's
+    sequential offload, diffusers' layerwise casting).
+    """
+    hooked = hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")
+    return type(layer) in (nn.Linear, DepthwiseConv2d) and not hooked
 
 
 def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | None]:

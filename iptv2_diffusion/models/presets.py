@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.modeling_utils import ModelMixin
@@ -66,6 +67,19 @@ PRESETS: dict[str, Preset] = {
         parameters=0.126,
         gmacs=0.0035,
     ),
+    "emoji64": Preset(  # the demo and assets/iptv2-emoji64: 16×16×4 latents
+        {
+            "sample_size": 16,
+            "channels": 64,
+            "layers_per_stage": (1, 1, 4, 1, 1),
+            "num_attention_heads": (2, 4, 8, 4, 4),
+            "grid_stride": (2, 1, 1),
+            "num_class_embeds": 9,
+            "conditioning_dim": 128,
+        },
+        parameters=9.44,
+        gmacs=0.307,
+    ),
     "iptv2-s": Preset(
         {"channels": 128, "layers_per_stage": (1, 3, 5, 3, 1), "num_attention_heads": (4, 8, 16, 8, 8)},
         parameters=50.8,
@@ -98,10 +112,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def create_model(name: str, **overrides: Any) -> ModelMixin:
-    """Make a fresh model from a preset's name or a diffusers `config.json`, or load one from a saved folder.
+    """Make a fresh model from a preset's name or a configuration file (JSON or YAML), or load one from a saved folder.
 
     Args:
-        name: a key of `PRESETS`, the path of a `config.json`, or a folder that `save_pretrained` wrote (its weights
+        name: a key of `PRESETS`, the path of a `config.json` or YAML file, or a folder that `save_pretrained` wrote (its weights
             are loaded, and overrides are refused unless they agree).
         **overrides: configuration to replace. `num_class_embeds` is translated for DiT (`num_embeds_ada_norm`; None
             becomes one class that every sample has).
@@ -112,8 +126,9 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
     if name in PRESETS:
         model_class, config = PRESETS[name].model_class, dict(PRESETS[name].config)
     elif Path(name).exists():
-        config = dict(IPTV2Transformer2DModel.load_config(name))
-        model_class = MODEL_CLASSES.get(config.get("_class_name"))
+        path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+        config = yaml.safe_load(path.read_text())  # JSON is YAML
+        model_class = MODEL_CLASSES.get(config.get("_class_name", "IPTV2Transformer2DModel"))
         if model_class is None:
             raise ValueError(f"{name}: _class_name is {config.get('_class_name')!r}, not one of {list(MODEL_CLASSES)}")
     else:
@@ -123,7 +138,9 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
     overrides = translate_overrides(model_class, overrides)
     if Path(name).is_dir():
         model = model_class.from_pretrained(name)
-        differing = [f"{k}={model.config[k]!r}, not {v!r}" for k, v in overrides.items() if model.config[k] != v]
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items()}  # JSON has no tuples
+        overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+        differing = [f"{k}={saved[k]!r}, not {v!r}" for k, v in overrides.items() if saved[k] != v]
         if differing:
             raise ValueError(f"{name} was saved with {'; '.join(differing)}")
     else:

@@ -68,6 +68,7 @@ class IPTV2Transformer2DModel(FusibleModelMixin, ModelMixin, ConfigMixin, Attent
         fused: deployed form; made by `fuse()`, cannot be trained.
     """
 
+    __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
     _supports_gradient_checkpointing = True
     _no_split_modules = ["FGBlock"]
     _repeated_blocks = ["FGBlock"]
@@ -98,9 +99,7 @@ class IPTV2Transformer2DModel(FusibleModelMixin, ModelMixin, ConfigMixin, Attent
         levels = len(layers_per_stage) // 2 + 1
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.out_channels = in_channels if out_channels is None else out_channels
-        conditioning_dims = (
-            [conditioning_dim] if conditioning_dim else [channels * 2**level for level in range(levels)]
-        )
+        conditioning_dims = [conditioning_dim] if conditioning_dim else [channels * 2**level for level in range(levels)]
 
         self.stem = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
         self.embedders = nn.ModuleList(TimestepClassEmbedding(dim, num_class_embeds) for dim in conditioning_dims)

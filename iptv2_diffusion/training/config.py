@@ -93,9 +93,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, slower", group="machine", free=True
     )
-    torch_compile: bool = option(
-        False, "compile the model's blocks (first steps are slow)", group="machine", free=True
-    )
+    torch_compile: bool = option(False, "compile the model's blocks (first steps are slow)", group="machine", free=True)
     num_threads: int | None = option(
         None, "CPU threads a process; none: on a CPU all cores, shared among the processes", group="machine", free=True
     )
@@ -267,10 +265,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser(config_type: type, description: str, examples: str) -> argparse.ArgumentParser:
     parser = _Parser(
+        usage="%(prog)s [--config FILE] [--option VALUE ...]",
         description=description,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         epilog=examples,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
     )
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file; may be given several times")
     hints, groups = typing.get_type_hints(config_type), {}

@@ -7,9 +7,12 @@ Scripts wrap their `main` in `run_main`; everything that is the user's to mend i
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class UserError(Exception):
@@ -38,17 +41,28 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run `main` and leave the interpreter: exit code 0, or 1 after a `UserError` printed as one line.
+    """Run `main` and leave the interpreter: exit code 0, or 1 after a user's error, printed as one line.
 
-    With several processes only the first prints (the others raise the same error), so that the line is seen once; an
-    error that only one of the others met is printed by that one through `accelerate launch`'s own report.
+    With several processes only the first prints, so that the line is seen once: what is checked here is the same for
+    all. A disk that fills outside of a checkpoint (which names more, see `checkpoint.py`) is told here too.
     """
     try:
         code = main()
     except UserError as error:
         if os.environ.get("IPTV2_TRACEBACK") == "1":
             raise
-        if int(os.environ.get("RANK", "0")) == 0 or os.environ.get("IPTV2_ALL_RANKS") == "1":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 1
+        code = _complain(str(error))
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS or os.environ.get("IPTV2_TRACEBACK") == "1":
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        code = _complain(f"{error.strerror}{where}: make room and start the same command again; checkpoints are whole")
+    except KeyboardInterrupt:
+        code = 130
     sys.exit(code or 0)
+
+
+def _complain(message: str) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return 1

@@ -307,7 +307,7 @@ class Trainer:
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile in place: the repeated blocks where the model names them (fast to compile), else the whole."""
     if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks()
+        model.compile_repeated_blocks(dynamic=False)  # dynamic shapes recompile slowly, and there are few shapes
     else:
         model.compile()
 

@@ -47,13 +47,16 @@ class LearningRate:
         self._factor: Callable[[float], float] = scheduler.lr_lambdas[0]
         self._optimizer = optimizer
         self._steps = config.max_train_steps
-        self._base = config.learning_rate
-        self._offset = 1 if config.lr_warmup_steps > 0 else 0  # diffusers starts at 0: the first step would be lost
+        self._base, self._warmup = config.learning_rate, config.lr_warmup_steps
 
     def at(self, step: int, fraction: float = 0.0) -> float:
         """The learning rate for optimiser step `step`, counted from 0."""
-        position = max(step + self._offset, fraction * self._steps)
-        return self._base * self._factor(min(position, self._steps))
+        # diffusers' warm-up starts at a rate of 0, which would lose the first step: count from 1 while it lasts.
+        position = max(step + (step < self._warmup), fraction * self._steps)
+        factor = self._factor(min(position, self._steps))
+        if step < self._warmup:  # warm-up is counted in steps, however fast the time runs
+            factor = min(factor, (step + 1) / self._warmup)
+        return self._base * factor
 
     def set(self, step: int, fraction: float = 0.0) -> float:
         """Write `at(step, fraction)` into the optimiser's groups and return it."""

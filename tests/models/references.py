@@ -1,8 +1,8 @@
 """Slow, loop-written references of the layers, from the equations of SPEC.md §3-§6 and nothing else, in float64.
 
 They take only the *parameters* of the module under test and share no code with it: no window partition, no reshapes
-of a feature map, one position and one head at a time. What they check is therefore exactly what the vectorised code can
-get wrong: orders of axes, offsets, paddings, masks.
+of a feature map, one position and one head at a time. What they check is therefore exactly what the vectorised code
+can get wrong: orders of axes, offsets, paddings, masks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def randomize_(module: nn.Module, scale: float = 0.2, seed: int = 0) -> nn.Module:
-    """Add noise to every parameter (zero-initialised gates, merge logits and temperatures too), the same for a seed."""
+    """Add noise to every parameter, zero-initialised gates and merge logits too; the same noise for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -64,7 +64,7 @@ def depthwise(x: Tensor, layer: nn.Module) -> Tensor:
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # SPEC §3: focal context self-attention
 
 
@@ -135,7 +135,7 @@ def focal_context_attention(module: nn.Module, x: Tensor) -> Tensor:
     return pointwise(merged, module.out_proj)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # SPEC §4: global grid self-attention
 
 
@@ -182,15 +182,15 @@ def global_grid_attention(module: nn.Module, x: Tensor, stride: int | None, grid
             for i in range(height):
                 for j in range(width):
                     # the group of (i, j): the positions at the same offset inside every cell
-                    group = [
-                        (r, c) for r in range(i % step_y, height, step_y) for c in range(j % step_x, width, step_x)
-                    ]
+                    rows, columns = range(i % step_y, height, step_y), range(j % step_x, width, step_x)
+                    group = [(row, column) for row in rows for column in columns]
                     scores = torch.stack([scale[head] * (unit_q[i, j] * unit_k[p]).sum() for p in group]).softmax(0)
-                    out[b, head * d : (head + 1) * d, i, j] = sum(s * v[:, r, c] for s, (r, c) in zip(scores, group))
+                    values = torch.stack([v[:, row, column] for row, column in group])
+                    out[b, head * d : (head + 1) * d, i, j] = scores @ values
     return pointwise(out, module.out_proj)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # SPEC §5: Rep-LeFFN, and SPEC §2: the normalisations
 
 
@@ -215,7 +215,7 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
     return (x - mean) / (variance + eps).sqrt()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # SPEC §1, §2: the FG block and the U
 
 
@@ -286,7 +286,7 @@ def backbone(module: nn.Module, x: Tensor, conditioning: Tensor | None = None) -
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # SPEC §6: the conditioning vector; SPEC §1: stem and head of the latent denoiser
 
 

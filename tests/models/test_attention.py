@@ -154,7 +154,7 @@ class TestGridProperties:
         torch.testing.assert_close(module.logit_scale.exp(), torch.full_like(module.logit_scale, 10.0))
 
     def test_receptive_field_is_the_grid(self):
-        """A position sees exactly the positions at its own offset in every cell (and what their 5×5 convolution saw)."""
+        """A position sees the positions at its own offset in every cell, and no other (5×5 convolution at zero)."""
         module = grid(stride=4)
         with torch.no_grad():
             module.depthwise.weight.zero_()

@@ -58,23 +58,14 @@ class TestCompile:
         torch.testing.assert_close(sample(compiled, **given), sample(model, **given), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("regional", [False, True])
-    def test_inductor(self, regional):
-        model, given = denoiser(), inputs()
-        expected = sample(model, **given)
-        if regional:
-            model.compile_repeated_blocks(fullgraph=True, dynamic=False)
-            actual = sample(model, **given)
-        else:
-            actual = sample(torch.compile(model, fullgraph=True), **given)
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-
-    @pytest.mark.slow
     def test_inductor_trains_under_autocast(self):
-        model = denoiser().train()
-        compiled = torch.compile(model, fullgraph=True)
+        """One level, as minutes of C++ compilation go with the number of kernels."""
+        model, given = denoiser(layers_per_stage=(1,), grid_stride=2), inputs()
+        expected = sample(model, **given)
+        compiled = torch.compile(model.train(), fullgraph=True)
+        torch.testing.assert_close(compiled(**given).sample, expected, rtol=1e-3, atol=1e-4)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = compiled(**inputs()).sample.float().square().mean()
+            loss = compiled(**given).sample.float().square().mean()
         loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 

@@ -35,6 +35,11 @@ def on_meta(name: str, **overrides) -> torch.nn.Module:
         return create_model(name, **overrides)
 
 
+@cache
+def macs(name: str, batch_size: int = 1, **overrides) -> int:
+    return count_macs(on_meta(name, **overrides), batch_size=batch_size)
+
+
 class TestSizes:
     @pytest.mark.parametrize("name", TABLE)
     def test_within_the_table(self, name):
@@ -43,15 +48,15 @@ class TestSizes:
         assert model.config.sample_size == 32
         assert model.config.in_channels == 4
         assert count_parameters(model) / 1e6 <= most_parameters
-        assert count_macs(model) / 1e9 == pytest.approx(gmacs, rel=0.04)
+        assert macs(name, fused=True) / 1e9 == pytest.approx(gmacs, rel=0.04)
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_figures_beside_the_preset_are_true(self, name):
         """To three figures, which is how they are written."""
         preset = PRESETS[name]
-        model = on_meta(name, **({"fused": True} if name in OURS else {}))
-        assert count_parameters(model) / 1e6 == pytest.approx(preset.parameters, rel=5e-3)
-        assert count_macs(model) / 1e9 == pytest.approx(preset.gmacs, rel=8e-3)
+        fused = {"fused": True} if name in OURS else {}
+        assert count_parameters(on_meta(name, **fused)) / 1e6 == pytest.approx(preset.parameters, rel=5e-3)
+        assert macs(name, **fused) / 1e9 == pytest.approx(preset.gmacs, rel=8e-3)
 
     @pytest.mark.parametrize("name", TABLE)
     def test_head_sizes_fit_the_tensor_cores(self, name):
@@ -67,7 +72,7 @@ class TestSizes:
     @pytest.mark.parametrize("name", TABLE)
     def test_training_costs_little_more_than_deployment(self, name):
         """SPEC §7: unfused costs about 1.18 ×; the merged training form of a batch costs less."""
-        ratio = count_macs(on_meta(name), batch_size=32) / count_macs(on_meta(name, fused=True))
+        ratio = macs(name, batch_size=32) / macs(name, fused=True)
         assert 1.0 < ratio < 1.18
 
     @pytest.mark.parametrize("size", U_DIT)
@@ -92,7 +97,7 @@ class TestSizes:
 class TestCounting:
     def test_dit_s_2_reads_6_06(self):
         """On the CPU the counter takes attention as free and reads 5.45."""
-        assert round(count_macs(on_meta("dit-s-2")) / 1e9, 2) == 6.06
+        assert round(macs("dit-s-2") / 1e9, 2) == 6.06
 
     def test_a_real_model_counts_as_its_meta_twin_and_is_not_touched(self):
         model = create_model("tiny").train()
@@ -174,9 +179,7 @@ class TestCreateModel:
         source.save_pretrained(tmp_path)
         loaded = create_model(str(tmp_path))
         assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-        agreeing = create_model(
-            str(tmp_path), channels=16, layers_per_stage=(1, 1, 1)
-        )  # JSON has made lists of tuples
+        agreeing = create_model(str(tmp_path), channels=16, layers_per_stage=(1, 1, 1))  # a list in JSON
         assert agreeing.config.channels == 16
         with pytest.raises(ValueError, match=r"channels.*16.*32"):
             create_model(str(tmp_path), channels=32)

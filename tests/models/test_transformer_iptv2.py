@@ -55,11 +55,10 @@ variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.ke
 class TestAgainstReference:
     @pytest.mark.parametrize("num_classes", [5, None])
     def test_whole_denoiser(self, num_classes):
-        model = denoiser(num_class_embeds=num_classes)
-        expected = references.denoiser(
-            model, inputs()["hidden_states"], [3, 701], [1, 4] if num_classes is not None else None
-        )
-        torch.testing.assert_close(sample(model, **inputs()).double(), expected.detach(), rtol=1e-3, atol=2e-4)
+        model, given = denoiser(num_class_embeds=num_classes), inputs(size=(8, 10))
+        labels = [1, 4] if num_classes is not None else None
+        expected = references.denoiser(model, given["hidden_states"], [3, 701], labels)
+        torch.testing.assert_close(sample(model, **given).double(), expected.detach(), rtol=1e-3, atol=2e-4)
 
 
 class TestCall:
@@ -120,9 +119,8 @@ class TestConditioning:
     def test_no_label_is_the_null_label(self):
         model, given = denoiser(), inputs()
         null = torch.full((2,), model.config.num_class_embeds)
-        assert torch.equal(
-            sample(model, **{**given, "class_labels": None}), sample(model, **{**given, "class_labels": null})
-        )
+        outs = [sample(model, **{**given, "class_labels": labels}) for labels in (None, null)]
+        assert torch.equal(*outs)
 
     def test_labels_are_never_dropped_in_the_model(self):
         """SPEC §6: labels are dropped once per sample, by the training loop."""
@@ -226,11 +224,8 @@ class TestFusion:
     def test_a_fused_model_refuses_to_train(self, tmp_path):
         fused = denoiser().fuse()
         fused.save_pretrained(tmp_path)
-        for model in (
-            fused,
-            IPTV2Transformer2DModel.from_pretrained(tmp_path),
-            IPTV2Transformer2DModel(**TINY, fused=True),
-        ):
+        loaded, built = IPTV2Transformer2DModel.from_pretrained(tmp_path), IPTV2Transformer2DModel(**TINY, fused=True)
+        for model in (fused, loaded, built):
             assert not model.training
             assert not any(p.requires_grad for p in model.parameters())
             with pytest.raises(RuntimeError, match="fused"):

@@ -1,0 +1,240 @@
+"""Loading from every kind of source, decoding, and what happens with input that is wrong."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iptv2_diffusion.data.images import ImageTensors, center_crop, class_names, load_image_dataset, to_rgb
+
+
+def picture(size: tuple[int, int] = (12, 8), colour: tuple[int, ...] = (200, 30, 60)) -> Image.Image:
+    """A one-coloured picture of (width, height)."""
+    return Image.new("RGB" if len(colour) == 3 else "RGBA", size, colour)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Two classes of two images each, one of them nested deeper."""
+    for name in ("cat/a.png", "cat/deep/b.jpg", "dog/test_1.png", "dog/2.PNG"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture().save(path)
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """A folder with train.parquet, whose columns have other names, and string labels."""
+    columns = {
+        "picture_file": [{"bytes": png(picture()), "path": None}] * 3,
+        "kind": ["pear", "apple", "pear"],
+        "note": ["", "", ""],
+    }
+    features = datasets.Features(
+        {"picture_file": datasets.Image(), "kind": datasets.Value("string"), "note": datasets.Value("string")}
+    )
+    (tmp_path / "pq").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "pq" / "train.parquet")
+    return tmp_path / "pq"
+
+
+class TestSources:
+    def test_labelled_folder(self, labelled: Path) -> None:
+        data = load_image_dataset(labelled)
+        assert data.column_names == ["image", "label"]
+        assert class_names(data) == ["cat", "dog"]
+        assert data["label"] == [0, 0, 1, 1]
+        assert data.features["image"] == datasets.Image(decode=False)
+
+    def test_flat_folder_is_unlabelled(self, labelled: Path) -> None:
+        data = load_image_dataset(labelled / "dog")  # "test_1.png" is an ordinary name, not a split
+        assert data.column_names == ["image"]
+        assert len(data) == 2
+        assert class_names(data) is None
+
+    def test_split_folders(self, labelled: Path, tmp_path: Path) -> None:
+        root = tmp_path / "splits"
+        root.mkdir()
+        labelled.rename(root / "train")
+        (root / "test" / "dog").mkdir(parents=True)
+        picture().save(root / "test" / "dog" / "x.png")
+        assert len(load_image_dataset(root)) == 4
+        assert len(load_image_dataset(root, split="test")) == 1
+        with pytest.raises(ValueError, match='no split "val"; there are: test, train'):
+            load_image_dataset(root, split="val")
+
+    def test_slice_of_a_folder(self, labelled: Path) -> None:
+        whole = load_image_dataset(labelled)
+        assert load_image_dataset(labelled, split="train[1:3]")["label"] == whole["label"][1:3]
+        assert len(load_image_dataset(labelled, split="train[:50%]")) == 2
+
+    @pytest.mark.parametrize("form", ["folder", "file", "glob"])
+    def test_parquet(self, parquet: Path, form: str) -> None:
+        source = {"folder": parquet, "file": parquet / "train.parquet", "glob": parquet / "*.parquet"}[form]
+        data = load_image_dataset(source, image_column="picture_file", label_column="kind")
+        assert data.column_names == ["image", "label"]
+        assert class_names(data) == ["apple", "pear"]
+        assert data["label"] == [1, 0, 1]
+        assert ImageTensors(data, size=8)[0]["pixel_values"].shape == (3, 8, 8)
+
+    def test_columns_are_found(self, parquet: Path) -> None:
+        data = load_image_dataset(parquet)  # the only Image feature, under an unusual name; "kind" is no usual label
+        assert data.column_names == ["image"]
+
+    def test_integer_labels_and_ignored_labels(self, tmp_path: Path) -> None:
+        columns = {"img": [{"bytes": png(picture()), "path": None}] * 2, "label": [4, 2]}
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "x.parquet")
+        assert class_names(load_image_dataset(tmp_path / "x.parquet")) == ["0", "1", "2", "3", "4"]
+        assert class_names(load_image_dataset(tmp_path / "x.parquet", label_column="none")) is None
+
+
+class TestWrongSources:
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            load_image_dataset(tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match="no such parquet"):
+            load_image_dataset(tmp_path / "nothing-*.parquet")
+
+    def test_empty(self, tmp_path: Path) -> None:
+        (tmp_path / "readme.txt").write_text("no images here")
+        with pytest.raises(ValueError, match=r"neither images .* nor parquet"):
+            load_image_dataset(tmp_path)
+
+    def test_column_that_is_not_there(self, parquet: Path) -> None:
+        with pytest.raises(ValueError, match='no image column "jpg"; there are: picture_file, kind, note'):
+            load_image_dataset(parquet, image_column="jpg")
+        with pytest.raises(ValueError, match='no label column "class"'):
+            load_image_dataset(parquet, label_column="class")
+
+    def test_split_that_is_not_there(self, parquet: Path) -> None:
+        with pytest.raises(ValueError, match="train"):
+            load_image_dataset(parquet, split="heldout")
+
+    def test_messages_are_one_line(self, tmp_path: Path, parquet: Path) -> None:
+        for source, options in (
+            (tmp_path / "nowhere", {}),
+            (parquet, {"split": "x"}),
+            (parquet, {"image_column": "x"}),
+        ):
+            with pytest.raises((FileNotFoundError, ValueError)) as caught:
+                load_image_dataset(source, **options)
+            assert "\n" not in str(caught.value)
+
+
+class TestDecoding:
+    def test_range_layout_and_flip(self, tmp_path: Path) -> None:
+        left_white = np.zeros((8, 8, 3), np.uint8)
+        left_white[:, :4] = 255
+        Image.fromarray(left_white).save(tmp_path / "a.png")
+        images = ImageTensors(load_image_dataset(tmp_path), size=8)
+        item = images[0]
+        assert item["class_labels"] == 0
+        assert item["index"] == 0
+        assert item["pixel_values"].dtype == torch.float32
+        assert item["pixel_values"][:, :, :4].eq(1).all()
+        assert item["pixel_values"][:, :, 4:].eq(-1).all()
+        assert torch.equal(images.get(0, flip=True)["pixel_values"], item["pixel_values"].flip(-1))
+
+    def test_flip_conventions(self, labelled: Path) -> None:
+        data = load_image_dataset(labelled)
+        plain, always, both = (ImageTensors(data, size=8, flip=f) for f in ("never", "always", "index"))
+        assert (len(plain), len(always), len(both)) == (4, 4, 8)
+        assert torch.equal(always[1]["pixel_values"], plain[1]["pixel_values"].flip(-1))
+        assert torch.equal(both[5]["pixel_values"], always[1]["pixel_values"])
+        assert both[7]["class_labels"] == plain[3]["class_labels"]
+        with pytest.raises(IndexError):
+            plain[4]
+        with pytest.raises(ValueError, match="sometimes"):
+            ImageTensors(data, size=8, flip="sometimes")
+
+    def test_transparency_goes_white_before_resizing(self) -> None:
+        """Hidden pixels are black in most emoji: resized first, they would darken the outline."""
+        image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+        image.paste((255, 255, 255, 255), (16, 16, 48, 48))
+        assert np.asarray(center_crop(to_rgb(image), (24, 24))).min() == 255
+        palette = Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert("P")
+        palette.info["transparency"] = palette.getpixel((0, 0))
+        assert np.asarray(to_rgb(palette)).min() == 255
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "I;16", "LA"])
+    def test_modes(self, mode: str) -> None:
+        grey = Image.fromarray(np.full((4, 4), 40_000, np.uint16)) if mode == "I;16" else picture().convert(mode)
+        rgb = to_rgb(grey)
+        assert rgb.mode == "RGB"
+        if mode == "I;16":
+            assert rgb.getpixel((0, 0)) == (40_000 >> 8,) * 3
+
+    def test_upright(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned by 90°
+        buffer = io.BytesIO()
+        picture((12, 8)).save(buffer, "JPEG", exif=exif)
+        assert to_rgb(Image.open(buffer)).size == (8, 12)
+
+    @pytest.mark.parametrize("size", [(8, 8), (7, 13), (31, 5), (64, 64)])
+    @pytest.mark.parametrize("source", [(64, 64), (33, 17), (5, 90), (1, 1), (200, 64)])
+    def test_any_size(self, size: tuple[int, int], source: tuple[int, int]) -> None:
+        assert center_crop(picture(source), size).size == (size[1], size[0])
+
+    @pytest.mark.parametrize("source", [(64, 64), (100, 70), (301, 150), (40, 20), (257, 513)])
+    def test_square_crop_is_adms(self, source: tuple[int, int]) -> None:
+        """ADM: box-halve while the short side is ≥ 2·size, bicubic to the size, crop the centre."""
+        image, size = noise(*source), 32
+        expected = image
+        while min(expected.size) >= 2 * size:
+            expected = expected.resize(tuple(x // 2 for x in expected.size), Image.Resampling.BOX)
+        scale = size / min(expected.size)
+        expected = expected.resize(tuple(round(x * scale) for x in expected.size), Image.Resampling.BICUBIC)
+        array = np.array(expected)
+        y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+        assert np.array_equal(np.asarray(center_crop(image, (size, size))), array[y : y + size, x : x + size])
+
+
+class TestCorruptImages:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ("a", "b", "c"):
+            noise(16, 16).save(tmp_path / f"{name}.png")
+        (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])  # cut short
+        (tmp_path / "d.jpg").write_bytes(b"not a picture at all")
+        return tmp_path
+
+    def test_skipped_counted_and_told_once(self, folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+        images = ImageTensors(load_image_dataset(folder), size=8)
+        assert images.valid_indices() == images.valid_indices() == [0, 2]
+        assert [Path(name).name for name in images.skipped] == ["b.png", "d.jpg"]
+        told = [str(w.message) for w in recwarn if "skipping" in str(w.message)]
+        assert len(told) == 1
+        assert told[0].startswith("skipping 2 of 4 images: ")
+        assert "b.png" in told[0]
+
+    def test_strict_fails_with_the_name(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match=r"b\.png: cannot be read"):
+            ImageTensors(load_image_dataset(folder), size=8, strict=True).valid_indices()
+        with pytest.raises(ValueError, match=r"d\.jpg"):
+            ImageTensors(load_image_dataset(folder), size=8)[3]
+
+    def test_none_left(self, folder: Path) -> None:
+        for name in ("a", "c"):
+            (folder / f"{name}.png").unlink()
+        with pytest.raises(ValueError, match="none of the 2 images"):
+            ImageTensors(load_image_dataset(folder), size=8).valid_indices()

@@ -1,0 +1,175 @@
+"""Checkpoints are whole or absent: damage, other configurations, full disks and interrupted saves lose nothing older."""
+
+import json
+import resource
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from iptv2_diffusion.training.checkpoint import CheckpointManager, differing_fields, verify
+from iptv2_diffusion.training.ema import ModelState
+from iptv2_diffusion.training.errors import UserError
+
+CONFIG = {"learning_rate": 1e-3, "model": "tiny"}
+
+
+class Run:
+    """A linear model with an optimiser and averaged weights, as a trainer holds them."""
+
+    def __init__(self, folder, config=CONFIG, width=4):
+        self.accelerator = Accelerator()
+        model = torch.nn.Linear(width, width)
+        self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        self.state = ModelState(self.accelerator, self.model, decay=0.9)
+        self.messages = []
+        self.manager = CheckpointManager(folder, self.accelerator, config, keep_last=2, say=self.messages.append)
+
+    def train(self, steps=1):
+        for _ in range(steps):
+            self.model(torch.ones(2, self.model.in_features)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.state.step()
+
+    def tensors(self):
+        moments = self.optimizer.state_dict()["state"]
+        return [*self.model.state_dict().values(), *self.state.averaged_state_dict().values()] + [
+            value for state in moments.values() for value in state.values()
+        ]
+
+
+def folders(path):
+    return sorted(p.name for p in path.iterdir() if p.is_dir())
+
+
+def same(left, right):
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_a_checkpoint_brings_everything_back_bit_for_bit(tmp_path):
+    first = Run(tmp_path)
+    first.train(3)
+    first.manager.save(3, {"seconds": 1.5})
+    second = Run(tmp_path)
+    assert not same(first.tensors(), [torch.zeros(1)])
+    found = second.manager.latest()
+    assert (found.step, found.progress) == (3, {"seconds": 1.5})
+    second.train()  # the optimiser has state of its own, which is to be replaced
+    second.manager.load(found)
+    assert same(first.tensors(), second.tensors())
+    first.train(2)
+    second.train(2)
+    assert same(first.tensors(), second.tensors())
+    assert second.state.average.optimization_step == 5
+
+
+def test_the_last_k_are_kept_and_nothing_else_is_left(tmp_path):
+    run = Run(tmp_path)
+    for step in (1, 2, 3, 4):
+        run.manager.save(step)
+    assert folders(tmp_path) == ["checkpoint-00000003", "checkpoint-00000004"]
+    manifest = verify(tmp_path / "checkpoint-00000004")
+    assert set(manifest["files"]) >= {"model.safetensors", "ema.safetensors", "optimizer.bin"}
+
+
+def test_nothing_found_in_an_empty_or_missing_folder(tmp_path):
+    assert Run(tmp_path).manager.latest() is None
+    assert Run(tmp_path / "missing").manager.latest() is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest", "no manifest"])
+def test_a_damaged_newest_is_set_aside_and_the_one_before_used(tmp_path, damage):
+    run = Run(tmp_path)
+    run.manager.save(1)
+    run.manager.save(2)
+    weights, manifest = (tmp_path / "checkpoint-00000002" / name for name in ("model.safetensors", "manifest.json"))
+    data = bytearray(weights.read_bytes())
+    if damage == "truncate":
+        weights.write_bytes(data[:-5])
+    elif damage == "flip":
+        data[-5] ^= 1
+        weights.write_bytes(data)
+    elif damage == "delete":
+        weights.unlink()
+    elif damage == "manifest":
+        manifest.write_text(manifest.read_text()[:40])
+    else:
+        manifest.unlink()
+    assert run.manager.latest().step == 1
+    assert folders(tmp_path) == ["checkpoint-00000001", "damaged-checkpoint-00000002"]
+    assert "checkpoint-00000002 is damaged" in run.messages[0]
+    run.manager.save(2)  # the run goes on, and a second damaged one does not overwrite the first
+    (tmp_path / "checkpoint-00000002" / "manifest.json").unlink()
+    assert run.manager.latest().step == 1
+    assert "damaged-checkpoint-00000002-1" in folders(tmp_path)
+
+
+def test_another_configuration_is_refused_with_the_fields(tmp_path):
+    Run(tmp_path).manager.save(1)
+    with pytest.raises(UserError, match=r"learning_rate is 0.001 there, 0.01 here.*--overwrite"):
+        Run(tmp_path, {**CONFIG, "learning_rate": 1e-2}).manager.latest()
+    assert folders(tmp_path) == ["checkpoint-00000001"]
+
+
+def test_fields_that_differ_are_named():
+    assert differing_fields({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == [
+        "b is 2 there, 3 here",
+        "c is None there, 4 here",
+    ]
+
+
+def test_another_model_is_refused_in_one_line(tmp_path):
+    Run(tmp_path).manager.save(1)
+    other = Run(tmp_path, width=5)
+    with pytest.raises(UserError, match="does not fit this model"):
+        other.manager.load(other.manager.latest())
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    run = Run(tmp_path)
+    run.manager.save(1)
+    half = tmp_path / ".tmp-checkpoint-00000002"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    assert run.manager.latest().step == 1
+    assert folders(tmp_path) == ["checkpoint-00000001"]
+
+
+@pytest.mark.parametrize("limit", [100, 4000])  # bytes a file: within the weights, within the optimiser
+def test_a_full_disk_leaves_older_checkpoints_whole(tmp_path, limit):
+    """The operating system's own limit on file sizes stands in for the full disk: writes fail half-way with an error."""
+    run = Run(tmp_path, width=20)
+    run.train()
+    run.manager.save(1)
+    before = verify(tmp_path / "checkpoint-00000001")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot save checkpoint 2 .*older checkpoints are whole .*00000001"):
+            run.manager.save(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert folders(tmp_path) == ["checkpoint-00000001"]
+    assert verify(tmp_path / "checkpoint-00000001") == before
+    run.manager.save(2)
+    assert run.manager.latest().step == 2
+
+
+def test_overwrite_deletes_every_checkpoint(tmp_path):
+    run = Run(tmp_path)
+    run.manager.save(1)
+    run.manager.delete_all()
+    assert run.manager.latest() is None
+
+
+def test_equal_states_give_equal_files(tmp_path):
+    run = Run(tmp_path)
+    run.train()
+    run.manager.save(1)
+    run.manager.save(2)
+    files = [json.loads((tmp_path / f"checkpoint-0000000{i}" / "manifest.json").read_text())["files"] for i in (1, 2)]
+    assert files[0] == files[1]
