@@ -64,6 +64,7 @@ class LDMConfig(TrainingConfig):
     cache_latents: bool = option(True, "encode once into cache_dir; false: on the fly", group="latents")
     cache_dir: str = option("~/.cache/iptv2-diffusion/latents", "folder of caches", group="latents", free=True)
     cache_dtype: Literal["float16", "float32"] = option("float16", "of cached latents", group="latents")
+    encode_precision: Literal["float32", "bfloat16"] = option("float32", "the VAE's, in encoding", group="latents")
 
     model: str = option("emoji64", "preset (iptv2-s, dit-b-2 ...), config.json, or saved model folder", group="model")
     model_overrides: dict = option({}, 'JSON, such as {"channels": 64}', group="model")  # noqa: RUF009
@@ -141,6 +142,7 @@ def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     import json
 
     import diffusers
+    import torch
 
     from iptv2_diffusion.latents import LatentCodec
 
@@ -150,7 +152,8 @@ def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
         vae_class = getattr(diffusers, description.get("_class_name", "AutoencoderKL"), None)
         if vae_class is None:
             raise ConfigError(f"{config.vae} is a {description['_class_name']}, which diffusers does not have")
-        vae = vae_class.from_pretrained(config.vae, **options).requires_grad_(False).eval().to(device)
+        vae = vae_class.from_pretrained(config.vae, **options).requires_grad_(False).eval()
+        vae.to(device, memory_format=torch.channels_last)
         codec = LatentCodec(vae)
         codec.latent_size(*config.size)  # raises if the image size does not fit
     return codec
@@ -233,10 +236,11 @@ def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: A
         accelerator.process_index,
         config.gradient_accumulation_steps,
     )
+    encoding: dict[str, Any] = {"precision": config.encode_precision, "num_workers": config.num_workers}
     caching: dict[str, Any] = {
         "cache_dir": config.cache_dir,
         "dtype": config.cache_dtype,
-        "num_workers": config.num_workers,
+        **encoding,
         "builder": accelerator.is_local_main_process,
         "say": accelerator.print,
     }
@@ -255,7 +259,7 @@ def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: A
                 slices=slices,
                 start=step,
                 flips=config.random_flip,
-                num_workers=config.num_workers,
+                **encoding,
             )
     accelerator.print(f"{len(source)} images to train on")
     return LatentDiffusionTask(

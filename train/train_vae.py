@@ -238,9 +238,10 @@ class VAETask:
 
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        codec = LatentCodec(vae)
         for pixels in self._batches(self.heldout, mine):
-            codec = LatentCodec(vae)
-            decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
+            with torch.no_grad():
+                decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
             levels = [((x.clamp(-1, 1) + 1) * 127.5).round().double() for x in (pixels, decoded)]
             error = (levels[0] - levels[1]).square().mean((1, 2, 3))
             # A perfect reconstruction would be infinite: count it as half a level wrong in one value.
@@ -251,12 +252,7 @@ class VAETask:
 
     def preview(self, model: nn.Module, step: int) -> Path:
         """previews/step-*.png: held-out originals over their reconstructions."""
-        return self.picture(model.vae, self.trained_folder / "previews" / f"step-{step:08d}.png")
-
-    @property
-    def trained_folder(self) -> Path:
-        """Where the run writes."""
-        return Path(self.config.output_dir)
+        return self.picture(model.vae, Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png")
 
     def picture(self, vae: AutoencoderKL, path: Path) -> Path:
         """Two rows of held-out images: originals over reconstructions."""
@@ -370,7 +366,9 @@ def save_results(trainer: Trainer, task: VAETask, accelerator: Accelerator) -> N
         temporary = trainer.output_dir / ".tmp-vae"
         with user_errors(OSError):
             shutil.rmtree(temporary, ignore_errors=True)
-            vae.to(getattr(torch, config.save_dtype)).save_pretrained(temporary)
+            for parameter in vae.parameters():  # not `vae.to(dtype)`, of which diffusers warns
+                parameter.data = parameter.data.to(getattr(torch, config.save_dtype))
+            vae.save_pretrained(temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.replace(folder)
     accelerator.wait_for_everyone()

@@ -115,8 +115,8 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
     """Make a fresh model from a preset's name or a configuration file (JSON or YAML), or load one from a saved folder.
 
     Args:
-        name: a key of `PRESETS`, the path of a `config.json` or YAML file, or a folder that `save_pretrained` wrote (its weights
-            are loaded, and overrides are refused unless they agree).
+        name: a key of `PRESETS`, the path of a `config.json` or YAML file, or a folder that `save_pretrained` wrote
+            (its weights are loaded, and overrides are refused unless they agree).
         **overrides: configuration to replace. `num_class_embeds` is translated for DiT (`num_embeds_ada_norm`; None
             becomes one class that every sample has).
 

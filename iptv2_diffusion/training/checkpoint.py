@@ -51,6 +51,8 @@ class CheckpointManager:
         output_dir: the run's folder.
         accelerator: holds the prepared model and optimiser and the objects registered for checkpointing.
         config: the fields that must agree on resumption (`config.frozen_fields`).
+        defaults: what a checkpoint of an older version, which does not know a field, was made with.
+        accept_changes: go on with another configuration instead of refusing, naming what differs.
         keep_last: how many checkpoints stay.
         say: prints a message (by default on the main process).
     """
@@ -61,12 +63,16 @@ class CheckpointManager:
         accelerator: Accelerator,
         config: Mapping[str, Any],
         *,
+        defaults: Mapping[str, Any] | None = None,
+        accept_changes: bool = False,
         keep_last: int = 2,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.accelerator = accelerator
         self.config = json.loads(json.dumps(dict(config)))
+        self.defaults = json.loads(json.dumps(dict(defaults or {})))
+        self.accept_changes = accept_changes
         self.keep_last = keep_last
         self.say = say or accelerator.print
 
@@ -183,12 +189,14 @@ class CheckpointManager:
                 os.replace(path, aside)
                 self.say(f"{path.name} is damaged ({error}); set aside as {aside.name}, trying the one before")
                 continue
-            differing = differing_fields(manifest["config"], self.config)
-            if differing:
+            differing = differing_fields({**self.defaults, **manifest["config"]}, self.config)
+            if differing and not self.accept_changes:
                 raise UserError(
                     f"{path} is from another configuration: {'; '.join(differing)}. Restore these values, choose "
-                    "another --output_dir, or start again with --overwrite"
+                    "another --output_dir, start again with --overwrite, or go on all the same with --accept_changes"
                 )
+            if differing:
+                self.say(f"going on from {path.name} with another configuration: {'; '.join(differing)}")
             return Checkpoint(path, manifest["step"], manifest["progress"], manifest["config"])
         return None
 

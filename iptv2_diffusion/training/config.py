@@ -57,6 +57,9 @@ class TrainingConfig:
     seed: int = option(0, "with the step it fixes everything random: order, flips, noise, timesteps, label drops")
     dry_run: bool = option(False, "run every stage once on a few samples, in OUTPUT_DIR/dry_run, and stop", free=True)
     overwrite: bool = option(False, "delete the checkpoints in output_dir and start again", free=True)
+    accept_changes: bool = option(
+        False, "resume although the recipe (learning rate, data ...) is not the checkpoint's", free=True
+    )
 
     max_train_steps: int = option(10_000, "optimiser steps; the schedule ends there", group="length", free=True)
     max_train_minutes: float | None = option(
@@ -253,7 +256,7 @@ def _normalise(argv: Sequence[str] | None) -> list[str]:
 
 
 def _unknown(name: str, known: list[str], where: str) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "see --help for the options"
     return f"unknown option {name!r} {where}; {hint}"
 

@@ -39,18 +39,17 @@ class ModelState:
     def __init__(self, accelerator: Accelerator, model: nn.Module, *, decay: float = 0.9999, power: float = 0.75):
         self.accelerator = accelerator
         self.module = accelerator.unwrap_model(model)
+        self.parameters = list(self.module.parameters())  # once: walking the modules costs a millisecond a time
         self.average: EMAModel | None = None
         if decay > 0:
-            self.average = EMAModel(
-                self.module.parameters(), decay=decay, use_ema_warmup=True, power=power, foreach=True
-            )
+            self.average = EMAModel(self.parameters, decay=decay, use_ema_warmup=True, power=power, foreach=True)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
 
     def step(self) -> None:
         """Take the current weights into the average; call after every optimiser step."""
         if self.average is not None:
-            self.average.step(self.module.parameters())
+            self.average.step(self.parameters)
 
     @property
     def decay(self) -> float:
@@ -61,17 +60,16 @@ class ModelState:
     def averaged(self) -> Iterator[nn.Module]:
         """The unwrapped model in eval mode holding the averaged weights; afterwards all is as before, bit for bit."""
         training = self.module.training
-        parameters = list(self.module.parameters())
-        kept = None if self.average is None else [p.detach().clone() for p in parameters]
+        kept = None if self.average is None else [p.detach().clone() for p in self.parameters]
         if self.average is not None:
-            self.average.copy_to(parameters)
+            self.average.copy_to(self.parameters)
         self.module.eval()
         try:
             yield self.module
         finally:
             if kept is not None:
                 with torch.no_grad():
-                    torch._foreach_copy_(parameters, kept)
+                    torch._foreach_copy_(self.parameters, kept)
             self.module.train(training)
 
     def averaged_state_dict(self) -> dict[str, torch.Tensor]:
@@ -106,12 +104,10 @@ class ModelState:
             state, metadata = _read(Path(input_dir) / _FILE)
             names = [name for name, _ in self.module.named_parameters()]
             with torch.no_grad():
-                torch._foreach_copy_(self.average.shadow_params, [state[name].to(self._device) for name in names])
+                torch._foreach_copy_(
+                    self.average.shadow_params, [state[name].to(self.parameters[0].device) for name in names]
+                )
             self.average.optimization_step = int(metadata["optimization_step"])
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.module.parameters()).device
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

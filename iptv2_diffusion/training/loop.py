@@ -112,7 +112,12 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.state = ModelState(accelerator, self.model, decay=config.ema_decay, power=config.ema_power)
         self.checkpoints = CheckpointManager(
-            self.output_dir, accelerator, frozen_fields(config), keep_last=config.keep_last
+            self.output_dir,
+            accelerator,
+            frozen_fields(config),
+            defaults=frozen_fields(type(config)()),
+            accept_changes=config.accept_changes,
+            keep_last=config.keep_last,
         )
         self.step = 0  # optimiser steps done
         self.seconds = 0.0  # spent in training steps over all resumptions; all processes agree on it
@@ -230,7 +235,7 @@ class Trainer:
         # Drawn and sent while the device still computes: `_agree` waits for it.
         self._next_batches = list(task.micro_batches(self.step + 1)) if self.step + 1 < config.max_train_steps else []
         limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = accelerator.clip_grad_norm_(self.state.parameters, limit)
         values = self._agree(total, norm, bool(stop))
         self._check_finite(values)
         self.optimizer.step()
@@ -260,8 +265,8 @@ class Trainer:
         kept = f"checkpoint-{self._saved_step:08d} is kept" if self._saved_step >= 0 else "there was no checkpoint yet"
         raise NonFiniteLossError(
             f"the {what} is {values['loss' if what == 'loss' else 'grad_norm']} at step {self.step + 1}: stopped "
-            f"before the weights were touched; {kept}. Try a lower learning_rate (now {self.config.learning_rate:g}), "
-            "more lr_warmup_steps, or bf16 instead of fp16"
+            f"before the weights were touched; {kept}. Go on with --accept_changes and a lower --learning_rate (now "
+            f"{self.config.learning_rate:g}), or with bf16 instead of fp16"
         )
 
     def _log_step(self, values: Mapping[str, float], bar: ProgressBar) -> None:
@@ -318,7 +323,8 @@ def prepare_dry_run(config: TrainingConfig) -> None:
     config.max_train_steps, config.max_train_minutes = 2, None
     config.checkpoint_every = config.eval_every = config.preview_every = config.log_every = 1
     config.report_to = "none"
-    shutil.rmtree(config.output_dir, ignore_errors=True)
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(config.output_dir, ignore_errors=True)
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,6 +122,7 @@ class TestAdapters:
 
 
 class TestDiffusersTools:
+    @pytest.mark.filterwarnings("ignore:.*from_config.*:FutureWarning")  # diffusers' own way of loading an EMAModel
     def test_ema_model_round_trip(self, tmp_path):
         model = denoiser()
         ema = EMAModel(model.parameters(), decay=0.5, model_cls=IPTV2Transformer2DModel, model_config=model.config)

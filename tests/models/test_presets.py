@@ -69,7 +69,7 @@ class TestSizes:
         }
         assert sizes <= {32, 64}
 
-    @pytest.mark.parametrize("name", TABLE)
+    @pytest.mark.parametrize("name", ["iptv2-s", "iptv2-b"])
     def test_training_costs_little_more_than_deployment(self, name):
         """SPEC §7: unfused costs about 1.18 ×; the merged training form of a batch costs less."""
         ratio = macs(name, batch_size=32) / macs(name, fused=True)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent: damage, other configurations, full disks and interrupted saves lose nothing older."""
+"""Checkpoints are whole or absent: damage, other configurations, full disks, interrupted saves lose nothing older."""
 
 import json
 import resource
@@ -113,6 +113,24 @@ def test_another_configuration_is_refused_with_the_fields(tmp_path):
     assert folders(tmp_path) == ["checkpoint-00000001"]
 
 
+def test_another_configuration_may_be_accepted_knowingly(tmp_path):
+    Run(tmp_path).manager.save(1)
+    run = Run(tmp_path, {**CONFIG, "learning_rate": 1e-2})
+    run.manager.accept_changes = True
+    assert run.manager.latest().step == 1
+    assert "learning_rate is 0.001 there, 0.01 here" in run.messages[0]
+
+
+def test_an_option_that_came_later_counts_as_its_default(tmp_path):
+    Run(tmp_path).manager.save(1)
+    run = Run(tmp_path, {**CONFIG, "new": 5})
+    run.manager.defaults = {"new": 5}
+    assert run.manager.latest().step == 1
+    run.manager.defaults = {"new": 4}
+    with pytest.raises(UserError, match="new is 4 there, 5 here"):
+        run.manager.latest()
+
+
 def test_fields_that_differ_are_named():
     assert differing_fields({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == [
         "b is 2 there, 3 here",
@@ -139,7 +157,7 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
 
 @pytest.mark.parametrize("limit", [100, 4000])  # bytes a file: within the weights, within the optimiser
 def test_a_full_disk_leaves_older_checkpoints_whole(tmp_path, limit):
-    """The operating system's own limit on file sizes stands in for the full disk: writes fail half-way with an error."""
+    """The operating system's limit on file sizes stands in for the full disk: writes fail half-way with an error."""
     run = Run(tmp_path, width=20)
     run.train()
     run.manager.save(1)

@@ -69,6 +69,13 @@ def test_half_precision_is_within_its_rounding(folder, codec, tmp_path):
     assert torch.allclose(half, full, rtol=2e-3, atol=2e-3)
 
 
+def test_bfloat16_encoding_is_near(folder, codec, tmp_path):
+    draws = draw_step(DataOrder(COUNT, 0), 0, COUNT, (4, 8, 8))
+    half, full = (make(folder, codec, tmp_path, precision=p)[0].batch(draws)[0] for p in ("bfloat16", "float32"))
+    assert not torch.equal(half, full)
+    assert (half - full).abs().mean() < 0.02 * full.std()
+
+
 def test_without_flips_the_images_are_upright(folder, codec, tmp_path):
     cache, _ = make(folder, codec, tmp_path, flips=False, dtype="float32")
     draws = draw_step(DataOrder(COUNT, 0), 0, COUNT, cache.latent_shape, posterior=False)
@@ -100,6 +107,7 @@ def test_it_is_made_once_and_again_when_anything_changes(folder, codec, tmp_path
 
     assert made_again(flips=False)
     assert made_again(dtype="float32")
+    assert made_again(precision="bfloat16")
     with torch.no_grad():
         codec.vae.encoder.conv_in.weight.add_(0.1)
     assert made_again()

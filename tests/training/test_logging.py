@@ -113,7 +113,7 @@ def test_our_own_bugs_keep_their_traceback(error):
 
 
 def test_errors_of_libraries_become_one_line():
-    with pytest.raises(UserError, match="^no such file$"), user_errors():
+    with pytest.raises(UserError, match=r"^no such file$"), user_errors():
         raise ValueError("no such\n   file")
     with pytest.raises(KeyError), user_errors(ValueError):
         raise KeyError("bug")

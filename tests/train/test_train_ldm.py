@@ -1,0 +1,422 @@
+"""train_ldm.py end to end: real `accelerate launch` where processes matter, `main()` itself for the rest."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+from iptv2_diffusion import IPTV2Pipeline
+from iptv2_diffusion.training.errors import UserError
+from iptv2_diffusion.training.logging import read_metrics
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "train" / "train_ldm.py"
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "vae" not in path.name)
+SIZE, CHANNELS, STEPS = 32, 4, 30
+TIMEOUT = 300
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run small enough for two cores: 24 pictures, a random VAE, 8x8 latents, the `tiny` preset
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A folder with `images/CLASS/*.png`, `vae/` and `run.yaml`."""
+    folder = tmp_path_factory.mktemp("ldm")
+    write_pictures(folder / "images")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    AutoencoderKL(**blocks, block_out_channels=(4, 4, 4), norm_num_groups=2, scaling_factor=1.0).save_pretrained(
+        folder / "vae"
+    )
+    config = {
+        "data": str(folder / "images"),
+        "heldout_fraction": 0.25,
+        "resolution": SIZE,
+        "vae": str(folder / "vae"),
+        "cache_dir": str(folder / "cache"),
+        "model": "tiny",
+        "batch_size": 8,
+        "max_train_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_schedule": "cosine",
+        "lr_warmup_steps": 3,
+        "num_threads": 1,
+        "log_every": 1,
+        "eval_every": 10,
+        "preview_every": 0,
+        "checkpoint_every": 10,
+        "sample_steps": 2,
+        "preview_per_class": 2,
+        "report_to": "none",
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def write_pictures(folder, classes=("bird", "fish", "moth"), count=8):
+    random = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            colour = np.full((SIZE, SIZE, 3), 60 * number) + random.integers(0, 60, (SIZE, SIZE, 3))
+            Image.fromarray(colour.astype(np.uint8)).save(folder / name / f"{name}-{i}.png")
+
+
+def words(ground, output, *options):
+    return ["--config", str(ground / "run.yaml"), "--output_dir", str(output), *map(str, options)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(ground, output, *options, processes=1):
+    """Start the documented command; the caller waits."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--cpu"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", str(SCRIPT)]
+    return subprocess.Popen(
+        command + words(ground, output, *options),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_ldm", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_ldm"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def main(script, ground, monkeypatch):
+    """Run `main` here, on the CPU, with the configuration of `ground`."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(ROOT)
+
+    def run(output, *options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return script.main(words(ground, output, *options))
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def log(folder):
+    timing = ("time", "seconds", "images_per_second")
+    return [{k: v for k, v in row.items() if k not in timing} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def newest(folder):
+    return max(folder.glob("checkpoint-*"))
+
+
+def tensors(folder):
+    found = newest(folder)
+    optimizer = torch.load(found / "optimizer.bin", weights_only=True)["state"]
+    moments = {f"{i}.{k}": v for i, state in optimizer.items() for k, v in state.items()}
+    return {**load_file(found / "model.safetensors"), **moments}, load_file(found / "ema.safetensors")
+
+
+def assert_equal_bit_for_bit(left, right):
+    for a, b in zip(tensors(left), tensors(right), strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert log(left) == log(right)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes, resumption, kills
+
+
+@pytest.fixture(scope="module")
+def reference(ground):
+    """One undisturbed run of the documented command."""
+    folder = ground / "reference"
+    output = finish(launch(ground, folder))
+    assert "What to try next" in output
+    return folder
+
+
+def test_the_documented_command_leaves_everything_promised(reference):
+    for name in ("samples.png", "loss_curve.png", "metrics.jsonl", "config.yaml", "pipeline/model_index.json"):
+        assert (reference / name).is_file(), name
+    assert [p.name for p in sorted(reference.glob("checkpoint-*"))] == ["checkpoint-00000020", "checkpoint-00000030"]
+    rows = log(reference)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    heldout = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
+    assert len(heldout) == 3
+    assert heldout[-1] < heldout[0]
+    assert not list(reference.glob(".tmp-*"))
+
+
+def test_the_saved_pipeline_holds_the_averaged_weights_and_class_names(reference):
+    pipeline = IPTV2Pipeline.from_pretrained(reference / "pipeline")
+    assert list(pipeline.labels) == ["bird", "fish", "moth"]
+    average = load_file(newest(reference) / "ema.safetensors")
+    state = pipeline.transformer.state_dict()
+    assert all(torch.equal(state[name], average[name]) for name in average)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("moth", num_inference_steps=2).images[0].size == (SIZE, SIZE)
+
+
+def test_kill_in_mid_run_and_the_same_command_gives_the_same_run_bit_for_bit(ground, reference):
+    folder = ground / "killed"
+    process = launch(ground, folder, "--checkpoint_every", 3)
+    deadline = time.monotonic() + TIMEOUT
+    while not list(folder.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 0 < int(newest(folder).name[-8:]) < STEPS
+    output = finish(launch(ground, folder, "--checkpoint_every", 3))
+    assert "resumed from" in output
+    assert_equal_bit_for_bit(folder, reference)
+
+
+def test_processes_two_give_the_loss_curve_of_one(ground, reference):
+    """Equal to rounding at every step: each sample, its noise and its label drop fell to exactly one process."""
+    folder = ground / "two"
+    output = finish(launch(ground, folder, processes=2))
+    assert output.count("What to try next") == 1
+    ours, theirs = log(folder), log(reference)
+    assert len(ours) == len(theirs)
+    for left, right in zip(ours, theirs, strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
+    for name, value in tensors(folder)[1].items():
+        assert torch.allclose(value, tensors(reference)[1][name], atol=2e-5), name
+
+
+@pytest.mark.slow
+def test_processes_may_change_between_stop_and_resumption(ground, reference):
+    folder = ground / "changed"
+    finish(launch(ground, folder, "--max_train_steps", 10, "--lr_schedule", "constant", processes=2))
+    finish(launch(ground, folder, "--max_train_steps", 20, "--lr_schedule", "constant"))
+    one = ground / "unchanged"
+    finish(launch(ground, one, "--max_train_steps", 20, "--lr_schedule", "constant"))
+    assert [r["step"] for r in log(folder)] == [r["step"] for r in log(one)]
+    for left, right in zip(log(folder), log(one), strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_sigterm_to_two_processes_saves_and_the_run_goes_on(ground, reference):
+    folder = ground / "terminated"
+    process = launch(ground, folder, "--checkpoint_every", 0, "--max_train_steps", 100_000, processes=2)
+    while not (folder / "metrics.jsonl").is_file() or len(log(folder)) < 5:
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert "stopped by SIGTERM" in output
+    step = int(newest(folder).name[-8:])
+    assert step >= 5
+    output = finish(launch(ground, folder, "--max_train_steps", step + 2))
+    assert f"at step {step}" in output
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_loses_nothing_older(ground, reference):
+    """Ten kills across encoding, training, saving, evaluating and drawing; then the run ends as if undisturbed."""
+    folder, random = ground / "killed-often", np.random.default_rng(0)
+    for _ in range(10):
+        process = launch(ground, folder, "--checkpoint_every", 1)
+        while not (folder / "config.yaml").is_file() and process.poll() is None:
+            time.sleep(0.05)
+        known = newest(folder).name if list(folder.glob("checkpoint-*")) else None
+        time.sleep(float(random.uniform(3, 9)))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert known is None or newest(folder).name >= known
+    finish(launch(ground, folder, "--checkpoint_every", 1))
+    assert_equal_bit_for_bit(folder, reference)
+
+
+def test_a_user_error_is_one_line_and_a_failing_exit_code(ground):
+    command = [sys.executable, str(SCRIPT), "--batchsize", "3"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 1
+    assert result.stderr == "error: unknown option 'batchsize' on the command line; did you mean batch_size?\n"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data, models, objectives
+
+
+def test_a_flat_folder_without_labels_trains_unconditionally(main, ground, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (ground / "images").rglob("*.png"):
+        shutil.copy(path, flat)
+    assert main(tmp_path / "run", "--data", flat, "--max_train_steps", 2, "--objective", "flow") == 0
+    pipeline = IPTV2Pipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.num_classes is None
+    assert pipeline.transformer.config.num_class_embeds is None
+    assert Image.open(tmp_path / "run" / "samples.png").height > 0
+
+
+def test_on_the_fly_encoding_gives_the_cached_losses(main, tmp_path):
+    main(tmp_path / "cached", "--max_train_steps", 3, "--cache_dtype", "float32", "--eval_every", 0)
+    main(tmp_path / "fly", "--max_train_steps", 3, "--cache_latents", "false", "--eval_every", 0)
+    for left, right in zip(log(tmp_path / "fly"), log(tmp_path / "cached"), strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
+
+
+def test_a_corrupt_image_is_left_out_or_fails_by_name(main, ground, tmp_path, capsys):
+    images = shutil.copytree(ground / "images", tmp_path / "images")
+    bad = images / "fish" / "fish-3.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    options = ("--data", images, "--max_train_steps", 1, "--heldout_fraction", 0)
+    with pytest.raises(UserError, match=r"fish-3\.png: cannot be read"):
+        main(tmp_path / "strict", *options, "--strict")
+    assert main(tmp_path / "run", *options) == 0
+    text = capsys.readouterr().out
+    assert "left out 1 of 24 images" in text
+    assert "23 images to train on" in text
+
+
+def test_a_dit_trains_under_the_same_script_with_learned_variance(main, tmp_path):
+    small = '{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}'
+    options = ("--model", "dit-s-2", "--model_overrides", small, "--learned_variance", "--max_train_steps", 2)
+    assert main(tmp_path, *options, "--save_dtype", "float16") == 0
+    pipeline = IPTV2Pipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipeline.transformer.config.out_channels == 2 * CHANNELS
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+
+
+@pytest.mark.parametrize("objective", ["v_prediction", "epsilon"])
+def test_objectives_options_and_half_precision(main, tmp_path, objective):
+    options = ("--objective", objective, "--min_snr_gamma", 5, "--timestep_sampling", "logit_normal")
+    more = ("--mixed_precision", "bf16", "--gradient_checkpointing", "--channels_last", "false")
+    assert main(tmp_path, *options, *more, "--max_train_steps", 2, "--save_dtype", "bfloat16") == 0
+    assert load_file(tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+    assert np.isfinite(log(tmp_path)[-1]["heldout_loss"])
+
+
+def test_sizes_need_not_be_square(main, tmp_path):
+    assert main(tmp_path, "--resolution", "24,40", "--max_train_steps", 1) == 0
+    pipeline = IPTV2Pipeline.from_pretrained(tmp_path / "pipeline")
+    assert tuple(pipeline.transformer.config.sample_size) == (6, 10)
+
+
+def test_nan_loss_stops_with_the_step_and_keeps_the_checkpoint(main, tmp_path):
+    """A learning rate beyond all reason, and no clipping: the loss overflows within a few steps."""
+    options = ("--learning_rate", 1e30, "--max_grad_norm", 0, "--lr_warmup_steps", 0, "--checkpoint_every", 1)
+    with pytest.raises(UserError, match=r"is (nan|inf) at step \d+: stopped .*checkpoint-\d+ is kept"):
+        main(tmp_path, *options, "--eval_every", 0)
+    assert all(torch.isfinite(value).all() for value in load_file(newest(tmp_path) / "model.safetensors").values())
+
+
+def test_a_truncated_checkpoint_falls_back_and_another_configuration_is_refused(main, tmp_path, capsys):
+    main(tmp_path, "--max_train_steps", 4, "--checkpoint_every", 2, "--lr_schedule", "constant")
+    weights = tmp_path / "checkpoint-00000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"learning_rate is 0\.001 there, 0\.01 here"):
+        main(tmp_path, "--learning_rate", 0.01, "--lr_schedule", "constant")
+    main(tmp_path, "--max_train_steps", 4, "--checkpoint_every", 2, "--lr_schedule", "constant")
+    text = capsys.readouterr().out
+    assert "checkpoint-00000004 is damaged" in text
+    assert "resumed from" in text
+    assert (tmp_path / "damaged-checkpoint-00000004").is_dir()
+    assert newest(tmp_path).name == "checkpoint-00000004"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Dry runs, bad input
+
+
+def test_a_dry_run_runs_every_stage_and_touches_nothing_else(main, tmp_path, capsys):
+    assert main(tmp_path / "run", "--dry_run") == 0
+    assert "every stage ran" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["dry_run"]
+    made = tmp_path / "run" / "dry_run"
+    for name in ("samples.png", "loss_curve.png", "pipeline", "previews/step-00000001.png", "checkpoint-00000002"):
+        assert (made / name).exists(), name
+
+
+def dry_run_of(config, ground, output, small_model):
+    options = ["--config", str(config), "--data", str(ground / "images"), "--vae", str(ground / "vae"), "--dry_run"]
+    options += ["--cache_dir", str(ground / "cache"), "--output_dir", str(output), "--resolution", str(SIZE)]
+    options += ["--batch_size", "4", "--num_threads", "1", "--num_workers", "0", "--mixed_precision", "no"]
+    return [*options, "--heldout_split", "none", "--vae_subfolder", "none", *small_model]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_understood(script, config):
+    parsed = script.parse_config(script.LDMConfig, ["--config", str(config)])
+    from iptv2_diffusion.models.presets import PRESETS
+
+    assert parsed.model in PRESETS
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(p, marks=() if p.stem in ("emoji64", "dit-s-2-imagenet256") else pytest.mark.slow) for p in CONFIGS],
+    ids=lambda path: path.stem,
+)
+def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path, config):
+    small_model = ["--model", "tiny"]
+    if config.stem.startswith("dit"):
+        small = '{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}'
+        small_model = ["--model", "dit-s-2", "--model_overrides", small]
+    assert script.main(dry_run_of(config, ground, tmp_path, small_model)) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--data", "EMPTY"], "holds neither images"),
+        (["--train_split", "test"], 'no split "test"'),
+        (["--image_column", "picture"], 'no image column "picture"; there are: image, label'),
+        (["--vae", "/no/such/vae"], "/no/such/vae"),
+        (["--resolution", 30], "height 30 is not a multiple of the VAE's 4; use 28 or 32"),
+        (["--model", "iptv2-z"], "iptv2-s"),
+        (["--model_overrides", '{"chanels": 8}'], "channels"),
+        (["--model_overrides", '{"in_channels": 3}'], "the model takes 3 channels, the VAE .* gives 4"),
+        (["--num_classes", 2], "num_classes is 2, but the data has labels up to 2; use 3 or more"),
+        (["--model", "dit-s-2", "--resolution", 36], "latents of 9 x 9 do not divide into this DiT's patches of 2"),
+        (["--objective", "flow", "--learned_variance"], "learned_variance goes with epsilon"),
+        (["--label_dropout", 1], r"label_dropout is 1.0; it must lie in \[0, 1\)"),
+        (["--report_to", "paper"], "report_to is 'paper'; choose"),
+        (["--batch_size", 8, "--gradient_accumulation_steps", 3], "does not divide over"),
+    ],
+)
+def test_bad_input_is_one_line_with_numbers_and_remedy(main, tmp_path, options, message):
+    (tmp_path / "empty").mkdir()
+    options = [str(tmp_path / "empty") if word == "EMPTY" else word for word in options]
+    with pytest.raises(UserError, match=message) as caught:
+        main(tmp_path / "run", *options)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

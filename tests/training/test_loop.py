@@ -1,0 +1,176 @@
+"""The training loop, on a regression small enough to run hundreds of steps in a second."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from iptv2_diffusion.data.sampling import generator_for, own_slices
+from iptv2_diffusion.training.config import TrainingConfig
+from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError
+from iptv2_diffusion.training.logging import read_metrics
+from iptv2_diffusion.training.loop import Trainer, make_accelerator
+
+
+class Regression:
+    """y = 3x; batches are a function of the step. `at_step` may do something to the run."""
+
+    def __init__(self, config, at_step=None):
+        self.config, self.at_step = config, at_step or (lambda step, model: None)
+        self.slices = own_slices(config.batch_size, 1, 0, config.gradient_accumulation_steps)
+
+    def micro_batches(self, step):
+        x = torch.randn(self.config.batch_size, 4, generator=generator_for(self.config.seed, step))
+        return [x[part] for part in self.slices]
+
+    def loss(self, model, batch):
+        self.at_step(self.steps, model)
+        return (model(batch) - 3 * batch).square().mean()
+
+    def evaluate(self, model, step):
+        return {"heldout_loss": (model(torch.ones(1, 4)) - 3).square().mean().item()}
+
+    def preview(self, model, step):
+        return None
+
+
+def start(tmp_path, name="run", at_step=None, **options):
+    defaults = {"max_train_steps": 8, "batch_size": 8, "checkpoint_every": 2, "eval_every": 4, "log_every": 1}
+    defaults |= {"report_to": "none", "learning_rate": 1e-2, "num_threads": 1, "preview_every": 0}
+    config = TrainingConfig(output_dir=str(tmp_path / name), **{**defaults, **options})
+    torch.manual_seed(0)
+    trainer = Trainer(config, make_accelerator(config), torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    task = Regression(config, at_step)
+    type(task).steps = property(lambda self: trainer.step)
+    trainer.resume()
+    return trainer, task
+
+
+def run(*arguments, **options):
+    trainer, task = start(*arguments, **options)
+    trainer.fit(task)
+    return trainer
+
+
+def snapshot(trainer):
+    return trainer._snapshot()
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def rows(trainer):
+    """The log without what depends on the clock."""
+    timing = ("time", "seconds", "images_per_second")
+    return [{k: v for k, v in row.items() if k not in timing} for row in read_metrics(trainer.metrics.path)]
+
+
+def test_it_learns_and_logs(tmp_path):
+    trainer = run(tmp_path, max_train_steps=200, learning_rate=5e-2, checkpoint_every=100)
+    log = rows(trainer)
+    assert log[-2]["loss"] < 0.01 * log[0]["loss"]
+    assert [row["step"] for row in log if "heldout_loss" in row] == list(range(4, 201, 4))
+    trainer.finish()
+    assert (trainer.output_dir / "loss_curve.png").stat().st_size > 0
+    assert (trainer.output_dir / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 7])
+def test_resume_is_exact_in_weights_optimiser_average_and_log(tmp_path, stop_at):
+    whole = run(tmp_path, "whole")
+    run(tmp_path, "half", max_train_steps=stop_at)
+    resumed = run(tmp_path, "half")
+    assert equal(snapshot(whole), snapshot(resumed))
+    evaluated = {4, 8}  # a run that ends at 3 also evaluates there
+    assert [r for r in rows(resumed) if r["step"] in evaluated or "loss" in r] == rows(whole)
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    whole = run(tmp_path)
+    before = snapshot(whole)
+    again = run(tmp_path)
+    assert (again.step, equal(snapshot(again), before)) == (8, True)
+
+
+def test_accumulation_equals_the_large_batch(tmp_path):
+    large, small = (run(tmp_path, str(n), gradient_accumulation_steps=n) for n in (1, 4))
+    for name, value in snapshot(large).items():
+        assert torch.allclose(value, snapshot(small)[name], atol=1e-6), name
+    for left, right in zip(rows(large), rows(small), strict=True):
+        assert left == pytest.approx(right, rel=1e-5)
+
+
+def test_nan_stops_before_the_weights_with_the_step_and_keeps_the_checkpoint(tmp_path):
+    def poison(step, model):
+        if step == 5:
+            with torch.no_grad():
+                model[0].bias.fill_(torch.nan)
+
+    trainer, task = start(tmp_path, at_step=poison)
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 6.*checkpoint-00000004 is kept") as caught:
+        trainer.fit(task)
+    assert "\n" not in str(caught.value)
+    assert trainer.checkpoints.latest().step == 4
+    assert torch.isfinite(trainer.state.averaged_state_dict()["0.bias"]).all()
+
+
+def test_an_infinite_gradient_stops_too(tmp_path):
+    def explode(step, model):
+        if step == 1:
+            model[0].bias.register_hook(lambda gradient: gradient * torch.inf)
+
+    trainer, task = start(tmp_path, at_step=explode)
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm is .* at step 2.*no checkpoint yet"):
+        trainer.fit(task)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_signals_save_and_leave_and_the_run_goes_on_exactly(tmp_path, name):
+    def send(step, model):
+        if step == 4:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer, task = start(tmp_path, at_step=send, checkpoint_every=0)
+    assert trainer.fit(task) == name
+    assert trainer.step in (5, 6)  # the flag is read once a step, after the loss
+    assert trainer.checkpoints.latest().step == trainer.step
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = run(tmp_path, checkpoint_every=0)
+    assert equal(snapshot(resumed), snapshot(run(tmp_path, "whole")))
+
+
+def test_a_time_budget_ends_the_run_and_its_schedule(tmp_path):
+    options = {"max_train_steps": 10**6, "max_train_minutes": 0.02, "lr_schedule": "linear", "log_every": 10}
+    trainer = run(tmp_path, checkpoint_every=0, eval_every=0, **options)
+    assert 10 < trainer.step < 10**6
+    assert trainer.seconds == pytest.approx(1.2, rel=0.3)
+    assert rows(trainer)[-1]["lr"] < 0.05 * rows(trainer)[0]["lr"]
+    assert run(tmp_path, checkpoint_every=0, **options).step == trainer.step  # finished: nothing more to do
+
+
+def test_overwrite_starts_again(tmp_path):
+    run(tmp_path)
+    assert start(tmp_path, overwrite=True)[0].step == 0
+
+
+def test_the_resume_check_of_a_dry_run(tmp_path):
+    trainer = run(tmp_path)
+    trainer.check_resume()
+    trainer.step += 1
+    with pytest.raises(RuntimeError, match="no checkpoint of step 9"):
+        trainer.check_resume()
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="batch_size 8 does not divide over 1 processes x 3 micro-batches; use 9"):
+        start(tmp_path, gradient_accumulation_steps=3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_with_float32_weights(tmp_path, precision):
+    trainer = run(tmp_path, mixed_precision=precision)
+    assert all(value.dtype == torch.float32 for value in trainer.state.module.state_dict().values())
+    assert rows(trainer)[-2]["loss"] < rows(trainer)[0]["loss"]
