@@ -1,0 +1,141 @@
+"""How near a pipeline's samples are to its training images: has it learned, or memorised?
+
+    python eval/nearest_neighbours.py --pipeline assets/iptv2-emoji64 --output_dir runs/neighbours
+
+For every sample the nearest training image (or its mirror image) by root-mean-square difference of pixels, on the 0-255
+scale. The yardstick is the same distance of held-out images, which the model never saw: samples much nearer than those
+are copies. Writes neighbours.json and neighbours.png, samples over their nearest training images.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iptv2_diffusion.training.config import option, parse_config
+from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iptv2_diffusion import IPTV2Pipeline
+
+
+@dataclass(kw_only=True)
+class NeighbourConfig:
+    """Samples, and what they are compared with."""
+
+    pipeline: str = option("assets/iptv2-emoji64", "folder of a class-conditional pipeline")
+    data: str = option("data/emoji64", "folder, parquet or Hub name, as in training")
+    train_split: str = option("train", "split it was trained on")
+    heldout_split: str = option("heldout", "split it never saw")
+    resolution: int = option(64, "image size")
+    per_class: int = option(32, "samples of each class")
+    num_inference_steps: int = option(30, "sampling steps")
+    guidance_scale: float = option(3.0, "classifier-free guidance")
+    seed: int = option(0, "sample i uses seed + i")
+    output_dir: str = option("runs/neighbours", "folder for neighbours.json and neighbours.png")
+
+    def validate(self) -> None:
+        if self.per_class < 1:
+            raise ConfigError(f"per_class is {self.per_class}; it must be at least 1")
+
+
+def load_split(config: NeighbourConfig, split: str) -> Tensor:
+    """All images of a split: (N, 3, H, W) in [0, 255]."""
+    import torch
+
+    from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
+
+    with user_errors(OSError, ValueError):
+        images = ImageTensors(load_image_dataset(config.data, split=split), size=config.resolution)
+        return torch.stack([images[i]["pixel_values"] for i in images.valid_indices()]) * 127.5 + 127.5
+
+
+def draw_samples(pipeline: IPTV2Pipeline, config: NeighbourConfig) -> Tensor:
+    """`per_class` samples of each class, in the order of the classes: (N, 3, H, W) in [0, 255]."""
+    import torch
+
+    rows = []
+    for label in range(pipeline.num_classes):
+        seeds = [config.seed + label * config.per_class + i for i in range(config.per_class)]
+        result = pipeline(
+            label,
+            num_images_per_label=config.per_class,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        )
+        rows.append(result.images.float().cpu() * 255)
+    return torch.cat(rows)
+
+
+def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """RMS difference to, and index of, the nearest reference or mirrored reference: both (N,)."""
+    import torch
+
+    distances = [
+        torch.cdist(queries.flatten(1), candidates.flatten(1)) for candidates in (references, references.flip(-1))
+    ]
+    distance, index = torch.minimum(*distances).min(dim=1)
+    return distance / queries[0].numel() ** 0.5, index
+
+
+def quantiles(distances: Tensor) -> dict[str, float]:
+    """Minimum, 5 %, median and mean."""
+    import torch
+
+    low, median = torch.quantile(distances, torch.tensor([0.05, 0.5])).tolist()
+    values = {"min": distances.min().item(), "q05": low, "median": median, "mean": distances.mean().item()}
+    return {name: round(value, 2) for name, value in values.items()}
+
+
+def write_picture(samples: Tensor, neighbours: Tensor, names: list[str], path: Path, columns: int = 10) -> None:
+    """A class's samples over their nearest training images, two rows a class."""
+    from torchvision.transforms.functional import to_pil_image
+
+    from iptv2_diffusion.training.pictures import picture_sheet
+
+    def row(images: Tensor) -> list:
+        return [to_pil_image(image.clamp(0, 255).round().byte()) for image in images[:columns]]
+
+    pairs = zip(samples.chunk(len(names)), neighbours.chunk(len(names)), strict=True)
+    rows = [line for ours, theirs in pairs for line in (row(ours), row(theirs))]
+    labels = [line for name in names for line in (name, "nearest")]
+    picture_sheet(rows, labels).save(path)
+
+
+def main() -> int:
+    config = parse_config(NeighbourConfig, description=__doc__)
+    from iptv2_diffusion import IPTV2Pipeline
+
+    with user_errors(OSError, ValueError):
+        pipeline = IPTV2Pipeline.from_pretrained(config.pipeline)
+        output_dir = Path(config.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    if pipeline.num_classes is None:
+        raise ConfigError(f"{config.pipeline} is unconditional; this script draws samples by class")
+    train, heldout = load_split(config, config.train_split), load_split(config, config.heldout_split)
+    samples = draw_samples(pipeline, config)
+
+    distance, index = nearest(samples, train)
+    result = {
+        "samples_to_train": quantiles(distance),
+        "heldout_to_train": quantiles(nearest(heldout, train)[0]),
+        "samples": len(samples),
+        "command": " ".join(sys.argv),
+    }
+    (output_dir / "neighbours.json").write_text(json.dumps(result, indent=2) + "\n")
+    names = [pipeline.id2label.get(label, f"class {label}") for label in range(pipeline.num_classes)]
+    write_picture(samples, train[index], names, output_dir / "neighbours.png")
+    print(json.dumps(result, indent=2))
+    print(f"wrote {output_dir}/neighbours.json and {output_dir}/neighbours.png")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
