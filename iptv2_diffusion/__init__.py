@@ -1,6 +1,8 @@
 """IPT-V2 (arXiv 2404.00633): a U-shaped image transformer with hierarchical attentions, made to live in diffusers.
 
+    import torch
     from iptv2_diffusion import IPTV2Pipeline
+
     pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
     image = pipe("food_drink", generator=torch.Generator().manual_seed(0)).images[0]
 

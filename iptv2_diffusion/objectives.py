@@ -26,7 +26,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor, nn
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
@@ -99,7 +99,7 @@ class DiffusionObjective:
 
     def __init__(
         self,
-        scheduler,
+        scheduler: SchedulerMixin,
         *,
         learned_variance: bool = False,
         timestep_sampling: TimestepSampling = "uniform",

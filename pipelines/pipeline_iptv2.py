@@ -15,8 +15,9 @@ import inspect
 import logging
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional, Union
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -33,9 +34,10 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from iptv2_diffusion import IPTV2Transformer2DModel, LatentCodec
+from iptv2_diffusion.models.loading import align_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,6 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEARNED_VARIANCES = ("learned", "learned_range")
 # The schedulers that sample with a variance that the model predicts
 VARIANCE_SCHEDULERS = (DDPMScheduler, DDPMParallelScheduler)
-# Where torch itself puts a tensor, in bytes
-ALIGNMENT = 64
 
 Label = int | str
 
@@ -71,15 +71,15 @@ class IPTV2Pipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: IPTV2Transformer2DModel | DiTTransformer2DModel,
+        transformer: Union[IPTV2Transformer2DModel, DiTTransformer2DModel],  # noqa: UP007 - see id2label
         vae: ModelMixin,
         scheduler: SchedulerMixin,
-        id2label: dict | None = None,
+        id2label: Optional[dict] = None,  # noqa: UP045 - diffusers before 0.37 reads no `dict | None`
     ):
         super().__init__()
         for component in (transformer, vae):
             if component is not None:
-                _align_weights(component)
+                align_weights(component)  # diffusers' own classes do not; a saved pipeline must give the same image
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # JSON turns integer keys into strings
         id2label = {int(key): str(name) for key, name in id2label.items()} if id2label else None
@@ -162,9 +162,9 @@ class IPTV2Pipeline(DiffusionPipeline):
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
-    def get_label_ids(self, labels: Label | Sequence[Label] | Tensor) -> list[int]:
+    def get_label_ids(self, labels: Label | Sequence[Label] | Tensor | np.ndarray) -> list[int]:
         """Class ids of labels given by name or by id."""
-        if isinstance(labels, Tensor):
+        if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.flatten().tolist()
         elif isinstance(labels, str) or not isinstance(labels, Sequence):
             labels = [labels]
@@ -179,7 +179,10 @@ class IPTV2Pipeline(DiffusionPipeline):
                 raise ValueError(f"class name {label!r}: this pipeline has no class names (id2label); give a class id")
             near = difflib.get_close_matches(label.lower(), names, n=3, cutoff=0.5) or sorted(names)[:5]
             raise ValueError(f"unknown class name {label!r}; the nearest of {len(names)} names: {', '.join(near)}")
-        index = operator.index(label)
+        try:
+            index = operator.index(label)
+        except TypeError:
+            raise TypeError(f"class label {label!r} is neither a class name nor a whole number") from None
         if not 0 <= index < self.num_classes:
             raise ValueError(f"class label {index} is out of range; the model has classes 0 to {self.num_classes - 1}")
         return index
@@ -305,21 +308,21 @@ class IPTV2Pipeline(DiffusionPipeline):
         if guider is None:
             output = self._denoise(latents, timestep, class_labels)
             return output[:, :channels], output[:, channels:]
-        if guider.num_conditions == 1:
-            output, unconditional = self._denoise(latents, timestep, class_labels), None
-        else:
-            both_labels = torch.cat([class_labels, torch.full_like(class_labels, self.num_classes)])
-            output, null_output = self._denoise(torch.cat([latents, latents]), timestep, both_labels).chunk(2)
-            unconditional = null_output[:, :channels]
-        guided = guider.forward(pred_cond=output[:, :channels], pred_uncond=unconditional).pred
-        return guided, output[:, channels:]
+        null_labels = torch.full_like(class_labels, self.num_classes)
+        # One batch or two, as guidance acts at this step or not; some guiders also reset here what they keep over steps
+        batches = guider.prepare_inputs({"class_labels": (class_labels, null_labels)})
+        labels = torch.cat([batch.class_labels for batch in batches])
+        outputs = self._denoise(torch.cat([latents] * len(batches)), timestep, labels).chunk(len(batches))
+        for batch, output in zip(batches, outputs, strict=True):
+            batch.noise_pred = output[:, :channels]
+        return guider(batches).pred, outputs[0][:, channels:]
 
     # --- the call ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Label | Sequence[Label] | Tensor | None = None,
+        class_labels: Label | Sequence[Label] | Tensor | np.ndarray | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -365,6 +368,8 @@ class IPTV2Pipeline(DiffusionPipeline):
             raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}; not {unknown}")
@@ -415,14 +420,3 @@ class IPTV2Pipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def _align_weights(model: nn.Module) -> None:
-    """Copy the weights that do not start where torch would have put them.
-
-    safetensors leaves loaded weights where they lie in the file, and there the CPU's vector kernels sum in another
-    order: the last bits would differ from the process that saved them. A saved pipeline must give the same image.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and type(tensor.data) is Tensor and tensor.data_ptr() % ALIGNMENT:
-            tensor.data = tensor.data.clone()

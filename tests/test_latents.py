@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch import nn
 
-from iptv2_diffusion import DiffusionObjective, IPTV2Pipeline, IPTV2Transformer2DModel, LatentCodec
+from iptv2_diffusion import DiffusionObjective, IPTV2Pipeline, IPTV2Transformer2DModel, LatentCodec, create_model
 
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0]
 
@@ -158,6 +158,13 @@ class TestEveryVAE:
         assert codec.decode(latents).shape == images.shape
         codec.disable_tiling()
         assert codec.encode_moments(images)[0].isfinite().all()
+
+    def test_pipeline_samples_through_it(self, kind):
+        vae, (_, channels, factor) = make_codec(kind).vae, VAES[kind]
+        transformer = create_model("tiny", in_channels=channels, sample_size=4)
+        pipe = IPTV2Pipeline(transformer.eval(), vae, DiffusionObjective.make_scheduler("v_prediction"))
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe(1, num_inference_steps=1).images[0].size == (4 * factor, 4 * factor)
 
     def test_sizes_that_do_not_fit_are_named(self, kind):
         codec, factor = make_codec(kind), VAES[kind][2]

@@ -37,6 +37,7 @@ examples:
   another VAE from the Hub             ... --vae stabilityai/sd-vae-ft-ema --resolution 256 --model iptv2-s
   a DiT under the same recipe          ... --model dit-s-2 --output_dir runs/dit
   8 GPUs in bfloat16                   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 ...
+  15 % faster, CPU and glibc           MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 ...
 
 The same command resumes: it continues from the newest checkpoint in output_dir, bit for bit.
 `accelerate launch --quiet` leaves its own traceback out when a run ends with an error.
@@ -53,7 +54,9 @@ class LDMConfig(TrainingConfig):
     heldout_split: str | None = option(None, "split for the held-out loss; none: heldout_fraction", group="data")
     heldout_fraction: float = option(0.02, "share of train_split kept for the held-out loss", group="data")
     image_column: str | None = option(None, "none: found by itself", group="data")
-    label_column: str | None = option(None, "none: found by itself, if there is one", group="data")
+    label_column: str | None = option(
+        None, "none: found by itself, if there is one; ignore: train without labels", group="data"
+    )
     revision: str | None = option(None, "of a data set on the Hub", group="data")
     resolution: int | tuple[int, int] = option(64, "image size: one number, or height,width", group="data")
     random_flip: bool = option(True, "mirror half of the images", group="data")
@@ -95,6 +98,7 @@ class LDMConfig(TrainingConfig):
             raise ConfigError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
         if not 0 <= self.heldout_fraction < 1:
             raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1)")
+        self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")
         if self.learned_variance and self.objective == "flow":
             raise ConfigError("learned_variance goes with epsilon or v_prediction; set objective or leave it out")
 
@@ -110,23 +114,20 @@ class LDMConfig(TrainingConfig):
 
 def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[ImageTensors, ImageTensors | None, list[str]]:
     """Training images, held-out images (None if none are wanted) and class names ([] without labels)."""
-    import torch
+    from iptv2_diffusion.data.images import ImageTensors, class_names, load_train_and_heldout
 
-    from iptv2_diffusion.data.images import ImageTensors, class_names, load_image_dataset
-    from iptv2_diffusion.data.sampling import generator_for
-
-    columns = {"image_column": config.image_column, "label_column": config.label_column, "revision": config.revision}
     # One process prepares what `datasets` caches on the disk; the others then find it there.
     with user_errors(OSError, ValueError, KeyError), accelerator.local_main_process_first():
-        train = load_image_dataset(config.data, split=config.train_split, **columns)
-        heldout = None
-        if config.heldout_split is not None:
-            heldout = load_image_dataset(config.data, split=config.heldout_split, **columns)
-    names = class_names(train) or []
-    order = torch.randperm(len(train), generator=generator_for(config.seed, "heldout")).tolist()
-    if heldout is None and config.heldout_fraction > 0 and len(train) > 1:
-        count = min(max(1, round(config.heldout_fraction * len(train))), len(train) - 1)
-        heldout, train = train.select(sorted(order[:count])), train.select(sorted(order[count:]))
+        train, heldout = load_train_and_heldout(
+            config.data,
+            train_split=config.train_split,
+            heldout_split=config.heldout_split,
+            heldout_fraction=config.heldout_fraction,
+            seed=config.seed,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            revision=config.revision,
+        )
     if config.dry_run:
         train = train.select(range(min(len(train), 2 * config.batch_size)))
         heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
@@ -134,19 +135,19 @@ def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[ImageTenso
     def tensors(dataset: Any) -> ImageTensors:
         return ImageTensors(dataset, size=config.size, strict=config.strict)
 
-    return tensors(train), None if heldout is None else tensors(heldout), names
+    with user_errors(ValueError):
+        return tensors(train), None if heldout is None else tensors(heldout), class_names(train) or []
 
 
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     """The VAE's codec, frozen, on the device."""
-    import json
-
     import diffusers
     import torch
+    from safetensors import SafetensorError
 
     from iptv2_diffusion.latents import LatentCodec
 
-    with user_errors(OSError, ValueError, TypeError, json.JSONDecodeError):
+    with user_errors(OSError, ValueError, TypeError, SafetensorError):
         options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
         description = diffusers.AutoencoderKL.load_config(config.vae, **options)
         vae_class = getattr(diffusers, description.get("_class_name", "AutoencoderKL"), None)
@@ -196,6 +197,11 @@ def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int
     found = max(len(names), max(labels) + 1) if names else 0
     if names and min(labels) < 0:
         raise ConfigError(f"the data has the label {min(labels)}; labels are 0 to {found - 1}: mend or remove those")
+    if config.num_classes and not names:
+        raise ConfigError(
+            f"num_classes is {config.num_classes}, but no labels were found in {config.data}; name them by "
+            "--label_column, give every class its own sub-folder, or leave num_classes out"
+        )
     if config.num_classes is not None and config.num_classes < found:
         raise ConfigError(
             f"num_classes is {config.num_classes}, but the data has labels up to {found - 1}; use {found} or more"
@@ -261,7 +267,7 @@ def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: A
                 flips=config.random_flip,
                 **encoding,
             )
-    accelerator.print(f"{len(source)} images to train on")
+    accelerator.print(f"{len(source)} images to train on, {f'{len(names)} classes' if names else 'without labels'}")
     return LatentDiffusionTask(
         config,
         accelerator,
@@ -298,9 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     accelerator.print(f"{config.model}: {parameters / 1e6:.2f} M parameters on {accelerator.device}")
     trainer = Trainer(config, accelerator, model)
     task = make_task(config, trainer, codec, images, trainer.resume())
-    stopped = trainer.fit(task)
-    if stopped:
-        accelerator.print(f"stopped by {stopped} at step {trainer.step}, saved; the same command goes on from there")
+    if trainer.fit(task):
+        trainer.finish()
         return 0
     if config.dry_run:
         trainer.check_resume()
@@ -346,6 +351,7 @@ def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -
     label = repr(task.id2label[0]) + ", " if task.id2label else ""
     others = "--heldout_split none --output_dir runs/mine"
     command = "accelerate launch " + " ".join(shlex.quote(word) for word in sys.argv)
+    command += " --overwrite false" if config.overwrite else ""
     return f"""
 trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
   samples.png  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/

@@ -78,6 +78,8 @@ class VAEConfig(TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
+        self.require_positive("resolution", "latent_channels", "layers_per_block", "norm_num_groups")
+        self.require_positive("heldout_samples", "preview_images", "statistics_samples")
         if not self.block_out_channels or any(c < 1 or c % self.norm_num_groups for c in self.block_out_channels):
             raise ConfigError(
                 f"block_out_channels is {self.block_out_channels}; each must be a multiple of norm_num_groups "
@@ -111,27 +113,26 @@ class VAEConfig(TrainingConfig):
 
 def load_images(config: VAEConfig, accelerator: Accelerator) -> tuple[ImageTensors, ImageTensors]:
     """Training and held-out images."""
-    import torch
+    from iptv2_diffusion.data.images import ImageTensors, load_train_and_heldout
 
-    from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
-    from iptv2_diffusion.data.sampling import generator_for
-
-    options = {"image_column": config.image_column, "label_column": "none", "revision": config.revision}
     # One process prepares what `datasets` caches on the disk; the others then find it there.
     with user_errors(OSError, ValueError, KeyError), accelerator.local_main_process_first():
-        train = load_image_dataset(config.data, split=config.train_split, **options)
-        if config.heldout_split is not None:
-            heldout = load_image_dataset(config.data, split=config.heldout_split, **options)
-        else:
-            if len(train) < 2:
-                raise ConfigError(f"{config.data} has {len(train)} image; two are needed, one of them held out")
-            order = torch.randperm(len(train), generator=generator_for(config.seed, "heldout")).tolist()
-            count = min(max(1, round(config.heldout_fraction * len(train))), len(train) - 1)
-            heldout, train = train.select(sorted(order[:count])), train.select(sorted(order[count:]))
+        train, heldout = load_train_and_heldout(
+            config.data,
+            train_split=config.train_split,
+            heldout_split=config.heldout_split,
+            heldout_fraction=config.heldout_fraction,
+            seed=config.seed,
+            image_column=config.image_column,
+            label_column="ignore",
+            revision=config.revision,
+        )
+    if heldout is None:
+        raise ConfigError(f"{config.data} has {len(train)} image; two are needed, one of them held out")
     if config.dry_run:
         train, heldout = (d.select(range(min(len(d), 4 * config.batch_size))) for d in (train, heldout))
-    images = [ImageTensors(d, size=config.size, strict=config.strict) for d in (train, heldout)]
     with user_errors(ValueError):
+        images = [ImageTensors(d, size=config.size, strict=config.strict) for d in (train, heldout)]
         for part in images:
             part.valid_indices()
     return images[0], images[1]
@@ -341,9 +342,8 @@ def main() -> int:
     accelerator.print(f"AutoencoderKL of {size:.2f} M parameters on {accelerator.device}, {len(train):,} images")
     trainer = Trainer(config, accelerator, model, curves=("loss",))
     task = VAETask(config, accelerator, train, heldout, trainer.resume())
-    stopped = trainer.fit(task)
-    if stopped:
-        accelerator.print(f"stopped by {stopped} at step {trainer.step}, saved; the same command goes on from there")
+    if trainer.fit(task):
+        trainer.finish()
         return 0
     if config.dry_run:
         trainer.check_resume()

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from iptv2_diffusion.data.sampling import generator_for
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 SPLIT_FOLDERS = {"train", "test", "val", "validation", "valid", "heldout"}
-MAX_PIXELS = 512 * 1024**2  # a photograph of 200 megapixels is fine, a decompression bomb is not
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def load_image_dataset(
     `source` is one of: a folder of images (flat = unlabelled; one sub-folder per class = labelled; either may lie under
     one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a Hub name.
     `split` takes whatever `datasets` takes ("train", "train[:100]"). The columns are found by their usual names when
-    `image_column` and `label_column` are not given; `label_column="none"` ignores the labels.
+    `image_column` and `label_column` are not given; `label_column="ignore"` leaves the labels out.
 
     Returns a Dataset with "image" (undecoded: {"bytes", "path"}) and, when labelled, "label" (ClassLabel).
     Raises FileNotFoundError for a source that is not there, ValueError for one that is empty, or that has no such split
@@ -77,6 +78,51 @@ def class_names(dataset: datasets.Dataset) -> list[str] | None:
     """Names of the classes in the order of their ids; None when the data set is unlabelled."""
     feature = dataset.features.get("label")
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def load_train_and_heldout(
+    source: str | Path,
+    *,
+    train_split: str = "train",
+    heldout_split: str | None = None,
+    heldout_fraction: float = 0.0,
+    seed: int = 0,
+    **columns: Any,
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """What to train on and what to hold out: a split of its own, or a share of `train_split` drawn from the seed.
+
+    A share keeps at least one image on either side; without `heldout_split` and share (or with one image only) nothing
+    is held out. Labels of both mean the same classes, those of `train_split`. `columns`: see `load_image_dataset`,
+    which also says what is raised.
+    """
+    train = load_image_dataset(source, split=train_split, **columns)
+    if heldout_split is not None:
+        heldout = load_image_dataset(source, split=heldout_split, **columns)
+        return train, _with_labels_of(heldout, train, f'{source}, split "{heldout_split}"')
+    if heldout_fraction == 0 or len(train) < 2:
+        return train, None
+    order = torch.randperm(len(train), generator=generator_for(seed, "heldout")).tolist()
+    count = min(max(1, round(heldout_fraction * len(train))), len(train) - 1)
+    return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+
+
+def _with_labels_of(data: datasets.Dataset, train: datasets.Dataset, what: str) -> datasets.Dataset:
+    """`data` with the class numbers of `train`: a split that lacks a class numbers the others differently."""
+    names, wanted = class_names(data), class_names(train)
+    if wanted is None:
+        return data.remove_columns("label") if names else data
+    if names is None:
+        raise ValueError(f'{what}: has no labels, but the training images have; label_column "ignore" trains without')
+    labels = list(data["label"])
+    if min(labels) < 0:
+        raise ValueError(f"{what}: has the label {min(labels)}; labels are 0 to {len(names) - 1}: choose another split")
+    if names == wanted:
+        return data
+    unknown = sorted({names[label] for label in labels} - set(wanted))
+    if unknown:
+        raise ValueError(f"{what}: has {len(unknown)} classes that the training images lack ({', '.join(unknown[:5])})")
+    numbers = [wanted.index(names[label]) for label in labels]
+    return data.remove_columns("label").add_column("label", numbers).cast_column("label", train.features["label"])
 
 
 def _load_split(name: str, split: str, **options: Any) -> datasets.Dataset:
@@ -119,6 +165,13 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
         names = sorted(set(classes))
         columns["label"] = [names.index(c) for c in classes]
         features["label"] = datasets.ClassLabel(names=names)
+    elif any(f.parent != path for f in files):
+        beside = [f.name for f in files if f.parent == path]
+        warnings.warn(
+            f"{path}: no labels, because {len(beside)} of {len(files)} images ({beside[0]} ...) lie beside the "
+            "sub-folders; move them into one if the sub-folders are classes",
+            stacklevel=3,
+        )
     data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     if bracket:
         parts = datasets.ReadInstruction.from_spec(f"train[{rest}").to_absolute({"train": len(data)})
@@ -138,7 +191,7 @@ def _standard_columns(
         if not kinds:
             raise ValueError(f"{source}: no image column among {', '.join(data.column_names)}; name it by image_column")
         image = kinds[0]
-    label = None if label_column == "none" else _find_column(data, source, label_column, LABEL_COLUMNS, "label")
+    label = None if label_column == "ignore" else _find_column(data, source, label_column, LABEL_COLUMNS, "label")
     data = data.select_columns([image] if label is None else [image, label])
     data = data.rename_columns(
         {old: new for old, new in ((image, "image"), (label, "label")) if old not in (None, new)}
@@ -169,7 +222,9 @@ def _number_labels(data: datasets.Dataset, source: str, column: str) -> datasets
         return data.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(max(values) + 1)]))
     if all(isinstance(v, str) for v in values):
         return data.cast_column("label", datasets.ClassLabel(names=sorted(values)))
-    raise ValueError(f'{source}: column "{column}" holds neither class numbers nor names; use label_column="none"')
+    raise ValueError(
+        f'{source}: column "{column}" holds neither class numbers nor names; label_column "ignore" leaves it out'
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,9 +345,8 @@ class ImageTensors(torch.utils.data.Dataset):
         record = self.dataset[index]["image"]
         try:
             with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"]) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}×{image.height} is over {MAX_PIXELS} pixels")
                 return to_rgb(image)
-        # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG) and struct or zlib errors.
+        # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG) and struct or zlib errors, and
+        # refuses pictures of over 179 megapixels (`Image.MAX_IMAGE_PIXELS`), which may be decompression bombs.
         except Exception as error:
             raise ValueError(f"{self.name(index)}: cannot be read as an image ({_first_line(error)})") from error

@@ -1,5 +1,6 @@
 """The U of IPT-V2, shared by the denoiser and the restorer (SPEC §1)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ __all__ = ["IPTV2Backbone"]
 
 
 class IPTV2Backbone(nn.Module):
-    """U-shaped encoder–decoder of FG blocks: (B, C, H, W) -> (B, 2C, H, W), any H and W.
+    """U-shaped encoder–decoder of FG blocks: (B, C, H, W) -> (B, 2C, H, W), or C if L is 1; any H and W.
 
     With L levels there are 2L-1 stages: L-1 of the encoder, the bottleneck, L-1 of the decoder, of widths
     C, 2C, …, 2^(L-1)·C, …, 2C, and 2C again: the last decoder stage keeps both halves of its skip concatenation
@@ -70,7 +71,7 @@ class IPTV2Backbone(nn.Module):
         self.gradient_checkpointing = False  # ModelMixin.enable_gradient_checkpointing sets it and the function
 
         def make_stage(stage: int) -> nn.ModuleList:
-            window, shifted = fit_window(window_size, resolutions[stage], sample_size)
+            window, shifted = fit_window(window_size, resolutions[stage], levels, sample_size)
             return nn.ModuleList(
                 FGBlock(
                     widths[stage],
@@ -100,7 +101,7 @@ class IPTV2Backbone(nn.Module):
         self.decoder = nn.ModuleList(make_stage(stage) for stage in decoder)
 
     def forward(self, x: Tensor, conditioning: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """x (B, C, H, W); conditioning (B, D), or one such per level, or None -> (B, 2C, H, W)."""
+        """x (B, C, H, W); conditioning (B, D), or one such per level, or None -> (B, out_channels, H, W)."""
         height, width = x.shape[-2:]
         x = pad_replicate(x, multiple=2 ** (self.levels - 1)).contiguous(memory_format=torch.channels_last)
         vectors = conditioning if isinstance(conditioning, (tuple, list)) else [conditioning] * self.levels
@@ -138,11 +139,15 @@ def pad_replicate(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def fit_window(window_size: int, level: int, sample_size: tuple[int, int] | None) -> tuple[int, bool]:
-    """Window of a level, no larger than its map at `sample_size`, and whether shifted windows exist there."""
+def fit_window(window_size: int, level: int, levels: int, sample_size: tuple[int, int] | None) -> tuple[int, bool]:
+    """Window of a level, no larger than its map at `sample_size`, and whether shifted windows exist there.
+
+    That map is the one of `sample_size` padded to a multiple of 2^(L-1), as `forward` does.
+    """
     if sample_size is None:
         return window_size, True
-    height, width = (-(-side // 2**level) for side in sample_size)
+    coarsest = 2 ** (levels - 1)
+    height, width = (math.ceil(side / coarsest) * coarsest // 2**level for side in sample_size)
     window = min(window_size, height, width)
     return window, height > window and width > window
 

@@ -114,11 +114,14 @@ def apply_branches(branches: Sequence[nn.Conv2d], x: Tensor) -> Tensor:
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer's weights may be read instead of calling it.
 
-    Not so for one that an adapter wraps (LoRA), or that a hook gives its weights only during its forward (accelerate's
-    sequential offload, diffusers' layerwise casting).
+    Not so for one that an adapter wraps (LoRA), or that a hook gives its weights only during its forward.
     """
-    hooked = hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")
-    return type(layer) in (nn.Linear, DepthwiseConv2d) and not hooked
+    return type(layer) in (nn.Linear, DepthwiseConv2d) and not is_hooked(layer)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate (sequential offload) or diffusers (layerwise casting, group offload) hooks into a module."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | None]:

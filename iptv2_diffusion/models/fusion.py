@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .feed_forward import RepLeFFN
+from .feed_forward import RepLeFFN, is_hooked
 
 Model = TypeVar("Model", bound="FusibleModelMixin")
 
@@ -21,7 +21,11 @@ class FusibleModelMixin:
         """A new model of the same function with merged feed-forwards, for inference only; a fused model gives a copy.
 
         Saved and loaded like any other; `config.fused` tells it from a trainable one.
+
+        Raises:
+            RuntimeError: a layer carries an adapter or an offloading or casting hook, whose part would be lost.
         """
+        self.check_weights_are_plain()
         state = self.state_dict()
         for name, module in self.named_modules():
             if isinstance(module, RepLeFFN) and not module.fused:
@@ -32,6 +36,20 @@ class FusibleModelMixin:
             deployed = type(self).from_config(self.config, fused=True)
         deployed.load_state_dict({key: value.detach().clone() for key, value in state.items()}, assign=True)
         return deployed.requires_grad_(False)
+
+    def check_weights_are_plain(self) -> None:
+        for name, module in self.named_modules():
+            if hasattr(module, "base_layer"):  # PEFT's wrapper
+                raise RuntimeError(
+                    f"{name} carries an adapter, which fuse() would lose; merge it with fuse_lora() and unload_lora(), "
+                    "or remove it with unload_lora(), before fuse()"
+                )
+            has_weights = next(module.parameters(recurse=False), None) is not None
+            if has_weights and is_hooked(module):
+                raise RuntimeError(
+                    f"{name} is offloaded or cast by a hook and has its weights only while it runs; call fuse() before "
+                    "enabling offloading or layerwise casting"
+                )
 
     def finish_fused_init(self) -> None:
         """Last line of a model's `__init__`: a fused model starts, and stays, in inference mode."""

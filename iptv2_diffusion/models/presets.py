@@ -1,5 +1,6 @@
 """Named sizes, with the parameters and GMACs each must have, and the one function that makes a model from a name."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -121,22 +122,18 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
             becomes one class that every sample has).
 
     Raises:
-        ValueError: no such preset, file or folder, or a key that the model does not have.
+        ValueError: no such preset, file or folder, one that is no model's, or a key that the model does not have.
     """
     if name in PRESETS:
         model_class, config = PRESETS[name].model_class, dict(PRESETS[name].config)
-    elif Path(name).exists():
-        path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-        config = yaml.safe_load(path.read_text())  # JSON is YAML
-        model_class = MODEL_CLASSES.get(config.get("_class_name", "IPTV2Transformer2DModel"))
-        if model_class is None:
-            raise ValueError(f"{name}: _class_name is {config.get('_class_name')!r}, not one of {list(MODEL_CLASSES)}")
+    elif name and Path(name).exists():
+        model_class, config = read_config(Path(name))
     else:
         near = get_close_matches(name, PRESETS, n=3, cutoff=0) or list(PRESETS)
         raise ValueError(f"no preset, config.json or model folder called {name!r}; near it: {', '.join(near)}")
 
     overrides = translate_overrides(model_class, overrides)
-    if Path(name).is_dir():
+    if name not in PRESETS and Path(name).is_dir():
         model = model_class.from_pretrained(name)
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items()}  # JSON has no tuples
         overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
@@ -153,6 +150,37 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
 MODEL_CLASSES = {c.__name__: c for c in (IPTV2Transformer2DModel, DiTTransformer2DModel)}
 
 
+def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
+    """Class and configuration of a model from its JSON or YAML file, or from its folder."""
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            inside = [child.parent.name for child in sorted(path.glob("*/config.json"))]
+            hint = f"; one of its folders may be meant: {', '.join(inside)}" if inside else ""
+            raise ValueError(f"{path} has no config.json: it is not a folder that a model was saved in{hint}")
+        path = path / "config.json"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {type(config).__name__}, not the names and values of a model's arguments")
+    class_name = config.get("_class_name", IPTV2Transformer2DModel.__name__)
+    if class_name not in MODEL_CLASSES:
+        raise ValueError(f"{path}: _class_name is {class_name!r}, not one of {', '.join(MODEL_CLASSES)}")
+    model_class = MODEL_CLASSES[class_name]
+    check_arguments(model_class, [key for key in config if not key.startswith("_")])
+    return model_class, config
+
+
+def check_arguments(model_class: type[ModelMixin], names: Iterable[str]) -> None:
+    """An error for the first name that is no argument of the class; diffusers would only warn of it."""
+    known = model_class._get_init_keys(model_class) - {"self"}
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0)
+            raise ValueError(f"{model_class.__name__} has no argument {name!r}; near it: {', '.join(near)}")
+
+
 def translate_overrides(model_class: type[ModelMixin], overrides: dict[str, Any]) -> dict[str, Any]:
     """Our names into DiT's, and an error for what the class does not have."""
     overrides = dict(overrides)
@@ -166,11 +194,7 @@ def translate_overrides(model_class: type[ModelMixin], overrides: dict[str, Any]
             if height != width:
                 raise ValueError(f"DiT takes square latents, not {height}×{width}")
             overrides["sample_size"] = height
-    known = model_class._get_init_keys(model_class) - {"self"}
-    unknown = [key for key in overrides if key not in known]
-    if unknown:
-        near = get_close_matches(unknown[0], known, n=3, cutoff=0)
-        raise ValueError(f"{model_class.__name__} has no argument {unknown[0]!r}; near it: {', '.join(near)}")
+    check_arguments(model_class, overrides)
     return overrides
 
 
@@ -193,7 +217,8 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: ModelMixin, height: int | None = None, width: int | None = None, batch_size: int = 1) -> int:
     """Multiply–accumulates of one forward per sample: matrix products, convolutions and attention.
 
-    The model is copied onto the meta device: on the CPU, PyTorch's counter takes attention as free.
+    Counted is a model of the same configuration on the meta device: on the CPU, PyTorch's counter takes attention as
+    free.
 
     Args:
         model: a denoiser of this package or diffusers' DiT; pass `model.fuse()` to count the deployed form.

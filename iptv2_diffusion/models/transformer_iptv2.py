@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .backbone import IPTV2Backbone, pad_replicate
 from .blocks import AdaLayerNormZero2d
 from .fusion import FusibleModelMixin
+from .loading import AlignedLoadingMixin
 
 __all__ = ["IPTV2Transformer2DModel"]
 
@@ -44,7 +45,9 @@ class TimestepClassEmbedding(nn.Module):
         return vector
 
 
-class IPTV2Transformer2DModel(FusibleModelMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class IPTV2Transformer2DModel(
+    FusibleModelMixin, AlignedLoadingMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin
+):
     """U-shaped latent denoiser with hierarchical attentions (IPT-V2, arXiv 2404.00633; SPEC §1–§7).
 
     Args:

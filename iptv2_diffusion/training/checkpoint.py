@@ -256,9 +256,9 @@ def sha256(path: Path) -> str:
 
 
 def _fsync(path: Path) -> None:
-    """Flush a file or folder to the disk; folders cannot be opened everywhere (Windows), files always."""
+    """Flush a file or folder to the disk. On Windows folders cannot be opened, and files only flushed if writable."""
     with contextlib.suppress(PermissionError) if path.is_dir() else contextlib.nullcontext():
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:

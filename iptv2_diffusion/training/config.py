@@ -6,13 +6,15 @@
 
     config = parse_config(LDMConfig)          # --config file.yaml --data my_photos --learning_rate 3e-4
 
-Precedence: command line over YAML over the defaults of the dataclass. Unknown options are errors that name the nearest
-ones. Only the standard library and yaml are imported here, so that `--help` answers at once.
+Precedence: command line over YAML over the defaults of the dataclass; the word none means None in both. Unknown options
+are errors that name the nearest ones. Only the standard library and yaml are imported here, so that `--help` answers at
+once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -46,6 +48,7 @@ def option(default: Any, help: str, *, group: str = "run", free: bool = False) -
     return dataclasses.field(default=default, metadata=metadata)
 
 
+_RATES = ("weight_decay", "max_grad_norm")
 _FREE_LOG = {"group": "checkpoints and logs", "free": True}
 
 
@@ -111,18 +114,27 @@ class TrainingConfig:
 
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work, naming them."""
-        for name in ("max_train_steps", "batch_size", "gradient_accumulation_steps", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("checkpoint_every", "eval_every", "preview_every", "lr_warmup_steps", "num_workers"):
+        self.require_positive("max_train_steps", "batch_size", "gradient_accumulation_steps", "keep_last", "log_every")
+        for name in ("checkpoint_every", "eval_every", "preview_every", "lr_warmup_steps", "num_workers", *_RATES):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be positive")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1)")
+        for name in ("learning_rate", "adam_epsilon", "ema_power"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"num_threads is {self.num_threads}; it must be at least 1, or none")
         if self.max_train_minutes is not None and self.max_train_minutes <= 0:
             raise ConfigError(f"max_train_minutes is {self.max_train_minutes}; it must be positive, or none")
+
+    def require_positive(self, *names: str) -> None:
+        """Raise `ConfigError` unless each of these counts (or pairs of them) is at least 1."""
+        for name in names:
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -175,14 +187,12 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     """Turn a YAML value into the field's type: '1e-4' into a float, a list into a tuple; refuse what cannot be."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
+        if type(None) in arguments and (value is None or str(value).lower() in _NONE_WORDS):
             return None
         for argument in (a for a in arguments if a is not type(None)):
-            try:
+            with contextlib.suppress(ConfigError):
                 return coerce(value, argument, name)
-            except ConfigError as error:
-                failure = error
-        raise failure
+        raise ConfigError(f"{name} is {value!r}; it must be {_type_name(hint)}")
     if origin is Literal:
         if value is False and "no" in arguments:  # YAML 1.1 reads a bare `no` as false
             value = "no"
@@ -191,7 +201,8 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(str, arguments))}")
     if hint is Any:
         return value
-    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+    length = len(arguments) if origin is tuple and Ellipsis not in arguments else None
+    if origin in (list, tuple) and isinstance(value, (list, tuple)) and length in (None, len(value)):
         return origin(coerce(item, arguments[0], name) for item in value)
     if (origin is dict or hint is dict) and isinstance(value, dict):
         return value
@@ -214,10 +225,8 @@ def _coerce_plain(value: Any, hint: Any, name: str) -> Any:
 
 
 def _parse_text(text: str, hint: Any) -> Any:
-    """A command-line word, read by the field's type: none, numbers, booleans, JSON or comma-separated lists."""
+    """A command-line word as YAML would give it: booleans, JSON and comma-separated lists; `coerce` reads the rest."""
     arguments = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if type(None) in arguments and text.lower() in _NONE_WORDS:
-        return None
     kinds = {typing.get_origin(a) or a for a in arguments}
     if bool in kinds and text.lower() in _TRUE_WORDS | _FALSE_WORDS:
         return text.lower() in _TRUE_WORDS
@@ -294,6 +303,8 @@ def _type_name(hint: Any) -> str:
         return "|".join("none" if a is type(None) else _type_name(a) for a in arguments)
     if origin is Literal:
         return "|".join(map(str, arguments))
+    if origin is tuple and Ellipsis not in arguments:
+        return ",".join(map(_type_name, arguments))
     if origin in (list, tuple):
         return "LIST"
     names = {bool: "true|false", dict: "JSON", str: "TEXT", int: "INT", float: "NUMBER"}

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, names the operating system's errors
 
 
 class UserError(Exception):
@@ -36,8 +38,20 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     except UserError:
         raise
     except expected as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = full_disk(error) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(message) from error
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What to tell of an error that means that the disk, or the quota, is full; None for any other."""
+    if isinstance(error, OSError):
+        number, where = error.errno, f" at {error.filename}" if error.filename else ""
+    else:
+        match = _OS_ERROR.search(str(error))
+        number, where = (int(match[1]), "") if match else (None, "")
+    if number not in _DISK_ERRORS:
+        return None
+    return f"{os.strerror(number)}{where}: make room and start the same command again; checkpoints are whole"
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -52,13 +66,13 @@ def run_main(main: Callable[[], int | None]) -> None:
         if os.environ.get("IPTV2_TRACEBACK") == "1":
             raise
         code = _complain(str(error))
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS or os.environ.get("IPTV2_TRACEBACK") == "1":
-            raise
-        where = f" at {error.filename}" if error.filename else ""
-        code = _complain(f"{error.strerror}{where}: make room and start the same command again; checkpoints are whole")
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:
+        message = full_disk(error)
+        if message is None or os.environ.get("IPTV2_TRACEBACK") == "1":
+            raise
+        code = _complain(message)
     sys.exit(code or 0)
 
 

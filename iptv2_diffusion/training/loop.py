@@ -10,6 +10,7 @@ checkpoint needs no random state, and the loss curve depends neither on the numb
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -143,12 +144,14 @@ class Trainer:
         main = self.accelerator.is_main_process
         self.metrics = MetricLog(self.output_dir / "metrics.jsonl", resumed_step=self.step, enabled=main)
         if main:
-            save_config(self.config, self.output_dir / "config.yaml")
+            # Without what holds for one start only: a run begun from this file must not delete anything.
+            once = {"overwrite": False, "accept_changes": False}
+            save_config(dataclasses.replace(self.config, **once), self.output_dir / "config.yaml")
         self.accelerator.init_trackers("logs", config=_flat(config_to_dict(self.config)))
         return self.step
 
     def fit(self, task: TrainingTask) -> str | None:
-        """Train to the end. Returns None, or the name of the signal that stopped the run (after saving)."""
+        """Train to the end. Returns None, or the name of the signal that stopped the run (saved, and told)."""
         config = self.config
         bar = ProgressBar(
             max(self.step, config.max_train_steps),
@@ -166,7 +169,9 @@ class Trainer:
                     self._log_step(values, bar)
                     if values["stop"] > 0:
                         self.save()
-                        return stop.reason or "a signal to another process"
+                        reason = stop.reason or "a signal to another process"
+                        bar.say(f"stopped by {reason} at step {self.step}, saved; the same command goes on from there")
+                        return reason
                     self._after_step(task, bar)
                 self.save()
             finally:

@@ -11,7 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from iptv2_diffusion.data.images import ImageTensors, center_crop, class_names, load_image_dataset, to_rgb
+from iptv2_diffusion.data.images import (
+    ImageTensors,
+    center_crop,
+    class_names,
+    load_image_dataset,
+    load_train_and_heldout,
+    to_rgb,
+)
 
 
 def picture(size: tuple[int, int] = (12, 8), colour: tuple[int, ...] = (200, 30, 60)) -> Image.Image:
@@ -86,6 +93,11 @@ class TestSources:
         assert load_image_dataset(labelled, split="train[1:3]")["label"] == whole["label"][1:3]
         assert len(load_image_dataset(labelled, split="train[:50%]")) == 2
 
+    def test_images_beside_the_classes_leave_no_labels_and_are_told(self, labelled: Path) -> None:
+        picture().save(labelled / "cover.png")
+        with pytest.warns(UserWarning, match=r"no labels, because 1 of 5 images \(cover\.png \.\.\.\) lie beside"):
+            assert class_names(load_image_dataset(labelled)) is None
+
     @pytest.mark.parametrize("form", ["folder", "file", "glob"])
     def test_parquet(self, parquet: Path, form: str) -> None:
         source = {"folder": parquet, "file": parquet / "train.parquet", "glob": parquet / "*.parquet"}[form]
@@ -104,7 +116,40 @@ class TestSources:
         features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
         datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "x.parquet")
         assert class_names(load_image_dataset(tmp_path / "x.parquet")) == ["0", "1", "2", "3", "4"]
-        assert class_names(load_image_dataset(tmp_path / "x.parquet", label_column="none")) is None
+        assert class_names(load_image_dataset(tmp_path / "x.parquet", label_column="ignore")) is None
+
+
+class TestHeldOut:
+    @pytest.fixture
+    def splits(self, labelled: Path, tmp_path: Path) -> Path:
+        """train/{cat,dog} and test/dog, where `dog` alone would be class 0."""
+        (tmp_path / "splits" / "test" / "dog").mkdir(parents=True)
+        labelled.rename(tmp_path / "splits" / "train")
+        picture().save(tmp_path / "splits" / "test" / "dog" / "x.png")
+        return tmp_path / "splits"
+
+    def test_a_share(self, labelled: Path) -> None:
+        train, heldout = load_train_and_heldout(labelled, heldout_fraction=0.25, seed=3)
+        assert (len(train), len(heldout)) == (3, 1)
+        again = load_train_and_heldout(labelled, heldout_fraction=0.25, seed=3)
+        assert [d["label"] for d in again] == [train["label"], heldout["label"]]
+        assert len(load_train_and_heldout(labelled, heldout_fraction=0.99)[0]) == 1
+        assert load_train_and_heldout(labelled, heldout_fraction=0)[1] is None
+
+    def test_a_split_keeps_the_class_numbers_of_training(self, splits: Path) -> None:
+        train, heldout = load_train_and_heldout(splits, heldout_split="test")
+        assert class_names(heldout) == class_names(train) == ["cat", "dog"]
+        assert heldout["label"] == [1]
+        unlabelled = load_train_and_heldout(splits, heldout_split="test", label_column="ignore")
+        assert [class_names(data) for data in unlabelled] == [None, None]
+
+    def test_classes_and_labels_that_do_not_fit(self, splits: Path) -> None:
+        (splits / "test" / "dog").rename(splits / "test" / "eel")
+        with pytest.raises(ValueError, match=r'split "test": has 1 classes that the training images lack \(eel\)'):
+            load_train_and_heldout(splits, heldout_split="test")
+        picture().save(splits / "test" / "y.png")
+        with pytest.warns(UserWarning, match="beside"), pytest.raises(ValueError, match="has no labels"):
+            load_train_and_heldout(splits, heldout_split="test")
 
 
 class TestWrongSources:

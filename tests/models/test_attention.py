@@ -227,6 +227,16 @@ class TestBothAttentions:
         assert half.isfinite().all()
         assert F.cosine_similarity(half.float().flatten(), full.flatten(), dim=0) > 0.99
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_gradients_are_near_float32(self, make, dtype):
+        """On a CPU, half precision with gradients has a path of its own; an odd size brings its mask in."""
+        module, x, gradients = make(), references.random_map(2, 16, 9, 11), []
+        for run in (module, make().to(dtype)):
+            run(x.to(run.qkv.weight.dtype)).float().square().sum().backward()
+            gradients.append(torch.cat([parameter.grad.float().flatten() for parameter in run.parameters()]))
+        assert gradients[1].isfinite().all()
+        assert F.cosine_similarity(*gradients, dim=0) > 0.99
+
     def test_autocast_is_finite(self, make):
         module, x = make(), references.random_map(1, 16, 9, 10)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -241,6 +251,11 @@ class TestArguments:
     def test_heads_that_do_not_divide_the_channels(self, make):
         with pytest.raises(ValueError, match=r"10.*4|4.*10"):
             make(10, 4)
+
+    @pytest.mark.parametrize("make", [FocalContextAttention, GlobalGridAttention])
+    def test_at_least_one_head(self, make):
+        with pytest.raises(ValueError, match="num_heads is 0"):
+            make(8, 0)
 
     def test_rope_needs_a_multiple_of_four_channels_per_head(self):
         with pytest.raises(ValueError, match="4"):

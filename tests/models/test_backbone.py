@@ -92,7 +92,7 @@ class TestWindows:
             ((32, 32), [(8, True), (8, True), (8, False)]),
             ((16, 16), [(8, True), (8, False), (4, False)]),
             ((64, 16), [(8, True), (8, False), (4, False)]),
-            ((9, 40), [(8, True), (5, False), (3, False)]),
+            ((9, 40), [(8, True), (6, False), (3, False)]),  # padded to 12×40, 6×20, 3×10
             (None, [(8, True), (8, True), (8, True)]),
         ],
         ids=str,

@@ -113,6 +113,18 @@ class TestAdapters:
         other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
         torch.testing.assert_close(sample(other, **given), sample(model, **given), rtol=1e-4, atol=1e-5)
 
+    def test_adapters_are_merged_before_the_model_is_fused(self):
+        """fuse() merges the layers' own weights: it must not lose an adapter in silence."""
+        model, given = denoiser(), inputs()
+        model.add_adapter(self.lora())
+        references.randomize_(model, 0.05)
+        expected = sample(model, **given)
+        with pytest.raises(RuntimeError, match=r"qkv carries an adapter.*fuse_lora\(\) and unload_lora\(\)"):
+            model.fuse()
+        model.fuse_lora()
+        model.unload_lora()
+        torch.testing.assert_close(sample(model.fuse(), **given), expected, rtol=1e-4, atol=1e-4)
+
     def test_attention_processor_interface(self):
         """FCSA and GGSA have no exchangeable processors; the mixin's interface says so instead of failing."""
         model = denoiser()
@@ -131,6 +143,16 @@ class TestDiffusersTools:
         ema.save_pretrained(tmp_path)
         loaded = EMAModel.from_pretrained(tmp_path, IPTV2Transformer2DModel)
         assert all(torch.equal(a, b) for a, b in zip(loaded.shadow_params, ema.shadow_params, strict=True))
+
+    @pytest.mark.parametrize("hook", ["offload", "casting"])
+    def test_hooked_weights_are_not_fused(self, hook):
+        model = denoiser()
+        if hook == "offload":
+            cpu_offload(model, execution_device=torch.device("cpu"))
+        else:
+            model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        with pytest.raises(RuntimeError, match=r"call fuse\(\) before enabling offloading or layerwise casting"):
+            model.fuse()
 
     @pytest.mark.parametrize("fused", [False, True])
     def test_sequential_offload(self, fused):

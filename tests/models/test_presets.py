@@ -195,6 +195,30 @@ class TestCreateModel:
         assert model.config.channels == 16
         assert model.config.num_class_embeds == 3
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("chanels: 8", r"no argument 'chanels'; near it: channels"),
+            ("- 8", "holds list"),
+            ("a: [", "neither JSON nor YAML"),
+            ("_class_name: UNet2DModel", "_class_name is 'UNet2DModel', not one of IPTV2Transformer2DModel, DiT"),
+        ],
+    )
+    def test_config_files_that_are_no_models(self, tmp_path, text, message):
+        path = tmp_path / "model.yaml"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as caught:
+            create_model(str(path))
+        assert "\n" not in str(caught.value)
+
+    def test_a_folder_that_is_no_models_names_those_inside(self, tmp_path):
+        """Most likely that of a pipeline."""
+        with pytest.raises(ValueError, match=r"has no config\.json"):
+            create_model(str(tmp_path))
+        create_model("tiny").save_config(tmp_path / "transformer")
+        with pytest.raises(ValueError, match="one of its folders may be meant: transformer"):
+            create_model(str(tmp_path))
+
     def test_unknown_names_and_arguments_name_the_nearest(self):
         with pytest.raises(ValueError, match=r"iptv2-x.*iptv2-xl"):
             create_model("iptv2-x")

@@ -259,10 +259,15 @@ class TestSaveLoad:
         loaded = IPTV2Transformer2DModel.from_pretrained(tmp_path)
         assert loaded.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-        # The copy: safetensors maps the file into memory at addresses that some CPU kernels sum in another order for.
-        assert torch.equal(sample(copy.deepcopy(loaded), **inputs()), sample(model, **inputs()))
-        torch.testing.assert_close(sample(loaded, **inputs()), sample(model, **inputs()), rtol=1e-4, atol=1e-5)
+        assert torch.equal(sample(loaded, **inputs()), sample(model, **inputs()))
         assert all(p.requires_grad for p in loaded.train().parameters())
+
+    def test_weights_lie_where_torch_puts_its_own(self, tmp_path):
+        """Elsewhere some CPU kernels sum in another order; with the loading info `from_pretrained` gives a pair."""
+        denoiser().save_pretrained(tmp_path)
+        loaded, info = IPTV2Transformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert {p.data_ptr() % 64 for p in loaded.parameters()} == {0}
 
     def test_configuration_survives(self, tmp_path):
         model = denoiser(sample_size=(16, 12), conditioning_dim=None, grid_stride=2)

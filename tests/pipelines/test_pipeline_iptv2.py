@@ -243,11 +243,17 @@ class TestGuidance:
         assert other.isfinite().all()
         assert not other.equal(by_arguments)
 
+    def test_momentum_of_a_guider_acts_and_starts_anew_with_each_call(self):
+        pipe, options = make_pipeline(), {"num_inference_steps": 3}
+        without = sampled(pipe, 0, generator=seeds(0), guider=AdaptiveProjectedGuidance(guidance_scale=3.0), **options)
+        guider = AdaptiveProjectedGuidance(guidance_scale=3.0, adaptive_projected_guidance_momentum=-0.5)
+        first, second = (sampled(pipe, 0, generator=seeds(0), guider=guider, **options) for _ in range(2))
+        assert not first.equal(without)
+        assert first.equal(second)
+
     def test_guider_that_needs_more_is_refused(self):
         with pytest.raises(ValueError, match="SkipLayerGuidance needs more"):
-            make_pipeline()(
-                0, guider=SkipLayerGuidance(skip_layer_config=LayerSkipConfig(indices=[0], fqn="backbone"))
-            )
+            make_pipeline()(0, guider=SkipLayerGuidance(skip_layer_config=LayerSkipConfig(indices=[0], fqn="backbone")))
 
     def test_guiders_do_not_warn_on_every_call(self, caplog):
         with caplog.at_level(logging.WARNING):
@@ -262,6 +268,8 @@ class TestLabels:
         assert pipe.get_label_ids("red panda") == [2]
         assert pipe.get_label_ids(np.int64(1)) == [1]
         assert pipe.get_label_ids(torch.tensor([2, 0])) == [2, 0]
+        assert pipe.get_label_ids(np.array([2, 0])) == [2, 0]
+        assert pipe.get_label_ids(range(3)) == [0, 1, 2]
 
     def test_unknown_name_brings_the_nearest(self):
         with pytest.raises(ValueError, match=r"unknown class name 'Red Pandas'; the nearest of 5 names: red panda"):
@@ -275,6 +283,11 @@ class TestLabels:
     def test_id_out_of_range_brings_the_numbers(self, label):
         with pytest.raises(ValueError, match=f"class label {label} is out of range; the model has classes 0 to 2"):
             make_pipeline()(label)
+
+    @pytest.mark.parametrize("label", [1.0, None, torch.tensor([1.0])], ids=repr)
+    def test_labels_that_are_neither_names_nor_numbers(self, label):
+        with pytest.raises(TypeError, match=r"class label (1\.0|None) is neither a class name nor a whole number"):
+            make_pipeline().get_label_ids([0, label] if label is None else label)
 
     def test_images_of_a_label_follow_one_another(self):
         model = PointDenoiser()
@@ -293,6 +306,8 @@ class TestLabels:
             make_pipeline()([])
         with pytest.raises(ValueError, match="num_images_per_label is 0"):
             make_pipeline()(0, num_images_per_label=0)
+        with pytest.raises(ValueError, match="num_inference_steps is 0"):
+            make_pipeline()(0, num_inference_steps=0)
 
     def test_unconditional_model(self):
         pipe = make_pipeline(make_transformer(num_class_embeds=None), id2label=None)
@@ -534,6 +549,18 @@ class TestSaving:
         assert pipe.vae.dtype == torch.bfloat16
         assert np.isfinite(pipe(0, num_inference_steps=2, output_type="np").images).all()
         assert "Expected types" not in caplog.text
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_saved_in_half_precision_loads_in_float32(self, tmp_path, fused):
+        """As the shipped pipelines are; it then runs on a CPU in float32, on the rounded weights."""
+        transformer = make_transformer().half()
+        pipe = make_pipeline(transformer.fuse() if fused else transformer)
+        pipe.save_pretrained(tmp_path)
+        loaded = IPTV2Pipeline.from_pretrained(tmp_path)
+        assert {parameter.dtype for parameter in loaded.transformer.parameters()} == {torch.float32}
+        pipe.transformer.float()
+        options = {"num_inference_steps": 2, "output_type": "pt"}
+        assert loaded(0, generator=seeds(0), **options).images.equal(pipe(0, generator=seeds(0), **options).images)
 
     def test_plain_diffusion_pipeline_finds_the_class(self):
         assert diffusers.IPTV2Pipeline is IPTV2Pipeline

@@ -324,6 +324,12 @@ def test_objectives_options_and_half_precision(main, tmp_path, objective):
     assert np.isfinite(log(tmp_path)[-1]["heldout_loss"])
 
 
+@pytest.mark.slow
+def test_compiled_training_gives_a_pipeline_of_the_usual_names(main, tmp_path):
+    assert main(tmp_path, "--torch_compile", "--max_train_steps", 2) == 0
+    assert IPTV2Pipeline.from_pretrained(tmp_path / "pipeline").transformer.config.channels > 0
+
+
 def test_sizes_need_not_be_square(main, tmp_path):
     assert main(tmp_path, "--resolution", "24,40", "--max_train_steps", 1) == 0
     pipeline = IPTV2Pipeline.from_pretrained(tmp_path / "pipeline")
@@ -405,6 +411,10 @@ def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path
         (["--model", "iptv2-z"], "iptv2-s"),
         (["--model_overrides", '{"chanels": 8}'], "channels"),
         (["--model_overrides", '{"in_channels": 3}'], "the model takes 3 channels, the VAE .* gives 4"),
+        (["--data", "FLAT", "--num_classes", 3], "num_classes is 3, but no labels were found in"),
+        (["--resolution", 0], "resolution is 0; it must be at least 1"),
+        (["--preview_per_class", 0], "preview_per_class is 0; it must be at least 1"),
+        (["--heldout_samples", 0], "heldout_samples is 0; it must be at least 1"),
         (["--num_classes", 2], "num_classes is 2, but the data has labels up to 2; use 3 or more"),
         (["--model", "dit-s-2", "--resolution", 36], "latents of 9 x 9 do not divide into this DiT's patches of 2"),
         (["--objective", "flow", "--learned_variance"], "learned_variance goes with epsilon"),
@@ -413,9 +423,10 @@ def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path
         (["--batch_size", 8, "--gradient_accumulation_steps", 3], "does not divide over"),
     ],
 )
-def test_bad_input_is_one_line_with_numbers_and_remedy(main, tmp_path, options, message):
+def test_bad_input_is_one_line_with_numbers_and_remedy(main, ground, tmp_path, options, message):
     (tmp_path / "empty").mkdir()
-    options = [str(tmp_path / "empty") if word == "EMPTY" else word for word in options]
+    folders = {"EMPTY": tmp_path / "empty", "FLAT": ground / "images" / "bird"}
+    options = [folders.get(word, word) for word in options]
     with pytest.raises(UserError, match=message) as caught:
         main(tmp_path / "run", *options)
     assert "\n" not in str(caught.value)

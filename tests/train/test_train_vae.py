@@ -54,7 +54,7 @@ def start(images: Path, output: Path, *options: str, launcher: tuple[str, ...] =
 
 
 def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-3000:]
     return out
 
@@ -99,11 +99,12 @@ def test_wrong_options(images: Path, tmp_path: Path) -> None:
     cases = {
         ("--resolution", "18"): "resolution 18x18 is not a multiple of the VAE's 4; use 16,16",
         ("--block_out_channels", "8,9"): "each must be a multiple of norm_num_groups (4)",
+        ("--preview_images", "0"): "preview_images is 0; it must be at least 1",
         ("--kl_wieght", "1"): "did you mean kl_weight",
     }
     processes = {options: start(images, tmp_path / "run", *options) for options in cases}
     for options, message in cases.items():
-        _, err = processes[options].communicate(timeout=120)
+        _, err = processes[options].communicate(timeout=300)
         assert processes[options].returncode == 1
         assert message in err
         assert err.strip().count("\n") == 0

@@ -17,6 +17,7 @@ class Config(TrainingConfig):
     extra: dict = option({}, "overrides", group="data")  # noqa: RUF009
     kind: Literal["no", "some"] = option("some", "a choice", group="data")
     limit: float | None = option(None, "perhaps", group="data", free=True)
+    source: str | None = option("here", "perhaps", group="data", free=True)
 
 
 def parse(*words, tmp_path=None, **values):
@@ -70,6 +71,15 @@ def test_yaml_1_1_traps(tmp_path):
     assert config.kind == "no"
 
 
+@pytest.mark.parametrize("word", ["none", "None", "null", "~", ""])
+def test_none_is_none_in_yaml_and_on_the_command_line(tmp_path, word):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"limit: {word}\nsource: {word}\ndata: none\n")
+    config = parse_config(Config, ["--config", str(path)])
+    assert (config.limit, config.source, config.data) == (None, None, "none")  # `data` must be a word, so it is one
+    assert parse("--source", word).source is None
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -80,6 +90,11 @@ def test_yaml_1_1_traps(tmp_path):
         (["--extra", "{oops"], "is not JSON"),
         (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
         (["--ema_decay", "1"], r"must lie in \[0, 1\)"),
+        (["--adam_beta2", "1.5"], r"adam_beta2 is 1.5; it must lie in \[0, 1\)"),
+        (["--max_grad_norm", "-1"], "max_grad_norm is -1.0; it must not be negative"),
+        (["--num_threads", "0"], "num_threads is 0; it must be at least 1, or none"),
+        (["--size", "wide"], r"size is 'wide'; it must be INT\|INT,INT"),
+        (["--size", "1,2,3"], r"it must be INT\|INT,INT"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
         (["stray"], "'stray'"),
     ],

@@ -2,10 +2,15 @@
 
 import errno
 import math
+import resource
+import signal
 import sys
 
 import pytest
+import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, user_errors
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves, read_metrics
@@ -106,6 +111,22 @@ def test_a_full_disk_anywhere_is_one_line(capsys):
     assert "No space left on device at metrics.jsonl: make room" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_known_behind_safetensors_too(tmp_path):
+    """The operating system's limit on file sizes stands in for the full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(SafetensorError) as caught:
+            save_file({"a": torch.zeros(10_000)}, tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert leave(raiser(caught.value)) == 1
+    with pytest.raises(UserError, match=r"File too large.*: make room"), user_errors(SafetensorError):
+        raise caught.value
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyError("bug")])
 def test_our_own_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)):
@@ -126,4 +147,4 @@ def test_help_imports_nothing_heavy_of_ours():
     code = (
         "import sys; sys.modules['accelerate'] = sys.modules['datasets'] = None; import iptv2_diffusion.training.config"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -1,5 +1,6 @@
 """The training loop, on a regression small enough to run hundreds of steps in a second."""
 
+import dataclasses
 import os
 import signal
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from iptv2_diffusion.data.sampling import generator_for, own_slices
-from iptv2_diffusion.training.config import TrainingConfig
+from iptv2_diffusion.training.config import TrainingConfig, parse_config
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import Trainer, make_accelerator
@@ -151,9 +152,12 @@ def test_a_time_budget_ends_the_run_and_its_schedule(tmp_path):
     assert run(tmp_path, checkpoint_every=0, **options).step == trainer.step  # finished: nothing more to do
 
 
-def test_overwrite_starts_again(tmp_path):
+def test_overwrite_starts_again_once(tmp_path):
     run(tmp_path)
-    assert start(tmp_path, overwrite=True)[0].step == 0
+    trainer, _ = start(tmp_path, overwrite=True)
+    assert trainer.step == 0
+    saved = parse_config(TrainingConfig, ["--config", str(trainer.output_dir / "config.yaml")])
+    assert saved == dataclasses.replace(trainer.config, overwrite=False)  # the file can be used again
 
 
 def test_the_resume_check_of_a_dry_run(tmp_path):
