@@ -81,6 +81,21 @@ PRESETS: dict[str, Preset] = {
         parameters=9.44,
         gmacs=0.307,
     ),
+    "dit-emoji64": Preset(  # the DiT of equal GMACs beside it
+        {
+            "num_attention_heads": 5,
+            "attention_head_dim": 64,
+            "num_layers": 4,
+            "patch_size": 2,
+            "sample_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_embeds_ada_norm": 9,
+        },
+        parameters=8.36,
+        gmacs=0.329,
+        model_class=DiTTransformer2DModel,
+    ),
     "iptv2-s": Preset(
         {"channels": 128, "layers_per_stage": (1, 3, 5, 3, 1), "num_attention_heads": (4, 8, 16, 8, 8)},
         parameters=50.8,
