@@ -46,7 +46,9 @@ def make_step(model: nn.Module, config: ThroughputConfig, precision: str, traini
     """A function that runs one forward, or one forward and backward, on fixed random inputs."""
     import torch
 
-    size, labels = model.config.sample_size, model.config.get("num_class_embeds") or model.config["num_embeds_ada_norm"]
+    from iptv2_diffusion.training.latent_diffusion import null_label
+
+    size, labels = model.config.sample_size, null_label(model)
     latents = torch.randn(config.batch_size, model.config.in_channels, size, size)
     timestep = torch.linspace(0, 999, config.batch_size)
     class_labels = torch.arange(config.batch_size) % labels
