@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from iptv2_diffusion.data.images import ImageTensors, class_names, load_train_and_heldout
 from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource, cached_latents
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
@@ -13,7 +15,6 @@ from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
     from iptv2_diffusion.training.ldm_config import LDMConfig
