@@ -18,6 +18,7 @@ from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.ldm_config import LDMConfig
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import Tensor, nn
 
     from iptv2_diffusion.latents import LatentCodec
@@ -29,6 +30,7 @@ EXAMPLES = """
 examples:
   the demo (10 minutes on two cores)   accelerate launch train/train_ldm.py --config configs/emoji64.yaml
   try every stage in a minute          ... --dry_run
+  memory, speed and time beforehand    ... --plan
   your own photographs, no labels      ... --data my_photos --heldout_split none --resolution 64 --output_dir runs/mine
   labelled: one sub-folder a class     ... --data my_photos (the folders' names become the classes)
   another VAE from the Hub             ... --vae stabilityai/sd-vae-ft-ema --resolution 256 --model iptv2-s
@@ -164,7 +166,11 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = make_accelerator(config)
     images = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
-    model = make_model(config, codec, count_classes(config, images[2], images[0].labels))
+    num_classes = count_classes(config, images[2], images[0].labels)
+    if config.plan:
+        show_plan(config, accelerator, codec, num_classes)
+        return 0
+    model = make_model(config, codec, num_classes)
     parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(f"{config.model}: {parameters / 1e6:.2f} M parameters on {accelerator.device}")
     trainer = Trainer(config, accelerator, model)
@@ -181,6 +187,61 @@ def main(argv: list[str] | None = None) -> int:
     if accelerator.is_main_process:
         print("dry run: every stage ran" if config.dry_run else next_steps(config, trainer, task))
     return 0
+
+
+def show_plan(config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, num_classes: int | None) -> None:
+    """Print parameters, GMACs, memory without and with checkpointing, and the speed and time of the run."""
+    import tempfile
+    from dataclasses import replace
+
+    import torch
+
+    from iptv2_diffusion.data.sampling import DataOrder, own_slices
+    from iptv2_diffusion.models.presets import count_macs, count_parameters
+    from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask, null_label
+    from iptv2_diffusion.training.loop import Trainer
+    from iptv2_diffusion.training.planning import SyntheticLatents, estimate_memory, measure, plan_text
+
+    processes, objective = accelerator.num_processes, make_objective(config)
+    slices = own_slices(config.batch_size, processes, accelerator.process_index, config.gradient_accumulation_steps)
+    sample = (slices[0].stop - slices[0].start, codec.latent_channels, *codec.latent_size(*config.size))
+
+    def fresh_model() -> nn.Module:
+        return make_model(config, codec, num_classes)
+
+    def loss(model: nn.Module, latents: Tensor) -> Tensor:
+        timesteps = torch.zeros(len(latents), dtype=torch.long)
+        labels = None if null_label(model) is None else timesteps
+        return objective.loss(model, latents, torch.empty_like(latents), timesteps, labels)
+
+    def make_trainer() -> tuple[Trainer, LatentDiffusionTask]:
+        trainer = Trainer(replace(config, output_dir=scratch), accelerator, fresh_model())
+        task = LatentDiffusionTask(
+            config,
+            accelerator,
+            codec=codec,
+            model=trainer.state.module,
+            objective=objective,
+            source=SyntheticLatents(),
+            heldout=None,
+            order=DataOrder(1 << 20, config.seed),
+            slices=slices,
+            latent_shape=sample[1:],
+            names=[],
+        )
+        return trainer, task
+
+    with tempfile.TemporaryDirectory() as scratch:
+        speed = measure(make_trainer)
+    options: dict[str, Any] = {"processes": processes, "precision": accelerator.mixed_precision}
+    memory = {
+        name: estimate_memory(fresh_model, loss, sample, config, checkpointing=checkpointing, **options)
+        for name, checkpointing in (("no checkpointing", False), ("gradient_checkpointing", True))
+    }
+    model = fresh_model()
+    accelerator.print(
+        plan_text(memory, speed, config, count_macs(model, batch_size=sample[0]), count_parameters(model))
+    )
 
 
 def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask, weights: dict[str, Tensor]) -> None:

@@ -13,6 +13,9 @@ from iptv2_diffusion.training.errors import ConfigError
 class LDMConfig(TrainingConfig):
     """A latent-diffusion run."""
 
+    plan: bool = option(
+        False, "tell what the run needs (memory, speed, time) after three steps on noise, and stop", free=True
+    )
     data: str = option("data/emoji64", "folder of images (sub-folders = classes), parquet, or Hub name", group="data")
     train_split: str = option("train", "split to train on", group="data")
     heldout_split: str | None = option(None, "split for the held-out loss; none: heldout_fraction", group="data")

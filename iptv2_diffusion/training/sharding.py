@@ -47,7 +47,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """The tensor itself, or this process's part of a sharded one; the memory is shared with it."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to_local().requires_grad_(tensor.requires_grad) if isinstance(tensor, DTensor) else tensor
 
 
 def from_local(part: Tensor, like: Tensor) -> Tensor:

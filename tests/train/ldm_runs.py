@@ -68,13 +68,19 @@ def words(ground, output, *options):
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true",
+            "PYTHONPATH": str(ROOT)}  # fmt: skip
 
 
 def launch(ground, output, *options, processes=1, script=SCRIPT, launcher=()):
-    """Start the documented command; the caller waits. `launcher`: more options of `accelerate launch`."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--cpu"]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", *launcher, str(script)]
+    """Start the documented command on CPU processes; the caller waits. `launcher`: options of `accelerate launch`.
+
+    `accelerate launch --cpu` starts one process whatever --num_processes says; --multi_gpu starts as many as it says,
+    on CPUs where ACCELERATE_USE_CPU is set (see docs/training.md).
+    """
+    launcher = launcher or (("--multi_gpu",) if processes > 1 else ("--cpu",))
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *launcher]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", str(script)]
     return subprocess.Popen(
         command + words(ground, output, *options),
         cwd=ROOT,

@@ -43,6 +43,7 @@ def test_processes_two_give_the_loss_curve_of_one(ground, reference):
     folder = ground / "two"
     output = finish(launch(ground, folder, processes=2))
     assert output.count("What to try next") == 1
+    assert len(list(newest(folder).glob("random_states_*"))) == 2
     assert_equal_to_rounding(folder, reference)
 
 
@@ -50,6 +51,7 @@ def test_processes_two_give_the_loss_curve_of_one(ground, reference):
 def test_processes_four_give_the_loss_curve_of_one(ground, reference):
     folder = ground / "four"
     finish(launch(ground, folder, processes=4))
+    assert len(list(newest(folder).glob("random_states_*"))) == 4
     assert_equal_to_rounding(folder, reference)
 
 
@@ -93,10 +95,8 @@ def test_kill_at_random_moments_loses_nothing_older(ground):
         known = int(newest(folder).name[-8:]) if list(folder.glob("checkpoint-*")) else 0
         assert known < 300, f"the run ended after {kills} kills"
         process = launch(ground, folder, *often)
-        while not (newest(folder).name if list(folder.glob("checkpoint-*")) else "") and process.poll() is None:
-            time.sleep(0.05)  # the first start
-        await_resumption(process, folder)
-        time.sleep(float(random.uniform(0, 1.2)))
+        await_step(process, folder, known + int(random.integers(1, 9)))
+        time.sleep(float(random.uniform(0, 0.5)))
         assert process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -107,11 +107,14 @@ def test_kill_at_random_moments_loses_nothing_older(ground):
     print(f"{kills} kills, the last one after step {known}")
 
 
-def await_resumption(process, folder):
-    """Until the run writes config.yaml again, which it does when it has found its checkpoint."""
-    started = time.time()
-    while process.poll() is None and (folder / "config.yaml").stat().st_mtime < started - 0.5:
+def await_step(process, folder, step):
+    """Until the log, which a resumed run cuts back to its checkpoint, has come to `step`."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").is_file() and max((row["step"] for row in log(folder)), default=0) >= step:
+            return
         time.sleep(0.02)
+    raise AssertionError(f"the run did not come to step {step}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -123,6 +126,7 @@ def test_fsdp_on_two_processes_gives_the_run_of_one_and_its_checkpoint(ground, r
     """Gathered checkpoints are those of an unsharded run: one process reads one, and goes on from it."""
     folder = ground / f"sharded-{form}"
     finish(launch(ground, folder, "--sharding", form, "--preview_every", 20, processes=2))
+    assert len(list(newest(folder).glob("random_states_*"))) == 2
     assert_equal_to_rounding(folder, reference)
     assert (folder / "previews/step-00000020.png").is_file()
     average = load_file(newest(folder) / "ema.safetensors")

@@ -75,7 +75,10 @@ def test_a_user_error_is_one_line_and_a_failing_exit_code(ground):
     command = [sys.executable, str(SCRIPT), "--batchsize", "3"]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
     assert result.returncode == 1
-    assert result.stderr == "error: unknown option 'batchsize' on the command line; did you mean batch_size or encode_batch_size?\n"
+    assert (
+        result.stderr
+        == "error: unknown option 'batchsize' on the command line; did you mean batch_size or encode_batch_size?\n"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
