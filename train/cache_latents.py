@@ -18,7 +18,7 @@ examples:
   one GPU or CPU           accelerate launch train/cache_latents.py --config configs/emoji64.yaml
   8 GPUs, bfloat16         accelerate launch --multi_gpu --num_processes 8 train/cache_latents.py --config ... \\
                              --encode_precision bfloat16 --encode_batch_size 128 --num_workers 8
-  4 processes on a CPU     accelerate launch --cpu --num_processes 4 train/cache_latents.py --config ...
+  4 processes on a CPU     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 4 ...
   several crops, no flips  ... --crops 4 --random_flip false
 """
 
