@@ -22,7 +22,8 @@ from iptv2_diffusion.data.sampling import generator_for
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
-LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "cls")
+FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` reads these files with
 MIN_CROP = 0.8  # share of the side that a random crop keeps at least, as in ADM
 SPLIT_FOLDERS = {"train", "test", "val", "validation", "valid", "heldout"}
 
@@ -43,7 +44,8 @@ def load_image_dataset(
     """Images, and labels when there are any, from wherever they are.
 
     `source` is one of: a folder of images (flat = unlabelled; one sub-folder per class = labelled; either may lie under
-    one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a Hub name.
+    one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a WebDataset
+    shard (a tar of KEY.jpg and KEY.cls), a glob or a folder of them, which `datasets` copies into its cache; a Hub name.
     `split` takes whatever `datasets` takes ("train", "train[:100]"). The columns are found by their usual names when
     `image_column` and `label_column` are not given; `label_column="ignore"` leaves the labels out.
 
@@ -59,15 +61,27 @@ def load_image_dataset(
             data = _load_split(str(path), split, cache_dir=cache)
         elif suffixes & IMAGE_SUFFIXES:
             data = _load_folder(path, split)
+        elif ".tar" in suffixes:
+            return load_image_dataset(
+                path / "**" / "*.tar",
+                split=split,
+                image_column=image_column,
+                label_column=label_column,
+                cache_dir=cache_dir,
+            )
         else:
-            raise ValueError(f"{path}: holds neither images ({' '.join(sorted(IMAGE_SUFFIXES))}) nor parquet files")
-    elif path.suffix == ".parquet":
+            raise ValueError(
+                f"{path}: holds neither images ({' '.join(sorted(IMAGE_SUFFIXES))}) nor parquet files nor tar shards"
+            )
+    elif path.suffix in FILE_BUILDERS:
         files = sorted(glob.glob(str(path), recursive=True))
         if not files:
-            raise FileNotFoundError(f"{path}: no such parquet file; give a file, a glob or a folder")
+            raise FileNotFoundError(f"{path}: no such {path.suffix[1:]} file; give a file, a glob or a folder")
         # Files that are named one by one form one split, whatever the caller calls it; a slice such as [:100] stays.
         _, bracket, rest = split.partition("[")
-        data = _load_split("parquet", f"train{bracket}{rest}", data_files={"train": files}, cache_dir=cache)
+        data = _load_split(
+            FILE_BUILDERS[path.suffix], f"train{bracket}{rest}", data_files={"train": files}, cache_dir=cache
+        )
     elif path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1 or path.exists():
         raise FileNotFoundError(f"{path}: no such folder or parquet file")
     else:
