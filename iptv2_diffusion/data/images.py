@@ -45,7 +45,7 @@ def load_image_dataset(
 
     `source` is one of: a folder of images (flat = unlabelled; one sub-folder per class = labelled; either may lie under
     one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a WebDataset
-    shard (a tar of KEY.jpg and KEY.cls), a glob or a folder of them, which `datasets` copies into its cache; a Hub name.
+    shard (a tar of KEY.jpg and KEY.cls), a glob or folder of them, which `datasets` copies into its cache; a Hub name.
     `split` takes whatever `datasets` takes ("train", "train[:100]"). The columns are found by their usual names when
     `image_column` and `label_column` are not given; `label_column="ignore"` leaves the labels out.
 

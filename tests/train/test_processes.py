@@ -1,6 +1,7 @@
 """Many processes, kills, signals and sharding: real `accelerate launch` on CPU processes over gloo."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -77,7 +78,8 @@ def test_resume_after_a_signal_to_two_processes(ground, name):
         assert process.poll() is None
     os.killpg(process.pid, getattr(signal, name))
     output, _ = process.communicate(timeout=TIMEOUT)
-    assert f"stopped by {name}" in output
+    # of SIGUSR1 the launcher dies at once, which a process may see before its own signal
+    assert re.search(rf"stopped by ({name}|the end of its launcher|a signal to another process) at step", output)
     step = int(newest(folder).name[-8:])
     assert step >= 5
     output = finish(launch(ground, folder, "--max_train_steps", step + 2))
