@@ -120,6 +120,8 @@ class Trainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         model.to(accelerator.device)
         self.sharded = config.sharding != "none" and accelerator.num_processes > 1
+        if config.sharding != "none" and not self.sharded:
+            accelerator.print(f"sharding is {config.sharding}, but there is one process only: nothing is sharded")
         if config.channels_last and not self.sharded:  # fully_shard takes contiguous parameters only
             model.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing:

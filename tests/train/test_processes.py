@@ -123,11 +123,13 @@ def await_step(process, folder, step):
 # Sharding: torch's fully_shard over gloo
 
 
-@pytest.mark.parametrize("form", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "form", ["zero3", pytest.param("zero2 --gradient_accumulation_steps 2", marks=pytest.mark.slow)]
+)
 def test_fsdp_on_two_processes_gives_the_run_of_one_and_its_checkpoint(ground, reference, form):
     """Gathered checkpoints are those of an unsharded run: one process reads one, and goes on from it."""
-    folder = ground / f"sharded-{form}"
-    finish(launch(ground, folder, "--sharding", form, "--preview_every", 20, processes=2))
+    folder = ground / form
+    finish(launch(ground, folder, "--sharding", *form.split(), "--preview_every", 20, processes=2))
     assert len(list(newest(folder).glob("random_states_*"))) == 2
     assert_equal_to_rounding(folder, reference)
     assert (folder / "previews/step-00000020.png").is_file()
