@@ -170,8 +170,20 @@ class ModelState:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for number, values in saved["state"].items():
             like = parameters[number]
-            saved["state"][number] = {k: shard_like(v, like) if v.ndim else v for k, v in values.items()}
+            saved["state"][number] = {k: shard_like(v.contiguous(), like) if v.ndim else v for k, v in values.items()}
         self.optimizer.load_state_dict(saved)
+
+    def lay_out_optimizer(self) -> None:
+        """Bring loaded moments to the memory layout of their parameters: fused AdamW walks both side by side.
+
+        A run with another `channels_last`, or a sharded one, writes them in another.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                for name, value in state.items():
+                    if value.shape == parameter.shape and value.stride() != parameter.stride():
+                        state[name] = torch.empty_like(parameter.detach()).copy_(value)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Sharded checkpoints: every process writes its part; any number of processes reads them, sharded or not
