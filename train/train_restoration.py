@@ -133,7 +133,9 @@ def make_degradation(config: RestorationConfig, names: tuple[str, ...]):
             raise ConfigError(f"degradation {name!r} is none of {', '.join(kinds)}")
         low, high = getattr(config, name)
         if not 0 <= low <= high or (name == "noise" and high > 255) or (name == "jpeg" and not 1 <= low <= high <= 100):
-            raise ConfigError(f"{name} is {low:g},{high:g}; a range needs 0 <= low <= high (noise: 255, jpeg: 1 to 100)")
+            raise ConfigError(
+                f"{name} is {low:g},{high:g}; a range needs 0 <= low <= high (noise: 255, jpeg: 1 to 100)"
+            )
     steps = [kinds[name](*getattr(config, name)) for name in names]
     return steps[0] if len(steps) == 1 else d.Sequential(*steps)
 
@@ -194,9 +196,7 @@ def make_task(config: RestorationConfig, trainer: Trainer) -> RestorationTask:
     heldout = make_heldout(config, accelerator)
     images = len(sources[0].sampler.clean)
     accelerator.print(f"{images} images to train on, {sum(len(b.clean) for b in heldout.values())} held-out crops")
-    return RestorationTask(
-        config, accelerator, model=trainer.state.module, sources=sources, heldout=heldout
-    )
+    return RestorationTask(config, accelerator, model=trainer.state.module, sources=sources, heldout=heldout)
 
 
 def make_heldout(config: RestorationConfig, accelerator: Accelerator) -> dict[str, Batch]:

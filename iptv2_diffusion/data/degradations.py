@@ -1,9 +1,9 @@
 """Synthetic degradations, made on the fly from clean patches: noise, blur, rain, JPEG.
 
-Each is a callable `(clean, generator) -> (degraded, sigma)` over a batch (B, C, H, W) on [0, 1]: `sigma` is the standard
-deviation of the noise on the 0–255 scale, (B,), or None where there is no such thing. All numbers are drawn from the
-generator, so that a step is a function of (seed, step). `margin` pixels at each side of the input are lost: patches are
-cut that much larger, so that a blur sees what lies outside.
+Each is a callable `(clean, generator) -> (degraded, sigma)` over a batch (B, C, H, W) on [0, 1]: `sigma` is the
+standard deviation of the noise on the 0–255 scale, (B,), or None where there is no such thing. All numbers come from a
+given generator: a step is a function of (seed, step). `margin` pixels at each side of the input are lost: patches
+are cut that much larger, so that a blur sees what lies outside.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class GaussianBlur:
 
 @dataclass(frozen=True)
 class MotionBlur:
-    """Blur of a hand that moves while the shutter is open: a smooth random path, length uniform in [low, high] pixels."""
+    """Blur of a moving hand: a smooth random path, its length uniform in [low, high] pixels."""
 
     low: float
     high: float

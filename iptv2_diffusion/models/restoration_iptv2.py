@@ -133,8 +133,8 @@ class IPTV2RestorationModel(
 
     @property
     def granularity(self) -> int:
-        """Sides that are multiples of this are not padded inside: unshuffle, levels and one window of FCSA."""
-        return self.config.unshuffle * 2 ** (self.backbone.levels - 1)
+        """Pixels by which an image may be shifted with all windows shifting alike: unshuffle · 2^(L-1) · window."""
+        return self.config.unshuffle * 2 ** (self.backbone.levels - 1) * self.config.window_size
 
     def forward(
         self,

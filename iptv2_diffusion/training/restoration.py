@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from iptv2_diffusion.data.degradations import Degradation
 from iptv2_diffusion.data.restoration import PatchSampler, transform
 from iptv2_diffusion.data.sampling import generator_for, own_slices
+from iptv2_diffusion.metrics.restoration import psnr
 from iptv2_diffusion.training.errors import user_errors
 
 CHARBONNIER_EPSILON = 1e-3
@@ -213,12 +214,6 @@ def heldout_batches(source: Source, count: int, size: int, sigmas: Sequence[floa
         noisy, sigma = kind(clean, generator_for(seed, "heldout", name))
         batches[name] = Batch(noisy, clean[..., margin : whole - margin, margin : whole - margin], sigma)
     return batches
-
-
-def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """PSNR of each image (B, C, H, W) on [0, 1], clipped, over all channels, in dB: (B,) of float64."""
-    errors = (images.double().clamp(0, 1) - targets.double()).square().flatten(1).mean(dim=1)
-    return -10 * errors.log10()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
