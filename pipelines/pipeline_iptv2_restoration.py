@@ -241,16 +241,22 @@ def starts(length: int, side: int, overlap: int, step: int) -> list[int]:
 
 
 def blending(begins: list[int], side: int, length: int) -> list[Tensor]:
-    """Weights of each tile along one axis: ramps where tiles overlap; at each pixel they sum to 1."""
+    """Weights of each tile along one axis, which sum to 1 at each pixel.
+
+    Where two tiles overlap, the outer quarter of each is not used, since it lacks context; a smooth ramp lies between.
+    """
     ends = [min(begin + side, length) for begin in begins]
     weights = [torch.ones(end - begin) for begin, end in zip(begins, ends, strict=True)]
     for index in range(1, len(begins)):
         shared = ends[index - 1] - begins[index]
-        ramp = (torch.arange(shared) + 0.5) / shared
+        ramp = (2 * (torch.arange(shared) + 0.5) / shared - 0.5).clamp(0, 1)
         ramp = ramp * ramp * (3 - 2 * ramp)  # smooth at both ends
         weights[index - 1][-shared:] *= 1 - ramp
         weights[index][:shared] *= ramp
-    return weights
+    total = torch.zeros(length)  # not 1 where the last tile reaches over two others
+    for begin, end, weight in zip(begins, ends, weights, strict=True):
+        total[begin:end] += weight
+    return [weight / total[begin:end] for begin, end, weight in zip(begins, ends, weights, strict=True)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -294,15 +300,20 @@ def read_pictures(image: Any) -> Iterator[Picture]:
 def read_file_picture(path: Path) -> Picture:
     """An image file; 16-bit PNGs keep their depth, and EXIF orientation is left to the viewer."""
     try:
-        if path.suffix.lower() == ".png":
-            decoded = decode_png(read_file(str(path)), mode=ImageReadMode.UNCHANGED)
-            if decoded.dtype == torch.uint16:
-                return next(from_array(decoded))
         with Image.open(path) as file:
-            return from_pil(file)
+            if file.format != "PNG" or not is_16_bit(path):
+                return from_pil(file)
+        # Pillow would keep 8 of the 16 bits of a colour image.
+        return next(from_array(decode_png(read_file(str(path)), mode=ImageReadMode.UNCHANGED)))
     except (OSError, RuntimeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
+
+
+def is_16_bit(path: Path) -> bool:
+    """Whether a PNG file has 16 bits a channel: byte 24, in its header."""
+    with path.open("rb") as file:
+        return file.read(25)[24:] == b"\x10"
 
 
 def from_pil(image: Image.Image) -> Picture:

@@ -107,8 +107,9 @@ def pictures(source: Path, output: Path) -> Iterator[tuple[Path, Path]]:
         found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not found:
             raise CommandError(f"{source} holds no pictures ({' '.join(sorted(SUFFIXES))})")
+        inside = source.resolve() in output.resolve().parents  # what an output inside the input holds is no input
         for path in found:
-            if not path.resolve().is_relative_to(output.resolve()):  # an output inside the input is no input
+            if not (inside and path.resolve().is_relative_to(output.resolve())):
                 yield path, output / path.relative_to(source)
     elif source.is_file():
         if source.suffix.lower() not in SUFFIXES:

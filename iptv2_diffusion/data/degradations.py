@@ -8,14 +8,16 @@ are cut that much larger, so that a blur sees what lies outside.
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
 
 __all__ = [
     "Degradation",
@@ -136,9 +138,9 @@ class JPEGCompression:
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
         qualities = uniform(len(clean), self.low, self.high, generator).round().int().tolist()
-        bytes_ = (clean.clamp(0, 1) * 255).round().to(torch.uint8)
-        decoded = [decode_jpeg(encode_jpeg(image, quality=q)) for image, q in zip(bytes_, qualities, strict=True)]
-        return torch.stack(decoded).float() / 255, None
+        pixels = (clean.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        decoded = [through_jpeg(image, quality) for image, quality in zip(pixels, qualities, strict=True)]
+        return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255, None
 
 
 class Sequential:
@@ -160,7 +162,14 @@ class Sequential:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels
+# JPEG and kernels
+
+
+def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """(H, W, C) of uint8, C 1 or 3, written as JPEG and read back."""
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, format="JPEG", quality=quality)
+    return np.asarray(Image.open(file)).reshape(image.shape)
 
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_png, read_file
 
 __all__ = ["IMAGE_SUFFIXES", "ImageStore", "PatchSampler", "find_images", "read_image", "transform"]
 
@@ -42,18 +43,15 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
     Raises `ValueError` naming the file if it cannot be decoded or is empty.
     """
     try:
-        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-        if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
-            image = decode_image(read_file(str(path)), mode=mode).permute(1, 2, 0).contiguous().numpy()
-        else:
-            from PIL import Image
-
-            with Image.open(path) as file:
-                image = np.asarray(file.convert("L" if channels == 1 else "RGB")).reshape(file.height, file.width, -1)
+        with Image.open(path) as file:
+            if file.format != "PNG" or Path(path).read_bytes()[24:25] != b"\x10":  # its bits a channel are not 16
+                return np.asarray(file.convert("L" if channels == 1 else "RGB")).reshape(file.height, file.width, -1)
+        # Pillow would keep 8 of the 16 bits of a colour image.
+        image = decode_png(read_file(str(path)), mode=ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB)
+        return image.permute(1, 2, 0).contiguous().numpy()
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as an image: {reason[:160] or type(error).__name__}") from error
-    return image
 
 
 class ImageStore:
