@@ -1,6 +1,6 @@
 """PSNR and SSIM of restored images, with the protocol stated: colour or luma, border, clipping, rounding.
 
-Both are computed by torchmetrics in float64; `tests/metrics/test_restoration.py` holds them to independent code.
+In float64 (torchmetrics' own PSNR rounds to float32); `tests/metrics/` holds both to independent code.
 """
 
 from __future__ import annotations
@@ -61,11 +61,16 @@ def psnr(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Te
 
 
 def ssim(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Tensor:
-    """SSIM of each image (Wang et al. 2004): Gaussian window of 11 pixels, σ 1.5; mean over the channels: (B,)."""
+    """SSIM of each image (Wang et al. 2004): Gaussian window of 11 pixels, σ 1.5; mean over the channels: (B,).
+
+    Only windows inside the image count, as in the original and in restoration papers; torchmetrics alone would count
+    those over its mirrored border too.
+    """
     a, b = protocol.prepare(restored), protocol.prepare(clean)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"images of {tuple(a.shape[-2:])} are smaller than SSIM's window of 11 pixels")
-    return structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+    _, similarity = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none", return_full_image=True)
+    return similarity[..., 5:-5, 5:-5].flatten(1).mean(dim=1)
 
 
 def luma(image: Tensor) -> Tensor:
