@@ -11,18 +11,16 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from iptv2_diffusion.training.config import TrainingConfig, option, parse_config
+from iptv2_diffusion.training.config import parse_config
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+from iptv2_diffusion.training.ldm_config import LDMConfig
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
-    from torch import nn
+    from torch import Tensor, nn
 
-    from iptv2_diffusion.data.images import ImageTensors
     from iptv2_diffusion.latents import LatentCodec
     from iptv2_diffusion.objectives import DiffusionObjective
     from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask
@@ -32,6 +30,7 @@ EXAMPLES = """
 examples:
   the demo (10 minutes on two cores)   accelerate launch train/train_ldm.py --config configs/emoji64.yaml
   try every stage in a minute          ... --dry_run
+  memory, speed and time beforehand    ... --plan
   your own photographs, no labels      ... --data my_photos --heldout_split none --resolution 64 --output_dir runs/mine
   labelled: one sub-folder a class     ... --data my_photos (the folders' names become the classes)
   another VAE from the Hub             ... --vae stabilityai/sd-vae-ft-ema --resolution 256 --model iptv2-s
@@ -45,119 +44,8 @@ A YAML file names only what differs from the defaults shown here; the command li
 """
 
 
-@dataclass(kw_only=True)
-class LDMConfig(TrainingConfig):
-    """A latent-diffusion run."""
-
-    data: str = option("data/emoji64", "folder of images (sub-folders = classes), parquet, or Hub name", group="data")
-    train_split: str = option("train", "split to train on", group="data")
-    heldout_split: str | None = option(None, "split for the held-out loss; none: heldout_fraction", group="data")
-    heldout_fraction: float = option(0.02, "share of train_split kept for the held-out loss", group="data")
-    image_column: str | None = option(None, "none: found by itself", group="data")
-    label_column: str | None = option(
-        None, "none: found by itself, if there is one; ignore: train without labels", group="data"
-    )
-    revision: str | None = option(None, "of a data set on the Hub", group="data")
-    resolution: int | tuple[int, int] = option(64, "image size: one number, or height,width", group="data")
-    random_flip: bool = option(True, "mirror half of the images", group="data")
-    strict: bool = option(False, "fail at a corrupt image instead of leaving it out", group="data", free=True)
-
-    vae: str = option("assets/vae-emoji64", "folder or Hub name of any diffusers VAE", group="latents")
-    vae_subfolder: str | None = option(None, "such as `vae` inside a pipeline", group="latents")
-    cache_latents: bool = option(True, "encode once into cache_dir; false: on the fly", group="latents")
-    cache_dir: str = option("~/.cache/iptv2-diffusion/latents", "folder of caches", group="latents", free=True)
-    cache_dtype: Literal["float16", "float32"] = option("float16", "of cached latents", group="latents")
-    encode_precision: Literal["float32", "bfloat16"] = option("float32", "the VAE's, in encoding", group="latents")
-
-    model: str = option("emoji64", "preset (iptv2-s, dit-b-2 ...), config.json, or saved model folder", group="model")
-    model_overrides: dict = option({}, 'JSON, such as {"channels": 64}', group="model")  # noqa: RUF009
-    num_classes: int | None = option(None, "none: from the data; more leaves room", group="model")
-
-    objective: Literal["epsilon", "v_prediction", "flow"] = option("epsilon", "what is predicted", group="objective")
-    learned_variance: bool = option(False, "learned-range variance, as ADM and DiT", group="objective")
-    timestep_sampling: Literal["uniform", "logit_normal"] = option("uniform", "of training", group="objective")
-    logit_mean: float = option(0.0, "of logit_normal", group="objective")
-    logit_std: float = option(1.0, "of logit_normal", group="objective")
-    stratified_timesteps: bool = option(True, "spread a batch's timesteps evenly", group="objective")
-    flow_shift: float = option(1.0, "of the flow's noise levels, towards noise if above 1", group="objective")
-    min_snr_gamma: float | None = option(None, "min-SNR weighting, 5 is usual; none: off", group="objective")
-    label_dropout: float = option(0.1, "share of samples without label, for guidance", group="objective")
-
-    heldout_samples: int = option(512, "at most, for the held-out loss", group="results", free=True)
-    preview_classes: int = option(10, "rows of a sheet, at most", group="results", free=True)
-    preview_per_class: int = option(8, "pictures in a row", group="results", free=True)
-    sample_steps: int = option(30, "sampling steps of sheets", group="results", free=True)
-    guidance_scale: float = option(3.0, "classifier-free guidance of sheets; 1: none", group="results", free=True)
-    save_dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", "of the denoiser in the saved pipeline", group="results", free=True
-    )
-
-    def validate(self) -> None:
-        super().validate()
-        if not 0 <= self.label_dropout < 1:
-            raise ConfigError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
-        if not 0 <= self.heldout_fraction < 1:
-            raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1)")
-        self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")
-        if self.learned_variance and self.objective == "flow":
-            raise ConfigError("learned_variance goes with epsilon or v_prediction; set objective or leave it out")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Image (height, width)."""
-        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # What the run is made of
-
-
-def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[ImageTensors, ImageTensors | None, list[str]]:
-    """Training images, held-out images (None if none are wanted) and class names ([] without labels)."""
-    from iptv2_diffusion.data.images import ImageTensors, class_names, load_train_and_heldout
-
-    # One process prepares what `datasets` caches on the disk; the others then find it there.
-    with user_errors(OSError, ValueError, KeyError), accelerator.local_main_process_first():
-        train, heldout = load_train_and_heldout(
-            config.data,
-            train_split=config.train_split,
-            heldout_split=config.heldout_split,
-            heldout_fraction=config.heldout_fraction,
-            seed=config.seed,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            revision=config.revision,
-        )
-    if config.dry_run:
-        train = train.select(range(min(len(train), 2 * config.batch_size)))
-        heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
-
-    def tensors(dataset: Any) -> ImageTensors:
-        return ImageTensors(dataset, size=config.size, strict=config.strict)
-
-    with user_errors(ValueError):
-        return tensors(train), None if heldout is None else tensors(heldout), class_names(train) or []
-
-
-def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
-    """The VAE's codec, frozen, on the device."""
-    import diffusers
-    import torch
-    from safetensors import SafetensorError
-
-    from iptv2_diffusion.latents import LatentCodec
-
-    with user_errors(OSError, ValueError, TypeError, SafetensorError):
-        options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
-        description = diffusers.AutoencoderKL.load_config(config.vae, **options)
-        vae_class = getattr(diffusers, description.get("_class_name", "AutoencoderKL"), None)
-        if vae_class is None:
-            raise ConfigError(f"{config.vae} is a {description['_class_name']}, which diffusers does not have")
-        vae = vae_class.from_pretrained(config.vae, **options).requires_grad_(False).eval()
-        vae.to(device, memory_format=torch.channels_last)
-        codec = LatentCodec(vae)
-        codec.latent_size(*config.size)  # raises if the image size does not fit
-    return codec
 
 
 def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -> nn.Module:
@@ -230,43 +118,21 @@ def make_objective(config: LDMConfig) -> DiffusionObjective:
 
 def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: Any, step: int) -> LatentDiffusionTask:
     """Latents (cached or on the fly) and all that a step needs, ready to go on from `step`."""
-    from iptv2_diffusion.data.latent_cache import EncodedLatents, cached_latents
     from iptv2_diffusion.data.sampling import DataOrder, own_slices
     from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask
+    from iptv2_diffusion.training.ldm_data import encode_on_the_fly, open_caches
 
     accelerator = trainer.accelerator
     train, heldout, names = images
     slices = own_slices(
-        config.batch_size,
-        accelerator.num_processes,
-        accelerator.process_index,
-        config.gradient_accumulation_steps,
+        config.batch_size, accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
     )
-    encoding: dict[str, Any] = {"precision": config.encode_precision, "num_workers": config.num_workers}
-    caching: dict[str, Any] = {
-        "cache_dir": config.cache_dir,
-        "dtype": config.cache_dtype,
-        **encoding,
-        "builder": accelerator.is_local_main_process,
-        "say": accelerator.print,
-    }
-    with user_errors(OSError, ValueError):
-        heldout_latents = None if heldout is None else cached_latents(heldout, codec, flips=False, **caching)
-        if config.cache_latents:
-            source: Any = cached_latents(train, codec, flips=config.random_flip, **caching)
-            order = DataOrder(len(source), config.seed)
-        else:
-            order = DataOrder(len(train.valid_indices()), config.seed)
-            source = EncodedLatents(
-                train,
-                codec,
-                order=order,
-                batch_size=config.batch_size,
-                slices=slices,
-                start=step,
-                flips=config.random_flip,
-                **encoding,
-            )
+    cached = train if config.cache_latents else None
+    latents, heldout_latents = open_caches(config, accelerator, codec, cached, heldout)
+    if latents is not None:
+        source, order = latents, DataOrder(len(latents), config.seed)
+    else:
+        source, order = encode_on_the_fly(config, codec, train, slices, step)
     accelerator.print(f"{len(source)} images to train on, {f'{len(names)} classes' if names else 'without labels'}")
     return LatentDiffusionTask(
         config,
@@ -291,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, build, train, save."""
     config = parse_config(LDMConfig, argv, description=__doc__, examples=EXAMPLES)
 
+    from iptv2_diffusion.training.ldm_data import load_codec, load_images
     from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry_run
 
     if config.dry_run:
@@ -299,7 +166,11 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = make_accelerator(config)
     images = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
-    model = make_model(config, codec, count_classes(config, images[2], images[0].labels))
+    num_classes = count_classes(config, images[2], images[0].labels)
+    if config.plan:
+        show_plan(config, accelerator, codec, num_classes)
+        return 0
+    model = make_model(config, codec, num_classes)
     parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(f"{config.model}: {parameters / 1e6:.2f} M parameters on {accelerator.device}")
     trainer = Trainer(config, accelerator, model)
@@ -309,22 +180,78 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if config.dry_run:
         trainer.check_resume()
+    weights = trainer.state.averaged_state_dict()  # by all: those of a sharded model are gathered
     if accelerator.is_main_process:
-        save_results(config, trainer, task)
+        save_results(config, trainer, task, weights)
     trainer.finish()
     if accelerator.is_main_process:
         print("dry run: every stage ran" if config.dry_run else next_steps(config, trainer, task))
     return 0
 
 
-def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -> None:
+def show_plan(config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, num_classes: int | None) -> None:
+    """Print parameters, GMACs, memory without and with checkpointing, and the speed and time of the run."""
+    import tempfile
+    from dataclasses import replace
+
+    import torch
+
+    from iptv2_diffusion.data.sampling import DataOrder, own_slices
+    from iptv2_diffusion.models.presets import count_macs, count_parameters
+    from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask, null_label
+    from iptv2_diffusion.training.loop import Trainer
+    from iptv2_diffusion.training.planning import SyntheticLatents, estimate_memory, measure, plan_text
+
+    processes, objective = accelerator.num_processes, make_objective(config)
+    slices = own_slices(config.batch_size, processes, accelerator.process_index, config.gradient_accumulation_steps)
+    sample = (slices[0].stop - slices[0].start, codec.latent_channels, *codec.latent_size(*config.size))
+
+    def fresh_model() -> nn.Module:
+        return make_model(config, codec, num_classes)
+
+    def loss(model: nn.Module, latents: Tensor) -> Tensor:
+        timesteps = torch.zeros(len(latents), dtype=torch.long)
+        labels = None if null_label(model) is None else timesteps
+        return objective.loss(model, latents, torch.empty_like(latents), timesteps, labels)
+
+    def make_trainer() -> tuple[Trainer, LatentDiffusionTask]:
+        trainer = Trainer(replace(config, output_dir=scratch), accelerator, fresh_model())
+        task = LatentDiffusionTask(
+            config,
+            accelerator,
+            codec=codec,
+            model=trainer.state.module,
+            objective=objective,
+            source=SyntheticLatents(),
+            heldout=None,
+            order=DataOrder(1 << 20, config.seed),
+            slices=slices,
+            latent_shape=sample[1:],
+            names=[],
+        )
+        return trainer, task
+
+    with tempfile.TemporaryDirectory() as scratch:
+        speed = measure(make_trainer)
+    options: dict[str, Any] = {"processes": processes, "precision": accelerator.mixed_precision}
+    memory = {
+        name: estimate_memory(fresh_model, loss, sample, config, checkpointing=checkpointing, **options)
+        for name, checkpointing in (("no checkpointing", False), ("gradient_checkpointing", True))
+    }
+    model = fresh_model()
+    accelerator.print(
+        plan_text(memory, speed, config, count_macs(model, batch_size=sample[0]), count_parameters(model))
+    )
+
+
+def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask, weights: dict[str, Tensor]) -> None:
     """The pipeline folder with the averaged weights, then samples.png from that folder, read back."""
     from iptv2_diffusion import IPTV2Pipeline
 
     folder, temporary = trainer.output_dir / "pipeline", trainer.output_dir / ".tmp-pipeline"
     module = trainer.state.module
     model = type(module).from_config(module.config)
-    model.load_state_dict(trainer.state.averaged_state_dict())
+    model.load_state_dict(weights)
     with user_errors(OSError):
         shutil.rmtree(temporary, ignore_errors=True)
         task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)

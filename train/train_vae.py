@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
 examples:
   the shipped VAE                accelerate launch train/train_vae.py --config configs/vae-emoji64.yaml
-  two processes on a CPU         accelerate launch --cpu --num_processes 2 train/train_vae.py --config ...
-                                 (faster than one process of two threads)
+  two processes on a CPU         ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...
+                                 (`--cpu` starts one, whatever --num_processes says)
   try every stage in seconds     ... --dry_run
   your own images, 8x down       ... --data my_photos --heldout_split none --resolution 128 \\
                                      --block_out_channels 32,64,96,128 --output_dir runs/my-vae

@@ -22,7 +22,9 @@ from iptv2_diffusion.data.sampling import generator_for
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
-LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "cls")
+FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` reads these files with
+MIN_CROP = 0.8  # share of the side that a random crop keeps at least, as in ADM
 SPLIT_FOLDERS = {"train", "test", "val", "validation", "valid", "heldout"}
 
 
@@ -42,7 +44,8 @@ def load_image_dataset(
     """Images, and labels when there are any, from wherever they are.
 
     `source` is one of: a folder of images (flat = unlabelled; one sub-folder per class = labelled; either may lie under
-    one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a Hub name.
+    one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a WebDataset
+    shard (a tar of KEY.jpg and KEY.cls), a glob or folder of them, which `datasets` copies into its cache; a Hub name.
     `split` takes whatever `datasets` takes ("train", "train[:100]"). The columns are found by their usual names when
     `image_column` and `label_column` are not given; `label_column="ignore"` leaves the labels out.
 
@@ -58,15 +61,27 @@ def load_image_dataset(
             data = _load_split(str(path), split, cache_dir=cache)
         elif suffixes & IMAGE_SUFFIXES:
             data = _load_folder(path, split)
+        elif ".tar" in suffixes:
+            return load_image_dataset(
+                path / "**" / "*.tar",
+                split=split,
+                image_column=image_column,
+                label_column=label_column,
+                cache_dir=cache_dir,
+            )
         else:
-            raise ValueError(f"{path}: holds neither images ({' '.join(sorted(IMAGE_SUFFIXES))}) nor parquet files")
-    elif path.suffix == ".parquet":
+            raise ValueError(
+                f"{path}: holds neither images ({' '.join(sorted(IMAGE_SUFFIXES))}) nor parquet files nor tar shards"
+            )
+    elif path.suffix in FILE_BUILDERS:
         files = sorted(glob.glob(str(path), recursive=True))
         if not files:
-            raise FileNotFoundError(f"{path}: no such parquet file; give a file, a glob or a folder")
+            raise FileNotFoundError(f"{path}: no such {path.suffix[1:]} file; give a file, a glob or a folder")
         # Files that are named one by one form one split, whatever the caller calls it; a slice such as [:100] stays.
         _, bracket, rest = split.partition("[")
-        data = _load_split("parquet", f"train{bracket}{rest}", data_files={"train": files}, cache_dir=cache)
+        data = _load_split(
+            FILE_BUILDERS[path.suffix], f"train{bracket}{rest}", data_files={"train": files}, cache_dir=cache
+        )
     elif path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1 or path.exists():
         raise FileNotFoundError(f"{path}: no such folder or parquet file")
     else:
@@ -251,14 +266,31 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     centre. For square sizes this is the protocol that ImageNet FIDs of ADM, DiT and SiT are reported on.
     """
     height, width = size
+    image = _cover(image, size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def random_crop(image: Image.Image, size: tuple[int, int], generator: torch.Generator) -> Image.Image:
+    """ADM's random crop, for any (height, width): at least 80 % of the side that the centre crop would keep."""
+    height, width = size
+    enlarged, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    factor = 1 + enlarged * (1 / MIN_CROP - 1)
+    image = _cover(image, (round(height * factor), round(width * factor)))
+    left, top = int(right * (image.width - width + 1)), int(down * (image.height - height + 1))
+    return image.crop((left, top, left + width, top + height))
+
+
+def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture made as small as covers (height, width): halved by box filter, then bicubic."""
+    height, width = size
     while min(image.width / width, image.height / height) >= 2:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
-    if scale != 1:
-        covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        image = image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    if scale == 1:
+        return image
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    return image.resize(covering, Image.Resampling.BICUBIC)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -308,9 +340,17 @@ class ImageTensors(torch.utils.data.Dataset):
         item = self.get(index % count, flip=self.flip == "always" or index >= count)
         return {**item, "index": index}
 
-    def get(self, index: int, flip: bool = False) -> dict[str, Any]:
-        """Item `index` of the data set, mirrored left to right if `flip`."""
-        pixels = to_tensor(center_crop(self._decode(index), self.size))
+    def get(self, index: int, flip: bool = False, crop: int = 0) -> dict[str, Any]:
+        """Item `index` of the data set, mirrored left to right if `flip`; crop 0 is the centre, the others random.
+
+        A crop is a function of (index, crop) alone: the same in every process and every epoch.
+        """
+        image = self._decode(index)
+        if crop == 0:
+            image = center_crop(image, self.size)
+        else:
+            image = random_crop(image, self.size, generator_for(0, "crop", index, crop))
+        pixels = to_tensor(image)
         if flip:
             pixels = pixels.flip(-1).contiguous()
         return {"pixel_values": pixels, "class_labels": self.labels[index], "index": index}

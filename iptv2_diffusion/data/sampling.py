@@ -77,6 +77,7 @@ class StepDraws:
         label_drops: uniform numbers in [0, 1); a label is dropped where the number is below the drop probability.
         noise: standard normal (B, C, H, W), the diffusion noise.
         posterior_noise: likewise, to sample the VAE's posterior; None where it has no spread.
+        crops: uniform numbers in [0, 1) that choose among the crops of an image, where there are several.
     """
 
     items: Tensor
@@ -85,6 +86,12 @@ class StepDraws:
     label_drops: Tensor
     noise: Tensor
     posterior_noise: Tensor | None
+    crops: Tensor
+
+    def views(self, flips: bool, crops: int) -> Tensor:
+        """Which stored or decoded form of each image, int64: crop 0 upright (and mirrored, with `flips`), crop 1 ..."""
+        view = (self.crops * crops).long()
+        return 2 * view + self.flips.long() if flips else view
 
     def __getitem__(self, part: slice) -> StepDraws:
         """The same for a slice of the batch."""
@@ -115,7 +122,8 @@ def draw_step(
     noise = torch.randn(batch_size, *latent_shape, generator=generator)
     posterior_noise = torch.randn(batch_size, *latent_shape, generator=generator) if posterior else None
     items = order.items(step * batch_size, batch_size)
-    return StepDraws(items, flips, timesteps, label_drops, noise, posterior_noise)
+    crops = torch.rand(batch_size, generator=generator_for(order.seed, "crop", step))
+    return StepDraws(items, flips, timesteps, label_drops, noise, posterior_noise, crops)
 
 
 def own_slices(batch_size: int, num_processes: int, process: int, micro_batches: int = 1) -> list[slice]:
@@ -131,20 +139,30 @@ def own_slices(batch_size: int, num_processes: int, process: int, micro_batches:
 
 
 class StepBatches:
-    """A batch sampler: this process's [(item, flip), ...] of each micro-batch from optimiser step `start` on.
+    """A batch sampler: this process's [(item, view), ...] of each micro-batch from optimiser step `start` on.
 
-    For a DataLoader over images (`batch_sampler=`), so that workers read ahead in the very order of the run.
+    For a DataLoader over images (`batch_sampler=`), so that workers read ahead in the very order of the run. The view
+    (see `StepDraws.views`) is 1 for a mirrored image and 0 for an upright one, unless there are several crops.
     """
 
-    def __init__(self, order: DataOrder, batch_size: int, slices: Sequence[slice], *, start: int, flip: bool) -> None:
+    def __init__(
+        self,
+        order: DataOrder,
+        batch_size: int,
+        slices: Sequence[slice],
+        *,
+        start: int,
+        flip: bool,
+        crops: int = 1,
+    ) -> None:
         self.order, self.batch_size, self.slices = order, batch_size, list(slices)
-        self.start, self.flip = start, flip
+        self.start, self.flip, self.crops = start, flip, crops
 
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.start
         while True:
             draws = draw_step(self.order, step, self.batch_size, (0,), posterior=False)
-            flips = draws.flips if self.flip else torch.zeros_like(draws.flips)
+            views = draws.views(self.flip, self.crops)
             for part in self.slices:
-                yield list(zip(draws.items[part].tolist(), flips[part].tolist(), strict=True))
+                yield list(zip(draws.items[part].tolist(), views[part].tolist(), strict=True))
             step += 1

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv2d
+from .depthwise import DepthwiseConv2d, add_depthwise
+from .operators import channel_attention, rotate_normalised, window_partition
 
 __all__ = ["FocalContextAttention", "GlobalGridAttention"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Partitions: (B, H, W, 3C) -> q, k, v of shape (groups, heads, tokens, d), and back
+# Maps into groups of positions, and back; into windows: see `window_partition` in operators.py
 
 
 def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
@@ -27,34 +28,26 @@ def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
     return F.pad(x, (0, 0, 0, pad_width, 0, pad_height)) if pad_height or pad_width else x
 
 
-def window_partition(qkv: Tensor, window: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, W, 3C) -> q, k, v, each (B·H/w·W/w, h, w², d); H and W are multiples of w. One copy."""
-    batch, height, width, channels = qkv.shape
-    rows, columns, head_dim = height // window, width // window, channels // (3 * heads)
-    qkv = qkv.view(batch, rows, window, columns, window, 3, heads, head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
-    return qkv.reshape(3, batch * rows * columns, heads, window * window, head_dim).unbind(0)
-
-
-def window_merge(x: Tensor, window: int, batch: int, height: int, width: int) -> Tensor:
+def window_merge(x: Tensor, window: int, height: int, width: int) -> Tensor:
     """(B·H/w·W/w, h, w², d) -> (B, H, W, C), the inverse of `window_partition` for one of q, k, v."""
     _, heads, _, head_dim = x.shape
-    x = x.view(batch, height // window, width // window, heads, window, window, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
-    return x.reshape(batch, height, width, heads * head_dim)
+    x = x.view(-1, height // window, width // window, heads, window, window, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(-1, height, width, heads * head_dim)
 
 
-def grid_partition(qkv: Tensor, stride: tuple[int, int], heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, W, 3C) -> q, k, v, each (B·p·p, h, H/p·W/p, d): tokens at one offset of every p×p cell form a group."""
-    batch, height, width, channels = qkv.shape
-    rows, columns, head_dim = height // stride[0], width // stride[1], channels // (3 * heads)
-    qkv = qkv.view(batch, rows, stride[0], columns, stride[1], 3, heads, head_dim).permute(5, 0, 2, 4, 6, 1, 3, 7)
-    return qkv.reshape(3, batch * stride[0] * stride[1], heads, rows * columns, head_dim).unbind(0)
+def grid_partition(x: Tensor, stride: tuple[int, int]) -> Tensor:
+    """(B, H, W, C) -> (B·p·p, H/p·W/p, C): tokens at one offset of every p×p cell form a group. No copy if p is 1."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // stride[0], width // stride[1]
+    x = x.view(batch, rows, stride[0], columns, stride[1], channels).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(-1, rows * columns, channels)
 
 
 def grid_merge(x: Tensor, stride: tuple[int, int], batch: int, height: int, width: int) -> Tensor:
-    """(B·p·p, h, H/p·W/p, d) -> (B, H, W, C), the inverse of `grid_partition` for one of q, k, v."""
-    _, heads, _, head_dim = x.shape
-    x = x.view(batch, *stride, heads, height // stride[0], width // stride[1], head_dim).permute(0, 4, 1, 5, 2, 3, 6)
-    return x.reshape(batch, height, width, heads * head_dim)
+    """(B·p·p, H/p·W/p, C) -> (B, H, W, C), the inverse of `grid_partition`."""
+    channels = x.shape[-1]
+    x = x.view(batch, *stride, height // stride[0], width // stride[1], channels).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(batch, height, width, channels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,24 +113,21 @@ class FocalContextAttention(nn.Module):
         qkv = pad_to_multiple(qkv, window, window)
         _, padded_height, padded_width, _ = qkv.shape
 
-        out = self.attend(qkv, branch=0)  # (B, H', W', C)
         if self.shifted and padded_height > window and padded_width > window:
-            start, end = window // 2, window - window // 2
-            shifted = self.attend(qkv[:, start : padded_height - end, start : padded_width - end], branch=1)
-            out = self.merge(out, shifted)
+            parts = window_partition(qkv, window, self.num_heads, margins=(None, window // 2))
+            shifted_size = (padded_height - window, padded_width - window)
+            out = self.attend(*parts[:3], branch=0, size=(padded_height, padded_width))
+            out = self.merge(out, self.attend(*parts[3:], branch=1, size=shifted_size))
+        else:
+            parts = window_partition(qkv, window, self.num_heads)
+            out = self.attend(*parts, branch=0, size=(padded_height, padded_width))  # (B, H', W', C)
         out = self.out_proj(out[:, :height, :width])
         return out.permute(0, 3, 1, 2)
 
-    def attend(self, qkv: Tensor, branch: int) -> Tensor:
-        """Channel attention in every window of a (B, H, W, 3C) map whose sides are multiples of w -> (B, H, W, C)."""
-        batch, height, width, _ = qkv.shape
-        q, k, v = window_partition(qkv, self.window_size, self.num_heads)  # (windows, h, N, d)
-        affine = self.spatial_affine[branch, :, :, None].float()  # (h, N, 1)
-        q = F.normalize(q.float() * affine, dim=-2)
-        k = F.normalize(k.float() * affine, dim=-2)
-        logits = q.transpose(-2, -1) @ k * self.temperature[branch, :, None, None].float()  # (windows, h, d, d)
-        attention = logits.softmax(dim=-1).to(v.dtype)
-        return window_merge(v @ attention.transpose(-2, -1), self.window_size, batch, height, width)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, branch: int, size: tuple[int, int]) -> Tensor:
+        """Channel attention in windows (windows, h, N, d) that tile a map of `size` -> (B, height, width, C)."""
+        out = channel_attention(q, k, v, self.spatial_affine[branch], self.temperature[branch])
+        return window_merge(out, self.window_size, *size)
 
     def merge(self, base: Tensor, shifted: Tensor) -> Tensor:
         """Weighted mean of the base map (B, H, W, C) and the shifted branch's interior (B, H-w, W-w, C)."""
@@ -205,19 +195,21 @@ class GlobalGridAttention(nn.Module):
         """(B, C, H, W) -> (B, C, H, W), any H and W."""
         batch, _, height, width = x.shape
         stride = self.strides(height, width)
-        x = (x + self.depthwise(x)).permute(0, 2, 3, 1)  # (B, H, W, C)
+        x = add_depthwise((self.depthwise,), x).permute(0, 2, 3, 1)  # (B, H, W, C)
         qkv = pad_to_multiple(self.qkv(x), *stride)  # (B, H', W', 3C)
         _, padded_height, padded_width, _ = qkv.shape
-        q, k, v = grid_partition(qkv, stride, self.num_heads)  # (B·p·p, h, T, d)
+        tokens = grid_partition(qkv, stride).unflatten(-1, (3, self.num_heads, -1))  # (B·p·p, T, 3, h, d)
+        qk, v = tokens.split((2, 1), dim=2)
 
-        scale = self.logit_scale.float().exp().clamp(max=self.max_logit_scale)[:, None, None]
-        cos, sin = rotary_embedding(padded_height // stride[0], padded_width // stride[1], q.shape[-1], q.device)
-        q = rotate(F.normalize(q.float(), dim=-1) * scale, cos, sin).to(v.dtype)
-        k = rotate(F.normalize(k.float(), dim=-1), cos, sin).to(v.dtype)
+        scale = self.logit_scale.float().exp().clamp(max=self.max_logit_scale)
+        scale = torch.stack((scale, torch.ones_like(scale)))[..., None]  # (2, h, 1): q's, and 1 for k
+        cos, sin = rotary_embedding(padded_height // stride[0], padded_width // stride[1], v.shape[-1], v.device)
+        qk = rotate_normalised(qk, scale, cos, sin)
         mask = None
         if (padded_height, padded_width) != (height, width):
             mask = key_mask(height, width, stride, x.device).repeat(batch, 1, 1, 1)  # (B·p·p, 1, 1, T)
-        out = attend_tokens(q, k, v, mask)
+        q, k, v = (part.transpose(1, 2) for part in (qk[:, :, 0], qk[:, :, 1], v[:, :, 0]))  # (B·p·p, h, T, d)
+        out = attend_tokens(q, k, v, mask).transpose(1, 2).flatten(-2)  # (B·p·p, T, C)
 
         out = grid_merge(out, stride, batch, padded_height, padded_width)[:, :height, :width]
         return self.out_proj(out).permute(0, 3, 1, 2)
@@ -244,8 +236,8 @@ def attend_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 def key_mask(height: int, width: int, stride: tuple[int, int], device: torch.device) -> Tensor:
     """Which keys are real, per group: (p·p, 1, 1, T) of bool for an H×W map padded to multiples of the stride."""
-    real = torch.ones(1, height, width, 3, dtype=torch.bool, device=device)
-    return grid_partition(pad_to_multiple(real, *stride), stride, heads=1)[0].transpose(-2, -1)
+    real = torch.ones(1, height, width, 1, dtype=torch.bool, device=device)
+    return grid_partition(pad_to_multiple(real, *stride), stride).transpose(1, 2)[:, None]
 
 
 def rotary_embedding(rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -258,12 +250,6 @@ def rotary_embedding(rows: int, columns: int, head_dim: int, device: torch.devic
     column = torch.arange(columns, dtype=torch.float32, device=device)[None, :, None] * frequency
     angle = torch.stack(torch.broadcast_tensors(column, row), dim=-1).reshape(rows * columns, head_dim // 2)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of adjacent channels of x (..., T, d) by its angle; cos and sin are (T, d/2)."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 def check_heads(channels: int, num_heads: int, multiple: int = 1) -> None:

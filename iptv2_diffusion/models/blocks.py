@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .attention import FocalContextAttention, GlobalGridAttention
 from .feed_forward import RepLeFFN
+from .operators import scale_add
 
 __all__ = ["AdaLayerNormZero2d", "Downsample", "FGBlock", "LayerNorm2d", "SkipConnection", "Upsample"]
 
@@ -46,7 +47,7 @@ class AdaLayerNormZero2d(nn.Module):
     def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, C, H, W), conditioning (B, D) -> the modulated map and the residual's gate (B, C, 1, 1) or None."""
         shift, scale, *gate = self.linear(F.silu(conditioning))[:, :, None, None].chunk(3 if self.gate else 2, dim=1)
-        return self.norm(x) * (1 + scale) + shift, gate[0] if gate else None
+        return scale_add(shift, 1 + scale, self.norm(x)), gate[0] if gate else None
 
 
 class FGBlock(nn.Module):
@@ -108,7 +109,7 @@ class FGBlock(nn.Module):
         for norm, layer in zip(self.norms, self.layers, strict=True):
             if self.conditional:
                 normed, gate = norm(x, conditioning)
-                x = x + gate * layer(normed)
+                x = scale_add(x, gate, layer(normed))
             else:
                 x = x + layer(norm(x))
         return x

@@ -1,16 +1,19 @@
-"""Depthwise convolution with a weight gradient that is not slow in bfloat16 on CPUs.
+"""Depthwise 5×5 convolution with a weight gradient that is not slow on CPUs.
 
-Own code because the library's is missing there: oneDNN has a fast weight gradient for depthwise 3×3 kernels only. For a
-5×5 kernel over (64, 128, 16, 16) in bfloat16 it needs 24-42 ms, and four 3×3 gradients of shifted maps, which together
-cover the 5×5 taps, need 5 ms (one core, AMD EPYC with AVX-512, torch 2.14.1). Everywhere else `F.conv2d` runs.
+Own code because the library's is missing there: oneDNN has a fast weight gradient for depthwise kernels of at most
+three columns. For a 5×5 kernel over (64, 128, 16, 16) in float32 the library's backward needs 23 ms; a 5×3 and a 5×2
+gradient of shifted maps, which together hold the 25 taps, and a plain sum for the bias need 6 ms (one core of an Intel
+Xeon with AVX-512, torch 2.14.1). Everywhere else `F.conv2d` runs.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["DepthwiseConv2d", "depthwise_conv2d"]
+__all__ = ["DepthwiseConv2d", "add_depthwise", "depthwise_conv2d", "is_plain", "merge_depthwise"]
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -25,16 +28,53 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise convolution of (B, C, H, W) by (C, 1, k, k), k odd, zero-padded to the same size."""
-    if x.device.type == "cpu" and weight.shape[-1] == 5 and torch.is_grad_enabled():
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype == torch.bfloat16:
-            bias = bias if bias is None else bias.to(dtype)
-            return Depthwise5x5.apply(x.to(dtype), weight.to(dtype), bias)
+    if (
+        x.device.type == "cpu"
+        and weight.shape[-1] == 5
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    ):
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+        return Depthwise5x5.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
+def add_depthwise(branches: Sequence[nn.Conv2d], x: Tensor) -> Tensor:
+    """x + Σ branch(x) of a (B, C, H, W) map, as one convolution."""
+    if all(is_plain(branch) for branch in branches):
+        return depthwise_conv2d(x, *merge_depthwise(*branches))
+    return sum((branch(x) for branch in branches), x)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's weights may be read instead of calling it.
+
+    Not so for one that an adapter wraps (LoRA), or that a hook gives its weights only during its forward.
+    """
+    return type(layer) in (nn.Linear, DepthwiseConv2d) and not is_hooked(layer)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate (sequential offload) or diffusers (layerwise casting, group offload) hooks into a module."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+
+
+def merge_depthwise(*branches: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """5×5 kernel (C, 1, 5, 5) and bias of the sum of depthwise branches and the identity; biases add."""
+    kernels = []
+    for branch in branches:
+        margin = 2 - branch.kernel_size[0] // 2
+        kernels.append(F.pad(branch.weight, (margin, margin, margin, margin)))
+    identity = torch.zeros_like(kernels[0])
+    identity[..., 2, 2] = 1
+    bias = None if branches[0].bias is None else sum(branch.bias for branch in branches)
+    return sum(kernels, identity), bias
+
+
 class Depthwise5x5(torch.autograd.Function):
-    """5×5 depthwise convolution whose weight gradient is put together from four 3×3 ones."""
+    """5×5 depthwise convolution whose weight gradient is put together from one of 5×3 and one of 5×2 taps."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,25 +86,35 @@ class Depthwise5x5(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        height, width = x.shape[-2:]
         grad_x = grad_weight = grad_bias = None
         grad = grad.contiguous(memory_format=torch.channels_last)
         if ctx.needs_input_grad[0]:
             grad_x = convolution_backward(grad, x, weight, padding=2, wanted=0)
         if ctx.needs_input_grad[1]:
-            # Tap (i, j) of the 5×5 gradient correlates `grad` with the map shifted by (i - 2, j - 2): the 3×3
-            # gradients at the four corners cover all taps, the middle row and column twice with the same value.
-            padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).permute(0, 3, 1, 2)  # keeps channels-last
-            grad_weight = torch.empty_like(weight)
-            for i in (0, 2):
-                for j in (0, 2):
-                    part = padded[..., i : i + height + 2, j : j + width + 2]
-                    part = part.contiguous(memory_format=torch.channels_last)
-                    corner = weight[..., i : i + 3, j : j + 3]
-                    grad_weight[..., i : i + 3, j : j + 3] = convolution_backward(grad, part, corner, 0, wanted=1)
+            # Tap (i, j) correlates `grad` with the map shifted by (i - 2, j - 2): columns 0 to 2 want two columns of
+            # zeros before the map, columns 3 and 4 two behind it. Rows are padded here too: oneDNN is slow where its
+            # own padding makes up most of a small map.
+            left = pad_pixels(x, columns=(2, 0))  # (B, C, H + 4, W + 2)
+            right = pad_pixels(x[..., 1:], columns=(0, 2))  # (B, C, H + 4, W + 1)
+            parts = ((left, weight[..., :3]), (right, weight[..., 3:]))
+            grad_weight = torch.cat([convolution_backward(grad, *part, padding=0, wanted=1) for part in parts], dim=-1)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=(0, 2, 3))
         return grad_x, grad_weight, grad_bias
+
+
+def pad_pixels(x: Tensor, columns: tuple[int, int]) -> Tensor:
+    """Two rows of zeros above and below a (B, C, H, W) map, and `columns` of them left and right; channels-last.
+
+    Unlike `F.pad`, it writes zeros only where they stay.
+    """
+    batch, channels, height, width = x.shape
+    left, right = columns
+    padded = x.new_empty(batch, height + 4, width + left + right, channels)
+    for margin in (padded[:, :2], padded[:, -2:], padded[:, 2:-2, :left], padded[:, 2:-2, left + width :]):
+        margin.zero_()
+    padded[:, 2:-2, left : left + width] = x.permute(0, 2, 3, 1)
+    return padded.permute(0, 3, 1, 2)
 
 
 def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, padding: int, wanted: int) -> Tensor:

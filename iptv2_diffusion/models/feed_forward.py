@@ -1,14 +1,13 @@
 """Rep-LeFFN: the re-parameterised, locally-enhanced feed-forward of an FG block (SPEC §5)."""
 
 import copy
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv2d, depthwise_conv2d
+from .depthwise import DepthwiseConv2d, add_depthwise, is_plain, merge_depthwise
 
 __all__ = ["RepLeFFN"]
 
@@ -63,7 +62,7 @@ class RepLeFFN(nn.Module):
             x = self.project(x)
         else:
             x = F.gelu(apply_pair(self.expand_in, self.expand_out, x)).permute(0, 3, 1, 2)  # (B, rC, H, W)
-            x = apply_branches((self.depthwise_5x5, self.depthwise_3x3, self.depthwise_1x1), x).permute(0, 2, 3, 1)
+            x = add_depthwise((self.depthwise_5x5, self.depthwise_3x3, self.depthwise_1x1), x).permute(0, 2, 3, 1)
             x = apply_pair(self.project_in, self.project_out, x)
         return x.permute(0, 3, 1, 2)
 
@@ -104,26 +103,6 @@ def apply_pair(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     return second(first(x))
 
 
-def apply_branches(branches: Sequence[nn.Conv2d], x: Tensor) -> Tensor:
-    """x + Σ branch(x) of a (B, rC, H, W) map, as one convolution."""
-    if all(is_plain(branch) for branch in branches):
-        return depthwise_conv2d(x, *merge_depthwise(*branches))
-    return sum((branch(x) for branch in branches), x)
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's weights may be read instead of calling it.
-
-    Not so for one that an adapter wraps (LoRA), or that a hook gives its weights only during its forward.
-    """
-    return type(layer) in (nn.Linear, DepthwiseConv2d) and not is_hooked(layer)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether accelerate (sequential offload) or diffusers (layerwise casting, group offload) hooks into a module."""
-    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-
-
 def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weight W₂W₁ and bias W₂b₁ + b₂ of `second ∘ first`.
 
@@ -133,15 +112,3 @@ def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | No
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         bias = None if first.bias is None else second.weight @ first.bias + second.bias
         return second.weight @ first.weight, bias
-
-
-def merge_depthwise(*branches: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """5×5 kernel (rC, 1, 5, 5) and bias of the sum of depthwise branches and the identity; biases add."""
-    kernels = []
-    for branch in branches:
-        margin = 2 - branch.kernel_size[0] // 2
-        kernels.append(F.pad(branch.weight, (margin, margin, margin, margin)))
-    identity = torch.zeros_like(kernels[0])
-    identity[..., 2, 2] = 1
-    bias = None if branches[0].bias is None else sum(branch.bias for branch in branches)
-    return sum(kernels, identity), bias

@@ -5,7 +5,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .feed_forward import RepLeFFN, is_hooked
+from .depthwise import is_hooked
+from .feed_forward import RepLeFFN
 
 Model = TypeVar("Model", bound="FusibleModelMixin")
 

@@ -3,6 +3,7 @@
     output_dir/checkpoint-00001000/
         manifest.json           step, config, progress, SHA-256 and size of every file; written last
         model.safetensors       + ema.safetensors, optimizer.bin, random_states_*.pkl: accelerate's save_state
+        sharded/                instead of these, where every process writes its part: torch.distributed.checkpoint
 
 A checkpoint counts only under its final name, with a manifest whose hashes match. A damaged one is renamed to
 `damaged-checkpoint-*` and the one before is used; one written under another configuration is refused with the fields
@@ -20,16 +21,21 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from iptv2_diffusion.training.errors import UserError
 
+if TYPE_CHECKING:
+    from iptv2_diffusion.training.ema import ModelState
+
 MANIFEST = "manifest.json"
+SHARDED = "sharded"
 _NAME = re.compile(r"^checkpoint-(\d{8,})$")
 _CHUNK = 8 << 20
 
@@ -55,6 +61,8 @@ class CheckpointManager:
         accept_changes: go on with another configuration instead of refusing, naming what differs.
         keep_last: how many checkpoints stay.
         say: prints a message (by default on the main process).
+        state: the model's state, which reads and writes sharded checkpoints.
+        sharded: write checkpoints sharded.
     """
 
     def __init__(
@@ -67,7 +75,10 @@ class CheckpointManager:
         accept_changes: bool = False,
         keep_last: int = 2,
         say: Callable[[str], None] | None = None,
+        state: ModelState | None = None,
+        sharded: bool = False,
     ) -> None:
+        self.state, self.sharded = state, sharded
         self.output_dir = Path(output_dir)
         self.accelerator = accelerator
         self.config = json.loads(json.dumps(dict(config)))
@@ -89,8 +100,11 @@ class CheckpointManager:
         self.accelerator.wait_for_everyone()
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            self.accelerator.save_state(str(temporary))
-        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.sharded:
+                self.state.save_sharded(temporary / SHARDED)
+            else:
+                self.accelerator.save_state(str(temporary))
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             failure = _reason(error)
         if self._first_failure(failure) is None and self.accelerator.is_main_process:
             try:
@@ -166,8 +180,13 @@ class CheckpointManager:
     def load(self, checkpoint: Checkpoint) -> None:
         """Bring the accelerator's objects to the checkpoint's state. Called by all processes together."""
         try:
-            self.accelerator.load_state(str(checkpoint.path))
-        except (RuntimeError, KeyError, ValueError) as error:
+            if (checkpoint.path / SHARDED).is_dir():
+                self.state.load_sharded(checkpoint.path / SHARDED)
+            else:
+                self.accelerator.load_state(str(checkpoint.path))
+                if self.state is not None:
+                    self.state.lay_out_optimizer()
+        except (RuntimeError, KeyError, ValueError, CheckpointException) as error:
             raise UserError(
                 f"{checkpoint.path} does not fit this model ({_reason(error)[:200]}); choose another --output_dir"
             ) from error

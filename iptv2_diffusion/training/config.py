@@ -93,6 +93,13 @@ class TrainingConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "autocast precision; none: what `accelerate launch` says", group="machine", free=True
     )
+    sharding: Literal["none", "zero2", "zero3"] = option(
+        "none",
+        "of model state over the processes, by torch's fully_shard (FSDP2); none: each holds all; zero2: gradients, "
+        "optimiser, average; zero3: weights too",
+        group="machine",
+        free=True,
+    )
     channels_last: bool = option(
         True, "keep feature maps and kernels in channels-last memory", group="machine", free=True
     )
@@ -107,6 +114,12 @@ class TrainingConfig:
 
     checkpoint_every: int = option(1000, "steps between checkpoints (one is always written at the end)", **_FREE_LOG)
     keep_last: int = option(2, "how many checkpoints are kept", **_FREE_LOG)
+    sharded_checkpoints: bool = option(
+        False, "with sharding: every process writes its part, to a common disk; false: gathered into one", **_FREE_LOG
+    )
+    max_skipped_steps: int = option(
+        0, "steps in a row with a NaN or infinite loss or gradient that are left out before the run stops", **_FREE_LOG
+    )
     log_every: int = option(20, "steps between lines of metrics.jsonl", **_FREE_LOG)
     eval_every: int = option(1000, "steps between held-out losses; 0: never", **_FREE_LOG)
     preview_every: int = option(1000, "steps between preview pictures; 0: never", **_FREE_LOG)
@@ -115,7 +128,8 @@ class TrainingConfig:
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work, naming them."""
         self.require_positive("max_train_steps", "batch_size", "gradient_accumulation_steps", "keep_last", "log_every")
-        for name in ("checkpoint_every", "eval_every", "preview_every", "lr_warmup_steps", "num_workers", *_RATES):
+        counts = ("checkpoint_every", "eval_every", "preview_every", "max_skipped_steps")
+        for name in (*counts, "lr_warmup_steps", "num_workers", *_RATES):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("learning_rate", "adam_epsilon", "ema_power"):
@@ -124,6 +138,8 @@ class TrainingConfig:
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        if self.sharding != "none" and self.mixed_precision == "fp16":
+            raise ConfigError("sharding does not go with fp16, whose loss scaling it lacks; use bf16")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"num_threads is {self.num_threads}; it must be at least 1, or none")
         if self.max_train_minutes is not None and self.max_train_minutes <= 0:

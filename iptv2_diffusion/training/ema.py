@@ -18,9 +18,21 @@ from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.tensor import DTensor
+
+from iptv2_diffusion.training.sharding import (
+    forget_gathered,
+    from_local,
+    local,
+    optimizer_tensors,
+    shard_like,
+    whole,
+)
 
 _FILE = "ema.safetensors"
 _MODEL_FILE = "model.safetensors"
+_OPTIMIZER_FILE = "optimizer.bin"
 
 
 class ModelState:
@@ -31,25 +43,39 @@ class ModelState:
 
     Args:
         accelerator: after `prepare`; every process calls this.
-        model: the prepared model.
+        model: the prepared model, sharded or not.
+        optimizer: AdamW on its parameters, for sharded models and checkpoints.
         decay: largest decay; 0 turns averaging off, and the "averaged" weights are then the current ones.
         power: exponent of the ramp.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, *, decay: float = 0.9999, power: float = 0.75):
-        self.accelerator = accelerator
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        decay: float = 0.9999,
+        power: float = 0.75,
+    ):
+        self.accelerator, self.optimizer = accelerator, optimizer
         self.module = accelerator.unwrap_model(model)
         self.parameters = list(self.module.parameters())  # once: walking the modules costs a millisecond a time
-        self.average: EMAModel | None = None
+        self.sharded = any(isinstance(p, DTensor) for p in self.parameters)
+        self.average: EMAModel | None = None  # of this process's shards, if the model is sharded
         if decay > 0:
-            self.average = EMAModel(self.parameters, decay=decay, use_ema_warmup=True, power=power, foreach=True)
+            self.average = EMAModel(self._own(), decay=decay, use_ema_warmup=True, power=power, foreach=True)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
 
     def step(self) -> None:
         """Take the current weights into the average; call after every optimiser step."""
         if self.average is not None:
-            self.average.step(self.parameters)
+            self.average.step(self._own())
+
+    def _own(self) -> list[torch.Tensor]:
+        """This process's memory of the parameters."""
+        return [local(p) for p in self.parameters] if self.sharded else self.parameters
 
     @property
     def decay(self) -> float:
@@ -60,54 +86,127 @@ class ModelState:
     def averaged(self) -> Iterator[nn.Module]:
         """The unwrapped model in eval mode holding the averaged weights; afterwards all is as before, bit for bit."""
         training = self.module.training
-        kept = None if self.average is None else [p.detach().clone() for p in self.parameters]
+        own = self._own()
+        kept = None if self.average is None else [p.detach().clone() for p in own]
         if self.average is not None:
-            self.average.copy_to(self.parameters)
+            self.average.copy_to(own)
+            forget_gathered(self.module)
         self.module.eval()
         try:
             yield self.module
         finally:
             if kept is not None:
                 with torch.no_grad():
-                    torch._foreach_copy_(self.parameters, kept)
+                    torch._foreach_copy_(own, kept)
+                forget_gathered(self.module)
             self.module.train(training)
 
     def averaged_state_dict(self) -> dict[str, torch.Tensor]:
-        """The model's state dict with the averaged weights in it (detached; on the model's device)."""
-        state = {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
-        if self.average is not None:
-            names = [name for name, _ in self.module.named_parameters()]
-            state.update(zip(names, self.average.shadow_params, strict=True))
-        return state
+        """The model's state dict with the averaged weights in it (detached; on the model's device).
+
+        Of a sharded model it is gathered: every process must ask.
+        """
+        state = {name: tensor.detach() for name, tensor in self.module.state_dict().items()} | self._average_by_name()
+        return {name: whole(tensor) for name, tensor in state.items()}
+
+    def _average_by_name(self) -> dict[str, torch.Tensor]:
+        """Averages under the parameters' names, sharded as these are; empty without averaging."""
+        if self.average is None:
+            return {}
+        pairs = zip(self.module.named_parameters(), self.average.shadow_params, strict=True)
+        return {name: from_local(part, parameter) for (name, parameter), part in pairs}
+
+    def _set_average(self, state: dict[str, torch.Tensor], steps: int) -> None:
+        names = [name for name, _ in self.module.named_parameters()]
+        parts = [local(shard_like(state[name], p)) for name, p in zip(names, self.parameters, strict=True)]
+        with torch.no_grad():
+            torch._foreach_copy_(self.average.shadow_params, parts)
+        self.average.optimization_step = steps
 
     # ----------------------------------------------------------------------------------------------------------------
     # accelerate's hooks: what they leave in `weights`/`models` accelerate saves/loads itself, so both are emptied
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, torch.Tensor]], output_dir: str) -> None:
         weights.clear()
-        if not self.accelerator.is_main_process:
+        main, folder = self.accelerator.is_main_process, Path(output_dir)
+        if not main and not self.sharded:
             return
-        state = {name: tensor.detach().contiguous() for name, tensor in self.module.state_dict().items()}
-        save_file(state, Path(output_dir) / _MODEL_FILE, metadata={"format": "pt"})
+        state = {name: whole(tensor.detach()).contiguous() for name, tensor in self.module.state_dict().items()}
+        shadow = {name: whole(tensor).contiguous() for name, tensor in self._average_by_name().items()}
+        optimizer = self._whole_optimizer() if self.sharded else None
+        if not main:
+            return
+        save_file(state, folder / _MODEL_FILE, metadata={"format": "pt"})
         if self.average is not None:
-            names = [name for name, _ in self.module.named_parameters()]
-            shadow = dict(zip(names, (p.contiguous() for p in self.average.shadow_params), strict=True))
             # One entry only: safetensors writes several in any order, and equal states must give equal files.
             metadata = {"optimization_step": str(self.average.optimization_step)}
-            save_file(shadow, Path(output_dir) / _FILE, metadata=metadata)
+            save_file(shadow, folder / _FILE, metadata=metadata)
+        if optimizer is not None:  # accelerate, which knows no sharded optimiser, writes that of any other model
+            torch.save(optimizer, folder / _OPTIMIZER_FILE)
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
         models.clear()
-        state, _ = _read(Path(input_dir) / _MODEL_FILE)
+        folder = Path(input_dir)
+        state, _ = _read(folder / _MODEL_FILE)
+        if self.sharded:
+            own = self.module.state_dict()
+            state = {name: shard_like(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
         self.module.load_state_dict(state)
         if self.average is not None:
-            state, metadata = _read(Path(input_dir) / _FILE)
-            names = [name for name, _ in self.module.named_parameters()]
-            with torch.no_grad():
-                torch._foreach_copy_(
-                    self.average.shadow_params, [state[name].to(self.parameters[0].device) for name in names]
-                )
-            self.average.optimization_step = int(metadata["optimization_step"])
+            state, metadata = _read(folder / _FILE)
+            self._set_average(state, int(metadata["optimization_step"]))
+        if self.sharded:
+            self._load_optimizer(torch.load(folder / _OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+            forget_gathered(self.module)
+
+    def _whole_optimizer(self) -> dict[str, Any]:
+        """The optimiser's state dict with nothing sharded in it."""
+        state = self.optimizer.state_dict()
+        gathered = {i: {k: whole(v) for k, v in values.items()} for i, values in state["state"].items()}
+        return {**state, "state": gathered}
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Load a state dict that is whole on every process into the sharded optimiser."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, values in saved["state"].items():
+            like = parameters[number]
+            saved["state"][number] = {k: shard_like(v.contiguous(), like) if v.ndim else v for k, v in values.items()}
+        self.optimizer.load_state_dict(saved)
+
+    def lay_out_optimizer(self) -> None:
+        """Bring loaded moments to the memory layout of their parameters: fused AdamW walks both side by side.
+
+        A run with another `channels_last`, or a sharded one, writes them in another.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                for name, value in state.items():
+                    if value.shape == parameter.shape and value.stride() != parameter.stride():
+                        state[name] = torch.empty_like(parameter.detach()).copy_(value)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Sharded checkpoints: every process writes its part; any number of processes reads them, sharded or not
+
+    def save_sharded(self, folder: Path) -> None:
+        """Write weights, averages and optimiser by torch.distributed.checkpoint; called by all processes."""
+        checkpoint.save(self._sharded_state(), checkpoint_id=folder)
+
+    def load_sharded(self, folder: Path) -> None:
+        """Read what `save_sharded` wrote; called by all processes."""
+        state = self._sharded_state()
+        checkpoint.load(state, checkpoint_id=folder)  # in place
+        if self.average is not None:
+            self.average.optimization_step = int(state["average_steps"])
+        forget_gathered(self.module)
+
+    def _sharded_state(self) -> dict[str, Any]:
+        weights = {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+        state: dict[str, Any] = {"weights": weights, "optimizer": optimizer_tensors(self.optimizer)}
+        if self.average is not None:
+            steps = torch.tensor(self.average.optimization_step)
+            state |= {"average": self._average_by_name(), "average_steps": steps}
+        return state
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -25,12 +25,16 @@ class ConfigError(UserError):
     """An option that does not exist, has the wrong type, or contradicts another."""
 
 
+class LocalError(UserError):
+    """An error that one process alone may have, such as an unreadable image of its share: whoever has it prints it."""
+
+
 class NonFiniteLossError(UserError):
     """The loss or the gradient became NaN or infinite."""
 
 
 @contextlib.contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+def user_errors(*kinds: type[Exception], as_error: type[UserError] = UserError) -> Iterator[None]:
     """Turn expected errors of the libraries below (default: OSError, ValueError) into one-line `UserError`s."""
     expected = kinds or (OSError, ValueError)
     try:
@@ -39,7 +43,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise
     except expected as error:
         message = full_disk(error) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(message) from error
+        raise as_error(message) from error
 
 
 def full_disk(error: BaseException) -> str | None:
@@ -65,7 +69,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         if os.environ.get("IPTV2_TRACEBACK") == "1":
             raise
-        code = _complain(str(error))
+        code = _complain(str(error), everywhere=isinstance(error, LocalError))
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
@@ -76,7 +80,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
-def _complain(message: str) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:
+def _complain(message: str, *, everywhere: bool = False) -> int:
+    if everywhere or int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     return 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ class LatentDiffusionTask:
         latent_shape: (C, h, w).
         names: of the classes; empty if unknown.
     """
+
+    works_together = True
 
     def __init__(
         self,
@@ -109,14 +112,17 @@ class LatentDiffusionTask:
         draws.flips.zero_()
         sums = torch.zeros(2, NOISE_BANDS, dtype=torch.float64, device=accelerator.device)  # of losses, of samples
         size = self.slices[0].stop - self.slices[0].start
-        for start in range(accelerator.process_index * size, count, accelerator.num_processes * size):
-            part = draws[start : start + size]
-            batch = self._prepare(part, self.heldout, 0.0)
+        for start in range(0, count, accelerator.num_processes * size):
+            # All processes run as many batches: those of a sharded model gather its weights together. What lies
+            # beyond the end is computed on the first images and does not count.
+            own = start + accelerator.process_index * size
+            counts = own < count
+            batch = self._prepare(draws[own : own + size] if counts else draws[:size], self.heldout, 0.0)
             losses = self._losses(model, batch).double()
             band = (batch[2].double() / self.objective.num_train_timesteps * NOISE_BANDS).long()
             band = band.clamp(max=NOISE_BANDS - 1)
-            sums[0].index_add_(0, band, losses)
-            sums[1].index_add_(0, band, torch.ones_like(losses))
+            sums[0].index_add_(0, band, losses * counts)
+            sums[1].index_add_(0, band, torch.ones_like(losses) * counts)
         totals, counts = accelerator.reduce(sums, "sum").tolist()
         bands = {
             f"heldout_loss_t{100 * i // NOISE_BANDS}": totals[i] / counts[i] for i in range(NOISE_BANDS) if counts[i]
@@ -134,16 +140,23 @@ class LatentDiffusionTask:
         return IPTV2Pipeline(model, self.codec.vae, scheduler, id2label=self.id2label or None)
 
     def preview(self, model: nn.Module, step: int) -> Path:
-        """previews/step-*.png: one row a class, the same seeds each time."""
-        return self.sheet(self.pipeline(model), Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png")
+        """previews/step-*.png: one row a class, the same seeds each time. The processes share the rows."""
+        path = Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png"
+        return self.sheet(self.pipeline(model), path, self.accelerator.process_index, self.accelerator.num_processes)
 
-    def sheet(self, pipeline: Any, path: Path) -> Path:
-        """Draw samples, one row a class (at most `config.preview_classes`), and write them as one picture."""
+    def sheet(self, pipeline: Any, path: Path, process: int = 0, processes: int = 1) -> Path:
+        """Draw samples, one row a class (at most `config.preview_classes`), and write them as one picture.
+
+        With several processes each draws every n-th row (all the same number of them, as a sharded model needs) and
+        the first writes.
+        """
         config = self.config
         pipeline.set_progress_bar_config(disable=True)
         classes: list[int | None] = [*range(min(self.null_label or 0, config.preview_classes))] or [None]
-        rows = []
-        for row, label in enumerate(classes):
+        drawn = []
+        for start in range(0, len(classes), processes):
+            row = (start + process) % len(classes)
+            label = classes[row]
             seeds = [torch.Generator().manual_seed(1000 * row + column) for column in range(config.preview_per_class)]
             images = pipeline(
                 label,
@@ -152,10 +165,12 @@ class LatentDiffusionTask:
                 guidance_scale=config.guidance_scale,
                 generator=seeds,
             ).images
-            rows.append(images)
+            drawn.append((row, images))
+        rows = dict(gather_object(drawn) if processes > 1 else drawn)
         names = [self.id2label.get(label, f"class {label}") for label in classes if label is not None]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture_sheet(rows, names).save(path)
+        if process == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture_sheet([rows[row] for row in range(len(classes))], names).save(path)
         return path
 
 

@@ -16,12 +16,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor, nn
 
 from iptv2_diffusion.training.checkpoint import CheckpointManager
@@ -30,7 +31,11 @@ from iptv2_diffusion.training.ema import ModelState
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, user_errors
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
 from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
+from iptv2_diffusion.training.sharding import refuse_other_sharding, shard, whole
 from iptv2_diffusion.training.signals import StopSignal
+
+# How long one process may wait for another, as for the one that writes a checkpoint or the samples at the end.
+PROCESS_TIMEOUT = timedelta(hours=2)
 
 
 class TrainingTask(Protocol):
@@ -46,27 +51,39 @@ class TrainingTask(Protocol):
         """Held-out figures of the averaged weights, the same on every process; may be empty."""
 
     def preview(self, model: nn.Module, step: int) -> Path | None:
-        """Write a picture from the averaged weights (main process only); None if there is none."""
+        """Write a picture from the averaged weights; None if there is none.
+
+        Called on the main process only, unless the task has an attribute `works_together` that is true: then all
+        processes are called, and `evaluate` and this run the model equally often in each, as a sharded model needs.
+        """
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a run; checks that the batch divides over processes and micro-batches."""
-    trackers, messages = available_trackers(config.report_to)
-    with user_errors(ValueError, ImportError):  # such as fp16 on a CPU
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=trackers or None,
-            project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
-        )
-    set_threads(config.num_threads, accelerator)
-    for message in messages:
-        accelerator.print(message)
+    """The accelerator of a training run; checks that the batch divides over processes and micro-batches."""
+    accelerator = start_accelerator(config)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise ConfigError(
             f"batch_size {config.batch_size} does not divide over {accelerator.num_processes} processes x "
             f"{config.gradient_accumulation_steps} micro-batches; use {math.ceil(config.batch_size / parts) * parts}"
         )
+    return accelerator
+
+
+def start_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator, for whatever batch."""
+    refuse_other_sharding()
+    trackers, messages = available_trackers(config.report_to)
+    with user_errors(ValueError, ImportError):  # such as fp16 on a CPU
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        )
+    set_threads(config.num_threads, accelerator)
+    for message in messages:
+        accelerator.print(message)
     return accelerator
 
 
@@ -102,16 +119,24 @@ class Trainer:
         with user_errors(OSError):
             self.output_dir.mkdir(parents=True, exist_ok=True)
         model.to(accelerator.device)
-        if config.channels_last:
+        self.sharded = config.sharding != "none" and accelerator.num_processes > 1
+        if config.sharding != "none" and not self.sharded:
+            accelerator.print(f"sharding is {config.sharding}, but there is one process only: nothing is sharded")
+        if config.channels_last and not self.sharded:  # fully_shard takes contiguous parameters only
             model.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if config.torch_compile:
             compile_blocks(model)
+        if self.sharded:
+            shard(model, accelerator, reshard_after_forward=config.sharding == "zero3")
         optimizer = make_optimizer(model, config, fused=accelerator.mixed_precision != "fp16")
         self.schedule = LearningRate(optimizer, config)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.state = ModelState(accelerator, self.model, decay=config.ema_decay, power=config.ema_power)
+        if self.sharded:  # the engine is torch's: accelerate only adds its autocast
+            self.model, self.optimizer = accelerator.prepare_model(model, evaluation_mode=True), optimizer
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.state = ModelState(accelerator, self.model, self.optimizer, decay=config.ema_decay, power=config.ema_power)
         self.checkpoints = CheckpointManager(
             self.output_dir,
             accelerator,
@@ -119,12 +144,15 @@ class Trainer:
             defaults=frozen_fields(type(config)()),
             accept_changes=config.accept_changes,
             keep_last=config.keep_last,
+            state=self.state,
+            sharded=self.sharded and config.sharded_checkpoints,
         )
         self.step = 0  # optimiser steps done
         self.seconds = 0.0  # spent in training steps over all resumptions; all processes agree on it
         self._clock = 0.0  # the same, as this process measures it
         self._budget = 60.0 * config.max_train_minutes if config.max_train_minutes else math.inf
         self._saved_step = -1
+        self.skipped = self._skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self._next_batches: list[Any] = []
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -139,6 +167,7 @@ class Trainer:
             self.checkpoints.load(found)
             self.step = found.step
             self.seconds = self._clock = float(found.progress["seconds"])
+            self.skipped, self._skipped_in_a_row = found.progress.get("skipped", (0, 0))
             self._saved_step = found.step
             self.accelerator.print(f"resumed from {found.path} at step {self.step}")
         main = self.accelerator.is_main_process
@@ -153,6 +182,8 @@ class Trainer:
     def fit(self, task: TrainingTask) -> str | None:
         """Train to the end. Returns None, or the name of the signal that stopped the run (saved, and told)."""
         config = self.config
+        if self.sharded and not _works_together(task):
+            raise ConfigError(f"sharding is {config.sharding}; this training runs unsharded only: use --sharding none")
         bar = ProgressBar(
             max(self.step, config.max_train_steps),
             initial=self.step,
@@ -196,7 +227,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the current step, if it has none yet."""
         if self._saved_step != self.step:
-            self.checkpoints.save(self.step, {"seconds": self.seconds})
+            skipped = (self.skipped, self._skipped_in_a_row)
+            self.checkpoints.save(self.step, {"seconds": self.seconds, "skipped": skipped})
             self._saved_step = self.step
 
     def check_resume(self) -> None:
@@ -216,7 +248,7 @@ class Trainer:
         tensors |= {f"average.{k}": v for k, v in self.state.averaged_state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items() if torch.is_tensor(v)}
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return {name: whole(tensor).detach().clone() for name, tensor in tensors.items()}
 
     def finish(self) -> None:
         """Draw the loss curve and close the trackers."""
@@ -240,14 +272,22 @@ class Trainer:
         # Drawn and sent while the device still computes: `_agree` waits for it.
         self._next_batches = list(task.micro_batches(self.step + 1)) if self.step + 1 < config.max_train_steps else []
         limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
-        norm = accelerator.clip_grad_norm_(self.state.parameters, limit)
+        norm = whole(accelerator.clip_grad_norm_(self.state.parameters, limit))
         values = self._agree(total, norm, bool(stop))
-        self._check_finite(values)
-        self.optimizer.step()
+        problem = self._problem(values)
+        if problem:
+            self._skip_or_stop(problem)
+        else:
+            self._skipped_in_a_row = 0
+        # fp16's scaler must see the step, which it then leaves out by itself, and lower its scale.
+        if not problem or accelerator.scaler is not None:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.state.step()
+        if not problem:
+            self.state.step()
         self.step += 1
-        return {**values, "lr": rate, "ema_decay": self.state.decay}
+        counter = {"skipped_steps": self.skipped} if self.skipped else {}
+        return {**values, "lr": rate, "ema_decay": self.state.decay, **counter}
 
     def _agree(self, loss: Tensor, norm: Tensor, stop: bool) -> dict[str, float]:
         """Loss (mean over processes), gradient norm, stop flag and time: the same numbers on every process.
@@ -261,17 +301,31 @@ class Trainer:
         loss_value, norm_value, stop_value, self.seconds = vector.tolist()
         return {"loss": loss_value, "grad_norm": norm_value, "stop": stop_value}
 
-    def _check_finite(self, values: Mapping[str, float]) -> None:
+    def _problem(self, values: Mapping[str, float]) -> str | None:
+        """What is not finite; None if all is well."""
+        if not math.isfinite(values["loss"]):
+            return f"the loss is {values['loss']}"
         # With fp16 an infinite gradient is everyday: the scaler skips the step and lowers its scale.
-        scaled = self.accelerator.scaler is not None
-        what = "loss" if not math.isfinite(values["loss"]) else "gradient norm"
-        if math.isfinite(values["loss"]) and (scaled or math.isfinite(values["grad_norm"])):
+        if self.accelerator.scaler is None and not math.isfinite(values["grad_norm"]):
+            return f"the gradient norm is {values['grad_norm']}"
+        return None
+
+    def _skip_or_stop(self, problem: str) -> None:
+        """Count a step whose weights are not to be touched, and tell; stop after `max_skipped_steps` in a row."""
+        self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
+        limit = self.config.max_skipped_steps
+        if self._skipped_in_a_row <= limit:
+            self.accelerator.print(
+                f"{problem} at step {self.step + 1}: skipped ({self._skipped_in_a_row} in a row, stops after {limit}; "
+                f"{self.skipped} in all)"
+            )
             return
         kept = f"checkpoint-{self._saved_step:08d} is kept" if self._saved_step >= 0 else "there was no checkpoint yet"
+        after = f" after {limit} skipped steps" if limit else ""
         raise NonFiniteLossError(
-            f"the {what} is {values['loss' if what == 'loss' else 'grad_norm']} at step {self.step + 1}: stopped "
-            f"before the weights were touched; {kept}. Go on with --accept_changes and a lower --learning_rate (now "
-            f"{self.config.learning_rate:g}), or with bf16 instead of fp16"
+            f"{problem} at step {self.step + 1}: stopped{after} before the weights were touched; {kept}. Go on with "
+            f"--accept_changes and a lower --learning_rate (now {self.config.learning_rate:g}), with bf16 instead of "
+            f"fp16, or with --max_skipped_steps {max(10, 2 * limit)} if such steps are rare"
         )
 
     def _log_step(self, values: Mapping[str, float], bar: ProgressBar) -> None:
@@ -293,10 +347,10 @@ class Trainer:
                 bar.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
             worked = True
         if config.preview_every and (self.step % config.preview_every == 0 and not last):
-            if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process or _works_together(task):
                 with self.state.averaged() as model:
                     task.preview(model, self.step)
-                self._plot()
+            self._plot()
             worked = True
         if config.checkpoint_every and self.step % config.checkpoint_every == 0:
             self.save()
@@ -312,6 +366,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             path = self.output_dir / "loss_curve.png"
             plot_curves(self.metrics.path, path, curves=self.curves, title=self.output_dir.name)
+
+
+def _works_together(task: TrainingTask) -> bool:
+    return getattr(task, "works_together", False)
 
 
 def compile_blocks(model: nn.Module) -> None:

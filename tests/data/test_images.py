@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,9 @@ from iptv2_diffusion.data.images import (
     class_names,
     load_image_dataset,
     load_train_and_heldout,
+    random_crop,
     to_rgb,
+    to_tensor,
 )
 
 
@@ -106,6 +109,27 @@ class TestSources:
         assert class_names(data) == ["apple", "pear"]
         assert data["label"] == [1, 0, 1]
         assert ImageTensors(data, size=8)[0]["pixel_values"].shape == (3, 8, 8)
+
+    @pytest.mark.parametrize("form", ["folder", "file", "glob"])
+    def test_webdataset_tar_shards(self, tmp_path: Path, form: str) -> None:
+        """Two shards of KEY.png and KEY.cls; the images come back as they went in, in the order of shards and keys."""
+        pictures = [noise(12, 8, seed) for seed in range(5)]
+        (tmp_path / "shards").mkdir()
+        for shard, keys in (("00000", (0, 1, 2)), ("00001", (3, 4))):
+            with tarfile.open(tmp_path / "shards" / f"train-{shard}.tar", "w") as tar:
+                for key in keys:
+                    for suffix, content in (("png", png(pictures[key])), ("cls", str(key % 3).encode())):
+                        member = tarfile.TarInfo(f"{key:03d}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        sources = {"folder": "shards", "file": "shards/train-00000.tar", "glob": "shards/*.tar"}
+        data = load_image_dataset(tmp_path / sources[form], cache_dir=tmp_path / "cache")
+        count = 3 if form == "file" else 5
+        assert data["label"] == [0, 1, 2, 0, 1][:count]
+        assert class_names(data) == ["0", "1", "2"]
+        images = ImageTensors(data, size=(8, 12))
+        for i in range(count):
+            assert torch.equal(images[i]["pixel_values"], to_tensor(pictures[i]))
 
     def test_columns_are_found(self, parquet: Path) -> None:
         data = load_image_dataset(parquet)  # the only Image feature, under an unusual name; "kind" is no usual label
@@ -252,6 +276,26 @@ class TestDecoding:
         array = np.array(expected)
         y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
         assert np.array_equal(np.asarray(center_crop(image, (size, size))), array[y : y + size, x : x + size])
+
+    @pytest.mark.parametrize("source", [(64, 64), (100, 70), (301, 150), (40, 20)])
+    def test_random_crop_is_adms(self, source: tuple[int, int]) -> None:
+        """ADM: the short side becomes 1 to 1/0.8 times the size, box-halved then bicubic, and a window of it is cut."""
+        image, size = noise(*source), 32
+        for seed in range(4):
+            enlarged, down, right = torch.rand(
+                3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            ).tolist()
+            side = round(size * (1 + 0.25 * enlarged))
+            expected = image
+            while min(expected.size) >= 2 * side:
+                expected = expected.resize(tuple(x // 2 for x in expected.size), Image.Resampling.BOX)
+            scale = side / min(expected.size)
+            if scale != 1:
+                expected = expected.resize(tuple(round(x * scale) for x in expected.size), Image.Resampling.BICUBIC)
+            array = np.array(expected)
+            y, x = int(down * (array.shape[0] - size + 1)), int(right * (array.shape[1] - size + 1))
+            ours = random_crop(image, (size, size), torch.Generator().manual_seed(seed))
+            assert np.array_equal(np.asarray(ours), array[y : y + size, x : x + size])
 
 
 class TestCorruptImages:

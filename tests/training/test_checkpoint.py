@@ -65,6 +65,32 @@ def test_a_checkpoint_brings_everything_back_bit_for_bit(tmp_path):
     assert second.state.average.optimization_step == 5
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_another_memory_format_on_resumption_changes_nothing(tmp_path, reverse):
+    """Fused AdamW walks weights and moments side by side in memory: both must be laid out alike."""
+    runs, formats = [], (torch.channels_last, torch.contiguous_format)
+    for memory_format in reversed(formats) if reverse else formats:
+        torch.manual_seed(0)
+        accelerator = Accelerator()
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True))
+        state = ModelState(accelerator, model, optimizer, decay=0.9)
+        runs.append((model, optimizer, state, CheckpointManager(tmp_path, accelerator, CONFIG, state=state)))
+
+    def train(model, optimizer, state, manager):
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            model(torch.randn(2, 3, 5, 5, generator=generator)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.weight.detach()
+
+    train(*runs[0])
+    runs[0][3].save(3)
+    runs[1][3].load(runs[1][3].latest())
+    assert torch.allclose(train(*runs[0]), train(*runs[1]), atol=1e-5)
+
+
 def test_the_last_k_are_kept_and_nothing_else_is_left(tmp_path):
     run = Run(tmp_path)
     for step in (1, 2, 3, 4):

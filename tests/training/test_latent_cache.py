@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import threading
 
 import datasets
 import numpy as np
@@ -12,7 +14,8 @@ from PIL import Image
 
 from iptv2_diffusion.data import latent_cache
 from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
-from iptv2_diffusion.data.latent_cache import EncodedLatents, LatentCache, cached_latents, dataset_fingerprint
+from iptv2_diffusion.data.latent_cache import LatentCache, cached_latents, dataset_fingerprint
+from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
 from iptv2_diffusion.data.sampling import DataOrder, draw_step, own_slices
 from iptv2_diffusion.latents import LatentCodec
 
@@ -42,13 +45,14 @@ def load(folder, **options):
 
 def make(folder, codec, tmp_path, **options):
     messages = []
-    cache = cached_latents(load(folder), codec, tmp_path / "cache", batch_size=4, say=messages.append, **options)
+    encoding = Encoding(**options)
+    cache = cached_latents(load(folder), codec, tmp_path / "cache", encoding, batch_size=4, say=messages.append)
     return cache, messages
 
 
 @pytest.mark.parametrize("shard_items", [100, 4])
 def test_latents_are_those_of_the_codec(folder, codec, tmp_path, monkeypatch, shard_items):
-    monkeypatch.setattr(latent_cache, "_SHARD_ITEMS", shard_items)
+    monkeypatch.setattr(latent_cache, "SHARD_ITEMS", shard_items)
     images = load(folder)
     cache, _ = make(folder, codec, tmp_path, dtype="float32")
     assert len(list(cache.folder.glob("shard-*"))) == (1 if shard_items == 100 else 3)
@@ -95,7 +99,7 @@ def test_a_vae_without_spread_stores_none(folder, tmp_path):
 
 def test_it_is_made_once_and_again_when_anything_changes(folder, codec, tmp_path):
     first, messages = make(folder, codec, tmp_path)
-    assert "encoded 11 images and their mirror images" in messages[0]
+    assert "encoded 11 images of 11, 2 views each" in messages[0]
     assert make(folder, codec, tmp_path)[1] == []
     made = {first.folder}
 
@@ -136,7 +140,7 @@ def test_corrupt_images_are_left_out_and_named(folder, codec, tmp_path):
     assert "03.png" in messages[0]
     with pytest.raises(ValueError, match=r"03\.png"):
         cached_latents(load(folder, strict=True), codec, tmp_path / "other")
-    assert not any((tmp_path / "other").iterdir())
+    assert not list((tmp_path / "other").rglob("*.*"))
 
 
 def test_no_readable_image_is_an_error(folder, codec, tmp_path):
@@ -146,21 +150,61 @@ def test_no_readable_image_is_an_error(folder, codec, tmp_path):
         make(folder, codec, tmp_path)
 
 
-def test_other_processes_wait_for_the_builder(folder, codec, tmp_path):
-    import threading
+def test_processes_share_the_shards_and_make_the_same_files(folder, codec, tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "SHARD_ITEMS", 3)
+    bad = folder / "cat" / "03.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    alone, _ = make(folder, codec, tmp_path)
+    results = []
 
-    result = []
+    def work(process):
+        results.append(cached_latents(load(folder), codec, tmp_path / "three", batch_size=4, share=(process, 3)))
 
-    def wait():
-        result.append(cached_latents(load(folder), codec, tmp_path / "cache", builder=False))
+    workers = [threading.Thread(target=work, args=(process,)) for process in (2, 1, 0)]
+    for worker in workers[:2]:
+        worker.start()
+        worker.join(0.5)
+    assert results == []  # each waits for all
+    workers[2].start()
+    for worker in workers:
+        worker.join(20)
+    assert {cache.folder.name for cache in results} == {alone.folder.name}
+    files = [{p.name: p.read_bytes() for p in cache.folder.iterdir()} for cache in (alone, results[0])]
+    assert len(files[0]) == 5
+    assert files[0] == files[1]
 
-    waiter = threading.Thread(target=wait)
-    waiter.start()
-    waiter.join(0.5)
-    assert waiter.is_alive()
-    made, _ = make(folder, codec, tmp_path)
-    waiter.join(20)
-    assert result[0].folder == made.folder
+
+def test_a_killed_making_goes_on_with_the_missing_shards(folder, codec, tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "SHARD_ITEMS", 3)
+    cache, _ = make(folder, codec, tmp_path)
+    whole = {p.name: p.read_bytes() for p in cache.folder.iterdir()}
+    (cache.folder / "index.json").unlink()
+    (cache.folder / "shard-00001.safetensors").unlink()
+    (cache.folder / f".tmp-{socket.gethostname()}-shard-00001.safetensors").write_bytes(b"half")
+    kept = (cache.folder / "shard-00000.safetensors").stat().st_mtime_ns
+    again, messages = make(folder, codec, tmp_path)
+    assert "encoded 3 images of 11" in messages[0]
+    assert (cache.folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    assert {p.name: p.read_bytes() for p in again.folder.iterdir()} == whole
+
+
+@pytest.mark.parametrize("flips", [True, False])
+def test_crops_are_stored_and_drawn(folder, codec, tmp_path, flips):
+    images = load(folder)
+    cache, _ = make(folder, codec, tmp_path, dtype="float32", crops=3, flips=flips)
+    order = DataOrder(COUNT, 0)
+    source = EncodedLatents(
+        images, codec, order=order, batch_size=32, slices=[slice(0, 32)], start=0, encoding=Encoding(flips, 3)
+    )
+    draws = draw_step(order, 0, 32, cache.latent_shape)
+    latents, _ = cache.batch(draws)
+    assert torch.allclose(latents, source.batch(draws)[0], atol=1e-5)
+    crops = (draws.crops * 3).long().tolist()
+    assert set(crops) == {0, 1, 2}
+    for row, (item, flip, crop) in enumerate(zip(draws.items.tolist(), draws.flips.tolist(), crops, strict=True)):
+        pixels = images.get(item, flip=flip and flips, crop=crop)["pixel_values"]
+        mean, std = codec.encode_moments(pixels[None])
+        assert torch.allclose(latents[row], (mean + std * draws.posterior_noise[row])[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

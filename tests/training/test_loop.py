@@ -127,6 +127,45 @@ def test_an_infinite_gradient_stops_too(tmp_path):
         trainer.fit(task)
 
 
+def spoil(*steps):
+    """Make the gradient of these steps NaN."""
+
+    def at_step(step, model):
+        for hook in list(model[0].bias._backward_hooks or ()):
+            del model[0].bias._backward_hooks[hook]
+        if step in steps:
+            model[0].bias.register_hook(lambda gradient: gradient * torch.nan)
+
+    return at_step
+
+
+def test_skipped_steps_touch_nothing_are_counted_and_survive_resumption(tmp_path, capsys):
+    trainer, task = start(tmp_path, at_step=spoil(2, 3, 6), max_skipped_steps=2, max_train_steps=4)
+    seen = {}
+    step = trainer._train_step
+
+    def watched(*arguments):
+        before, at = snapshot(trainer), trainer.step
+        values = step(*arguments)
+        seen[at] = equal(before, snapshot(trainer))
+        return values
+
+    trainer._train_step = watched
+    assert trainer.fit(task) is None
+    assert seen == {0: False, 1: False, 2: True, 3: True}
+    assert capsys.readouterr().out.count(": skipped") == 2
+    resumed, task = start(tmp_path, at_step=spoil(6), max_skipped_steps=2, max_train_steps=8)
+    assert (resumed.skipped, resumed._skipped_in_a_row) == (2, 2)
+    resumed.fit(task)
+    assert [row.get("skipped_steps", 0) for row in rows(resumed) if "loss" in row] == [0, 0, 1, 2, 2, 2, 3, 3]
+
+
+def test_too_many_skipped_steps_in_a_row_stop(tmp_path):
+    trainer, task = start(tmp_path, at_step=spoil(3, 4, 5), max_skipped_steps=2)
+    with pytest.raises(NonFiniteLossError, match=r"at step 6: stopped after 2 skipped steps .*00000004 is kept"):
+        trainer.fit(task)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_signals_save_and_leave_and_the_run_goes_on_exactly(tmp_path, name):
     def send(step, model):

@@ -1,0 +1,78 @@
+"""The options of a latent-diffusion run: what `train_ldm.py` trains by and `cache_latents.py` encodes by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from iptv2_diffusion.training.config import TrainingConfig, option
+from iptv2_diffusion.training.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class LDMConfig(TrainingConfig):
+    """A latent-diffusion run."""
+
+    plan: bool = option(
+        False, "tell what the run needs (memory, speed, time) after three steps on noise, and stop", free=True
+    )
+    data: str = option("data/emoji64", "folder of images (sub-folders = classes), parquet, or Hub name", group="data")
+    train_split: str = option("train", "split to train on", group="data")
+    heldout_split: str | None = option(None, "split for the held-out loss; none: heldout_fraction", group="data")
+    heldout_fraction: float = option(0.02, "share of train_split kept for the held-out loss", group="data")
+    image_column: str | None = option(None, "none: found by itself", group="data")
+    label_column: str | None = option(
+        None, "none: found by itself, if there is one; ignore: train without labels", group="data"
+    )
+    revision: str | None = option(None, "of a data set on the Hub", group="data")
+    resolution: int | tuple[int, int] = option(64, "image size: one number, or height,width", group="data")
+    random_flip: bool = option(True, "mirror half of the images", group="data")
+    crops: int = option(1, "views of an image: 1: the centre crop; more: random crops beside it", group="data")
+    strict: bool = option(False, "fail at a corrupt image instead of leaving it out", group="data", free=True)
+
+    vae: str = option("assets/vae-emoji64", "folder or Hub name of any diffusers VAE", group="latents")
+    vae_subfolder: str | None = option(None, "such as `vae` inside a pipeline", group="latents")
+    cache_latents: bool = option(True, "encode once into cache_dir; false: on the fly", group="latents")
+    cache_dir: str = option("~/.cache/iptv2-diffusion/latents", "folder of caches", group="latents", free=True)
+    cache_dtype: Literal["float16", "float32"] = option("float16", "of cached latents", group="latents")
+    encode_precision: Literal["float32", "bfloat16"] = option("float32", "the VAE's, in encoding", group="latents")
+    encode_batch_size: int = option(64, "images encoded at a time", group="latents", free=True)
+
+    model: str = option("emoji64", "preset (iptv2-s, dit-b-2 ...), config.json, or saved model folder", group="model")
+    model_overrides: dict = option({}, 'JSON, such as {"channels": 64}', group="model")  # noqa: RUF009
+    num_classes: int | None = option(None, "none: from the data; more leaves room", group="model")
+
+    objective: Literal["epsilon", "v_prediction", "flow"] = option("epsilon", "what is predicted", group="objective")
+    learned_variance: bool = option(False, "learned-range variance, as ADM and DiT", group="objective")
+    timestep_sampling: Literal["uniform", "logit_normal"] = option("uniform", "of training", group="objective")
+    logit_mean: float = option(0.0, "of logit_normal", group="objective")
+    logit_std: float = option(1.0, "of logit_normal", group="objective")
+    stratified_timesteps: bool = option(True, "spread a batch's timesteps evenly", group="objective")
+    flow_shift: float = option(1.0, "of the flow's noise levels, towards noise if above 1", group="objective")
+    min_snr_gamma: float | None = option(None, "min-SNR weighting, 5 is usual; none: off", group="objective")
+    label_dropout: float = option(0.1, "share of samples without label, for guidance", group="objective")
+
+    heldout_samples: int = option(512, "at most, for the held-out loss", group="results", free=True)
+    preview_classes: int = option(10, "rows of a sheet, at most", group="results", free=True)
+    preview_per_class: int = option(8, "pictures in a row", group="results", free=True)
+    sample_steps: int = option(30, "sampling steps of sheets", group="results", free=True)
+    guidance_scale: float = option(3.0, "classifier-free guidance of sheets; 1: none", group="results", free=True)
+    save_dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "of the denoiser in the saved pipeline", group="results", free=True
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if not 0 <= self.label_dropout < 1:
+            raise ConfigError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+        if not 0 <= self.heldout_fraction < 1:
+            raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1)")
+        self.require_positive("crops", "encode_batch_size")
+        self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")
+        if self.learned_variance and self.objective == "flow":
+            raise ConfigError("learned_variance goes with epsilon or v_prediction; set objective or leave it out")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Image (height, width)."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)

@@ -1,0 +1,112 @@
+"""What a latent-diffusion run trains on: images, codec and latents, as the options of `LDMConfig` say."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from iptv2_diffusion.data.images import ImageTensors, class_names, load_train_and_heldout
+from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource, cached_latents
+from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
+from iptv2_diffusion.data.sampling import DataOrder
+from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from iptv2_diffusion.training.ldm_config import LDMConfig
+
+
+def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[ImageTensors, ImageTensors | None, list[str]]:
+    """Training images, held-out images (None if none are wanted) and class names ([] without labels)."""
+    # One process prepares what `datasets` caches on the disk; the others then find it there.
+    with user_errors(OSError, ValueError, KeyError), accelerator.local_main_process_first():
+        train, heldout = load_train_and_heldout(
+            config.data,
+            train_split=config.train_split,
+            heldout_split=config.heldout_split,
+            heldout_fraction=config.heldout_fraction,
+            seed=config.seed,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            revision=config.revision,
+        )
+    if config.dry_run:
+        train = train.select(range(min(len(train), 2 * config.batch_size)))
+        heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
+
+    def tensors(dataset: Any) -> ImageTensors:
+        return ImageTensors(dataset, size=config.size, strict=config.strict)
+
+    with user_errors(ValueError):
+        return tensors(train), None if heldout is None else tensors(heldout), class_names(train) or []
+
+
+def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
+    """The VAE's codec, frozen, on the device."""
+    import diffusers
+    from safetensors import SafetensorError
+
+    with user_errors(OSError, ValueError, TypeError, SafetensorError):
+        options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
+        description = diffusers.AutoencoderKL.load_config(config.vae, **options)
+        vae_class = getattr(diffusers, description.get("_class_name", "AutoencoderKL"), None)
+        if vae_class is None:
+            raise ConfigError(f"{config.vae} is a {description['_class_name']}, which diffusers does not have")
+        vae = vae_class.from_pretrained(config.vae, **options).requires_grad_(False).eval()
+        vae.to(device, memory_format=torch.channels_last)
+        codec = LatentCodec(vae)
+        codec.latent_size(*config.size)  # raises if the image size does not fit
+    return codec
+
+
+def open_caches(
+    config: LDMConfig,
+    accelerator: Accelerator,
+    codec: LatentCodec,
+    *images: ImageTensors | None,
+    whole_run: bool = False,
+) -> list[LatentCache | None]:
+    """The caches of training and held-out images (the latter never mirrored), made first where they are missing.
+
+    The processes of each machine share the work; with `whole_run` those of all machines, which needs a common disk.
+    """
+    share = (accelerator.process_index, accelerator.num_processes)
+    if not whole_run:
+        share = (accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", share[1])))
+    caches: list[LatentCache | None] = []
+    for part, training in zip(images, (True, False), strict=True):
+        encoding = Encoding(
+            flips=config.random_flip and training,
+            crops=config.crops if training else 1,
+            dtype=config.cache_dtype,
+            precision=config.encode_precision,
+        )
+        with user_errors(OSError, ValueError, as_error=LocalError):
+            cache = part and cached_latents(
+                part,
+                codec,
+                config.cache_dir,
+                encoding,
+                batch_size=config.encode_batch_size,
+                num_workers=config.num_workers,
+                share=share,
+                say=accelerator.print,
+            )
+        caches.append(cache)
+    return caches
+
+
+def encode_on_the_fly(
+    config: LDMConfig, codec: LatentCodec, images: ImageTensors, slices: list[slice], step: int
+) -> tuple[LatentSource, DataOrder]:
+    """Latents encoded as they are needed from optimiser step `step` on, and the order they come in."""
+    encoding = Encoding(flips=config.random_flip, crops=config.crops, precision=config.encode_precision)
+    with user_errors(OSError, ValueError):
+        order = DataOrder(len(images.valid_indices()), config.seed)
+        options: dict[str, Any] = {"order": order, "batch_size": config.batch_size, "slices": slices, "start": step}
+        source = EncodedLatents(images, codec, encoding=encoding, num_workers=config.num_workers, **options)
+    return source, order

@@ -1,0 +1,196 @@
+"""What a run will need, before it runs: memory on each device, speed on three steps, time for all of them.
+
+Memory is found by running the forward and backward pass of one micro-batch on fake tensors, which have sizes but no
+contents, and following which storages are alive. State is weights, AdamW's two moments and the average, in float32.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from iptv2_diffusion.training.loop import Trainer
+from iptv2_diffusion.training.signals import StopSignal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from iptv2_diffusion.data.sampling import StepDraws
+    from iptv2_diffusion.training.config import TrainingConfig
+    from iptv2_diffusion.training.loop import TrainingTask
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    Attributes:
+        weights, gradients, optimizer, average: whole, or this process's share of them if they are sharded.
+        activations: alive at the end of the forward pass of a micro-batch, the weights' casts to half precision too.
+        peak: the most that is alive at once in a step, all of the above considered.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    peak: int
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of storages that operations made inside this mode and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()
+
+    def ignore(self, tensors: Any) -> None:
+        """Leave these tensors' storages out."""
+        self._known.update(t.untyped_storage()._cdata for t in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def estimate_memory(
+    make_model: Callable[[], nn.Module],
+    loss: Callable[[nn.Module, Tensor], Tensor],
+    sample: tuple[int, ...],
+    config: TrainingConfig,
+    *,
+    processes: int = 1,
+    precision: str = "no",
+    checkpointing: bool = False,
+) -> Memory:
+    """Memory of a training step.
+
+    Args:
+        make_model: makes the model; called under fake tensors, so it takes no memory.
+        loss: of the model and a micro-batch of `sample`'s shape; its mean is taken.
+        sample: shape of a micro-batch (B, C, h, w).
+        config: of the run.
+        processes: that share the state, if `config.sharding` says so.
+        precision: of autocast: no, bf16 or fp16.
+        checkpointing: with `gradient_checkpointing`.
+    """
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with FakeTensorMode():
+        model = make_model()
+        parameters = list(model.parameters())
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with LiveStorages() as live:
+            live.ignore([*parameters, *model.buffers()])
+            with torch.autocast("cpu", dtype, enabled=precision != "no"):
+                value = loss(model, torch.empty(sample)).mean()
+            activations = live.bytes
+            value.backward()
+        weights = sum(p.numel() * p.element_size() for p in parameters)
+    sharded = config.sharding != "none" and processes > 1
+    share = processes if sharded else 1
+    state = {
+        "weights": weights // (processes if config.sharding == "zero3" and sharded else 1),
+        "gradients": weights // share,
+        "optimizer": 2 * weights // share,
+        "average": weights // share if config.ema_decay > 0 else 0,
+    }
+    kept = state["weights"] + state["optimizer"] + state["average"]
+    passes = live.peak - (weights - weights // share)  # the fake run held the gradients whole
+    buckets = weights if processes > 1 and not sharded else 0  # in which DDP sends gradients
+    update = state["average"]  # a copy that taking the weights into the average makes
+    return Memory(**state, activations=activations, peak=kept + buckets + max(passes, update))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a step (median of three after one warm-up) and the memory that the steps took, in bytes."""
+
+    seconds: float
+    peak: int
+
+
+def measure(make_trainer: Callable[[], tuple[Trainer, TrainingTask]], steps: int = 3) -> Speed:
+    """Run a few real steps of a run; nothing is saved."""
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    before = _resident()
+    trainer, task = make_trainer()
+    seconds = []
+    with StopSignal() as stop:
+        for _ in range(steps + 1):
+            started = time.perf_counter()
+            trainer._train_step(task, stop)  # reads the loss, and so waits for the device
+            seconds.append(time.perf_counter() - started)
+    if trainer.accelerator.device.type == "cuda":
+        return Speed(statistics.median(seconds[1:]), torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Speed(statistics.median(seconds[1:]), peak - before)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+class SyntheticLatents:
+    """A `LatentSource` of noise, for planning: no images are needed."""
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
+        """Noise, and label 0."""
+        return draws.posterior_noise, torch.zeros_like(draws.items)
+
+
+def plan_text(memory: Mapping[str, Memory], speed: Speed, config: TrainingConfig, macs: float, parameters: int) -> str:
+    """The plan as a table; `memory` holds the estimates without and with checkpointing, by name."""
+    rows = ["weights", "gradients", "optimizer", "average", "activations", "peak"]
+    lines = [
+        f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.4g} GMACs an image forward (in training; fused is less)",
+        f"{'MB on each device':<18}" + "".join(f"{name:>22}" for name in memory),
+        *(f"{row:<18}" + "".join(f"{getattr(m, row) / MB:>22,.0f}" for m in memory.values()) for row in rows),
+    ]
+    hours = speed.seconds * config.max_train_steps / 3600
+    lines += [
+        f"measured here: {config.batch_size / speed.seconds:.1f} images/s, {speed.seconds:.3f} s a step, peak "
+        f"{speed.peak / MB:,.0f} MB",
+        f"{config.max_train_steps:,} steps of {config.batch_size} images: {hours:.1f} hours at this speed",
+    ]
+    if config.max_train_minutes:
+        steps = int(60 * config.max_train_minutes / speed.seconds)
+        lines.append(f"but max_train_minutes {config.max_train_minutes:g} ends the run after some {steps:,} steps")
+    return "\n".join(lines)

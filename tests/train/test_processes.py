@@ -1,0 +1,168 @@
+"""Many processes, kills, signals and sharding: real `accelerate launch` on CPU processes over gloo."""
+
+import os
+import re
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from ldm_runs import STEPS, TIMEOUT, assert_equal_bit_for_bit, finish, launch, log, newest, tensors
+from safetensors.torch import load_file
+
+from iptv2_diffusion import IPTV2Pipeline
+
+
+def assert_equal_to_rounding(left, right):
+    """Losses at every step, and the averaged weights at the end."""
+    ours, theirs = log(left), log(right)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    for name, value in tensors(left)[1].items():
+        assert torch.allclose(value, tensors(right)[1][name], atol=2e-5), name
+
+
+def test_kill_in_mid_run_and_the_same_command_gives_the_same_run_bit_for_bit(ground, reference):
+    folder = ground / "killed"
+    process = launch(ground, folder, "--checkpoint_every", 3)
+    deadline = time.monotonic() + TIMEOUT
+    while not list(folder.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 0 < int(newest(folder).name[-8:]) < STEPS
+    output = finish(launch(ground, folder, "--checkpoint_every", 3))
+    assert "resumed from" in output
+    assert_equal_bit_for_bit(folder, reference)
+
+
+def test_processes_two_give_the_loss_curve_of_one(ground, reference):
+    """Equal to rounding at every step: each sample, its noise and its label drop fell to exactly one process."""
+    folder = ground / "two"
+    output = finish(launch(ground, folder, processes=2))
+    assert output.count("What to try next") == 1
+    assert len(list(newest(folder).glob("random_states_*"))) == 2
+    assert_equal_to_rounding(folder, reference)
+
+
+@pytest.mark.slow
+def test_processes_four_give_the_loss_curve_of_one(ground, reference):
+    folder = ground / "four"
+    finish(launch(ground, folder, processes=4))
+    assert len(list(newest(folder).glob("random_states_*"))) == 4
+    assert_equal_to_rounding(folder, reference)
+
+
+@pytest.mark.slow
+def test_processes_may_change_between_stop_and_resumption(ground, reference):
+    folder = ground / "changed"
+    finish(launch(ground, folder, "--max_train_steps", 10, "--lr_schedule", "constant", processes=2))
+    finish(launch(ground, folder, "--max_train_steps", 20, "--lr_schedule", "constant"))
+    one = ground / "unchanged"
+    finish(launch(ground, one, "--max_train_steps", 20, "--lr_schedule", "constant"))
+    assert [r["step"] for r in log(folder)] == [r["step"] for r in log(one)]
+    for left, right in zip(log(folder), log(one), strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_resume_after_a_signal_to_two_processes(ground, name):
+    folder = ground / name
+    process = launch(ground, folder, "--checkpoint_every", 0, "--max_train_steps", 100_000, processes=2)
+    while not (folder / "metrics.jsonl").is_file() or len(log(folder)) < 5:
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.killpg(process.pid, getattr(signal, name))
+    output, _ = process.communicate(timeout=TIMEOUT)
+    # of SIGUSR1 the launcher dies at once, which a process may see before its own signal
+    assert re.search(rf"stopped by ({name}|the end of its launcher|a signal to another process) at step", output)
+    step = int(newest(folder).name[-8:])
+    assert step >= 5
+    output = finish(launch(ground, folder, "--max_train_steps", step + 2))
+    assert f"at step {step}" in output
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_loses_nothing_older(ground):
+    """30 kills across training, saving, evaluating and drawing; then the run ends as if undisturbed."""
+    often = ("--max_train_steps", 300, "--checkpoint_every", 1, "--eval_every", 5, "--preview_every", 7)
+    undisturbed, folder = ground / "undisturbed", ground / "killed-often"
+    finish(launch(ground, undisturbed, *often))
+    random, kills = np.random.default_rng(0), 0
+    while kills < 30:
+        known = int(newest(folder).name[-8:]) if list(folder.glob("checkpoint-*")) else 0
+        assert known < 300, f"the run ended after {kills} kills"
+        process = launch(ground, folder, *often)
+        await_step(process, folder, known + int(random.integers(1, 9)))
+        time.sleep(float(random.uniform(0, 0.5)))
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        assert int(newest(folder).name[-8:]) >= known
+    assert "resumed from" in finish(launch(ground, folder, *often))
+    assert_equal_bit_for_bit(folder, undisturbed)
+    print(f"{kills} kills, the last one after step {known}")
+
+
+def await_step(process, folder, step):
+    """Until the log, which a resumed run cuts back to its checkpoint, has come to `step`."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").is_file() and max((row["step"] for row in log(folder)), default=0) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run did not come to step {step}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sharding: torch's fully_shard over gloo
+
+
+@pytest.mark.parametrize(
+    "form", ["zero3", pytest.param("zero2 --gradient_accumulation_steps 2", marks=pytest.mark.slow)]
+)
+def test_fsdp_on_two_processes_gives_the_run_of_one_and_its_checkpoint(ground, reference, form):
+    """Gathered checkpoints are those of an unsharded run: one process reads one, and goes on from it."""
+    folder = ground / form
+    finish(launch(ground, folder, "--sharding", *form.split(), "--preview_every", 20, processes=2))
+    assert len(list(newest(folder).glob("random_states_*"))) == 2
+    assert_equal_to_rounding(folder, reference)
+    assert (folder / "previews/step-00000020.png").is_file()
+    average = load_file(newest(folder) / "ema.safetensors")
+    saved = IPTV2Pipeline.from_pretrained(folder / "pipeline").transformer.state_dict()
+    assert all(torch.equal(saved[name], average[name]) for name in average)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["full", "sharded"])
+def test_fsdp_checkpoints_resume_on_one_process_and_on_two(ground, form):
+    constant = ("--lr_schedule", "constant", "--checkpoint_every", 10)
+    sharding = ("--sharding", "zero3", "--sharded_checkpoints", str(form == "sharded").lower())
+    whole, folder = ground / f"whole-{form}", ground / f"parts-{form}"
+    finish(launch(ground, whole, *constant, "--max_train_steps", 30))
+    finish(launch(ground, folder, *constant, *sharding, "--max_train_steps", 10, processes=2))
+    assert (newest(folder) / "sharded").is_dir() == (form == "sharded")
+    one = shutil.copytree(folder, ground / f"one-{form}")
+    output = finish(launch(ground, one, *constant, "--max_train_steps", 30))
+    assert "at step 10" in output
+    assert_equal_to_rounding(one, whole)
+    # back to two processes, from what one wrote, sharded again
+    output = finish(launch(ground, folder, *constant, *sharding, "--max_train_steps", 20, processes=2))
+    assert "at step 10" in output
+    for left, right in zip(log(folder), log(whole), strict=False):
+        assert left == pytest.approx(right, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_fsdp_of_accelerate_is_refused(ground):
+    process = launch(ground, ground / "refused", processes=2, launcher=("--use_fsdp",))
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode != 0
+    assert "accelerate was asked for FSDP" in output
+    assert "--sharding zero3" in output
+    assert not (ground / "refused").exists()
