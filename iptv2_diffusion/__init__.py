@@ -27,15 +27,19 @@ if TYPE_CHECKING:
 
     from iptv2_diffusion.latents import LatentCodec
     from iptv2_diffusion.models.presets import PRESETS, create_model
+    from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
     from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
     from iptv2_diffusion.objectives import DiffusionObjective
     from pipelines.pipeline_iptv2 import IPTV2Pipeline
+    from pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
 
 # Public name -> the module it is loaded from when first used.
 _LAZY_NAMES = {
     "PRESETS": "iptv2_diffusion.models.presets",
     "DiffusionObjective": "iptv2_diffusion.objectives",
     "IPTV2Pipeline": "pipelines.pipeline_iptv2",
+    "IPTV2RestorationModel": "iptv2_diffusion.models.restoration_iptv2",
+    "IPTV2RestorationPipeline": "pipelines.pipeline_iptv2_restoration",
     "IPTV2Transformer2DModel": "iptv2_diffusion.models.transformer_iptv2",
     "LatentCodec": "iptv2_diffusion.latents",
     "ModelMixin": "diffusers",
@@ -47,6 +51,8 @@ __all__ = [
     "PRESETS",
     "DiffusionObjective",
     "IPTV2Pipeline",
+    "IPTV2RestorationModel",
+    "IPTV2RestorationPipeline",
     "IPTV2Transformer2DModel",
     "LatentCodec",
     "ModelMixin",
@@ -55,7 +61,7 @@ __all__ = [
 ]
 
 # Pipelines that plain ``DiffusionPipeline.from_pretrained`` is to find.
-_PIPELINES = ("IPTV2Pipeline",)
+_PIPELINES = ("IPTV2Pipeline", "IPTV2RestorationPipeline")
 
 try:
     __version__ = version("iptv2-diffusion")

@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .restoration_iptv2 import IPTV2RestorationModel
 from .transformer_iptv2 import IPTV2Transformer2DModel
 
 __all__ = ["PRESETS", "Preset", "count_macs", "count_parameters", "create_model"]
@@ -50,6 +51,76 @@ def dit(heads: int, head_dim: int, layers: int, patch_size: int, parameters: flo
     }
     return Preset(config, parameters, gmacs, DiTTransformer2DModel)
 
+
+def restorer(parameters: float, gmacs: float, **config: Any) -> Preset:
+    """A restorer for colour images; MACs at 128×128×3, as restoration papers count them, unless it says otherwise."""
+    return Preset({"sample_size": 128, **config}, parameters, gmacs, IPTV2RestorationModel)
+
+
+# restoration-b has the parameters and MACs of Restormer's neighbours (SPEC §7); heads of 24 to 48 channels [ours].
+RESTORATION_PRESETS: dict[str, Preset] = {
+    "restoration-tiny": restorer(  # for tests
+        0.0776,
+        0.0031,
+        sample_size=16,
+        unshuffle=2,
+        channels=16,
+        layers_per_stage=(1, 1, 1),
+        num_attention_heads=2,
+        window_size=4,
+        grid_size=4,
+    ),
+    "restoration-tiny-exchange": restorer(  # its backbone is that of "tiny", key for key
+        0.106,
+        0.0029,
+        sample_size=8,
+        channels=16,
+        layers_per_stage=(1, 1, 1),
+        num_attention_heads=2,
+        window_size=4,
+        grid_stride=(2, 1),
+        grid_size=None,
+        sigma_conditioning="vector",
+        conditioning_dim=32,
+    ),
+    "restoration-emoji64": restorer(  # its backbone is that of "emoji64", key for key: assets/iptv2-emoji64 fits in
+        9.22,
+        0.269,
+        sample_size=16,
+        channels=64,
+        layers_per_stage=(1, 1, 4, 1, 1),
+        num_attention_heads=(2, 4, 8, 4, 4),
+        grid_stride=(2, 1, 1),
+        grid_size=None,
+        sigma_conditioning="vector",
+        conditioning_dim=128,
+    ),
+    "restoration-nano": restorer(  # for CPUs; at 64×64; fewer parameters than FFDNet's 852 k
+        0.832,
+        0.159,
+        sample_size=64,
+        unshuffle=2,
+        channels=32,
+        layers_per_stage=(1, 1, 2, 1, 1),
+        num_attention_heads=(2, 4, 4, 4, 4),
+        attention_pattern=("focal",),
+        sigma_conditioning="map",
+    ),
+    "restoration-s": restorer(
+        6.54,
+        6.92,
+        channels=32,
+        layers_per_stage=(1, 2, 2, 3, 2, 2, 1),
+        num_attention_heads=(1, 2, 4, 8, 4, 2, 2),
+    ),
+    "restoration-b": restorer(
+        26.3,
+        40.2,
+        channels=48,
+        layers_per_stage=(4, 6, 6, 5, 6, 6, 4),
+        num_attention_heads=(1, 2, 4, 8, 4, 2, 2),
+    ),
+}
 
 # The sizes match DiT-*/2 in GMACs (SPEC §7); heads of 32 channels at S and B, of 64 at L and XL; GGSA strides 4, 2, 1
 # make groups of 64 tokens at every level of a 32×32 latent [ours].
@@ -124,6 +195,7 @@ PRESETS: dict[str, Preset] = {
     "dit-b-1": dit(12, 64, 12, patch_size=1, parameters=147.4, gmacs=106.4),
     "dit-l-1": dit(16, 64, 24, patch_size=1, parameters=511.6, gmacs=361.0),
     "dit-xl-1": dit(16, 72, 28, patch_size=1, parameters=749.8, gmacs=524.5),
+    **RESTORATION_PRESETS,
 }
 
 
@@ -162,7 +234,7 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
     return model
 
 
-MODEL_CLASSES = {c.__name__: c for c in (IPTV2Transformer2DModel, DiTTransformer2DModel)}
+MODEL_CLASSES = {c.__name__: c for c in (IPTV2Transformer2DModel, IPTV2RestorationModel, DiTTransformer2DModel)}
 
 
 def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
@@ -236,8 +308,8 @@ def count_macs(model: ModelMixin, height: int | None = None, width: int | None =
     free.
 
     Args:
-        model: a denoiser of this package or diffusers' DiT; pass `model.fuse()` to count the deployed form.
-        height, width: latent size, by default the model's `sample_size`.
+        model: a denoiser or restorer of this package or diffusers' DiT; pass `model.fuse()` to count the deployed form.
+        height, width: latent (or image) size, by default the model's `sample_size`.
         batch_size: matters for an unfused model only, which merges weights once per batch.
     """
     size = model.config.sample_size
@@ -245,7 +317,12 @@ def count_macs(model: ModelMixin, height: int | None = None, width: int | None =
     with torch.device("meta"):
         twin = type(model).from_config(model.config)
         sample = torch.empty(batch_size, model.config.in_channels, height or default_height, width or default_width)
-        timestep, labels = torch.zeros(batch_size), torch.zeros(batch_size, dtype=torch.long)
+        floats, integers = torch.zeros(batch_size), torch.zeros(batch_size, dtype=torch.long)
+    if isinstance(twin, IPTV2RestorationModel):
+        sigma = None if twin.config.sigma_conditioning is None else floats
+        conditions = (sigma, None if twin.config.num_tasks is None else integers)
+    else:
+        conditions = (floats, integers)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(sample, timestep, labels)
+        twin(sample, *conditions)
     return counter.get_total_flops() // (2 * batch_size)

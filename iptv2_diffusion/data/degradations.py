@@ -1,0 +1,214 @@
+"""Synthetic degradations, made on the fly from clean patches: noise, blur, rain, JPEG.
+
+Each is a callable `(clean, generator) -> (degraded, sigma)` over a batch (B, C, H, W) on [0, 1]: `sigma` is the
+standard deviation of the noise on the 0–255 scale, (B,), or None where there is no such thing. All numbers come from a
+given generator: a step is a function of (seed, step). `margin` pixels at each side of the input are lost: patches
+are cut that much larger, so that a blur sees what lies outside.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+__all__ = [
+    "Degradation",
+    "GaussianBlur",
+    "GaussianNoise",
+    "JPEGCompression",
+    "MotionBlur",
+    "RainStreaks",
+    "Sequential",
+    "gaussian_kernels",
+    "motion_kernels",
+]
+
+
+class Degradation(Protocol):
+    """What all degradations are."""
+
+    margin: int
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]: ...
+
+
+def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """(count,) uniform numbers in [low, high]."""
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """Additive white Gaussian noise, neither clipped nor quantised; σ uniform in [low, high] on the 0–255 scale."""
+
+    low: float
+    high: float
+    margin: int = 0
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        sigma = uniform(len(clean), self.low, self.high, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        return clean + noise * (sigma[:, None, None, None] / 255), sigma
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """Anisotropic Gaussian blur: standard deviations uniform in [low, high] pixels, a random angle."""
+
+    low: float
+    high: float
+
+    @property
+    def margin(self) -> int:
+        return math.ceil(3 * self.high)
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
+        count = len(clean)
+        along, across = (uniform(count, self.low, self.high, generator) for _ in range(2))
+        angle = uniform(count, 0, math.pi, generator)
+        return blur(clean, gaussian_kernels(along, across, angle, self.margin)), None
+
+
+@dataclass(frozen=True)
+class MotionBlur:
+    """Blur of a moving hand: a smooth random path, its length uniform in [low, high] pixels."""
+
+    low: float
+    high: float
+
+    @property
+    def margin(self) -> int:
+        return math.ceil(self.high / 2) + 1
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
+        count = len(clean)
+        length = uniform(count, self.low, self.high, generator)
+        angle = uniform(count, 0, 2 * math.pi, generator)
+        bend = uniform(count, -1.5, 1.5, generator)  # radians by which the direction turns over the path
+        return blur(clean, motion_kernels(length, angle, bend, self.margin)), None
+
+
+@dataclass(frozen=True)
+class RainStreaks:
+    """Rain as sparse bright dots drawn out into streaks, added to the image [ours; after the usual Photoshop recipe].
+
+    density: share of pixels where a drop starts, uniform in [low, high]; streaks of `length` pixels, within 0.6 rad of
+    vertical; brightness 0.3 to 0.9.
+    """
+
+    low: float
+    high: float
+    length: float = 21.0
+
+    @property
+    def margin(self) -> int:
+        return math.ceil(self.length / 2) + 1
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
+        count, _, height, width = clean.shape
+        density = uniform(count, self.low, self.high, generator)[:, None, None, None]
+        drops = (torch.rand(count, 1, height, width, generator=generator) < density).float()
+        drops = drops * torch.rand(count, 1, height, width, generator=generator)
+        length = uniform(count, self.length / 2, self.length, generator)
+        angle = math.pi / 2 + uniform(count, -0.6, 0.6, generator)
+        streaks = blur(drops, motion_kernels(length, angle, torch.zeros(count), self.margin))
+        brightness = uniform(count, 0.3, 0.9, generator)[:, None, None, None]
+        # One drop of strength 1 spreads over `length` pixels.
+        streaks = (streaks * length[:, None, None, None] * brightness).clamp(max=1)
+        margin = self.margin
+        inner = clean[..., margin : height - margin, margin : width - margin]
+        return (inner + streaks).clamp(max=1), None
+
+
+@dataclass(frozen=True)
+class JPEGCompression:
+    """JPEG with quality uniform in [low, high]; the patch is quantised to 8 bits, as a file would be."""
+
+    low: float
+    high: float
+    margin: int = 0
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
+        qualities = uniform(len(clean), self.low, self.high, generator).round().int().tolist()
+        pixels = (clean.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        decoded = [through_jpeg(image, quality) for image, quality in zip(pixels, qualities, strict=True)]
+        return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255, None
+
+
+class Sequential:
+    """Several degradations, one after another; σ is that of the one that adds noise."""
+
+    def __init__(self, *steps: Degradation) -> None:
+        self.steps = steps
+
+    @property
+    def margin(self) -> int:
+        return sum(step.margin for step in self.steps)
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        sigma = None
+        for step in self.steps:
+            clean, found = step(clean, generator)
+            sigma = found if found is not None else sigma
+        return clean, sigma
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JPEG and kernels
+
+
+def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """(H, W, C) of uint8, C 1 or 3, written as JPEG and read back."""
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, format="JPEG", quality=quality)
+    return np.asarray(Image.open(file)).reshape(image.shape)
+
+
+def blur(images: Tensor, kernels: Tensor) -> Tensor:
+    """Each image (B, C, H, W) by its own kernel (B, K, K), K odd, without padding: (B, C, H - K + 1, W - K + 1)."""
+    batch, channels, _, _ = images.shape
+    kernels = kernels.repeat_interleave(channels, dim=0)[:, None]
+    blurred = F.conv2d(images.flatten(0, 1)[None], kernels, groups=batch * channels)[0]
+    return blurred.unflatten(0, (batch, channels))
+
+
+def gaussian_kernels(along: Tensor, across: Tensor, angle: Tensor, radius: int) -> Tensor:
+    """Normalised Gaussian kernels (B, 2·radius + 1, 2·radius + 1); standard deviations (B,) in pixels, angle in rad."""
+    grid = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    y, x = torch.meshgrid(grid, grid, indexing="ij")
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    u, v = cos * x + sin * y, cos * y - sin * x
+    kernels = torch.exp(-0.5 * ((u / along[:, None, None]) ** 2 + (v / across[:, None, None]) ** 2))
+    return kernels / kernels.sum(dim=(1, 2), keepdim=True)
+
+
+def motion_kernels(length: Tensor, angle: Tensor, bend: Tensor, radius: int, samples: int = 64) -> Tensor:
+    """Normalised kernels (B, 2·radius + 1, 2·radius + 1) of paths of `length` pixels whose direction turns by `bend`.
+
+    The path, `samples` points at equal distances, is centred on its centre of mass; each point is spread over the four
+    pixels around it.
+    """
+    time = torch.linspace(-0.5, 0.5, samples)
+    direction = angle[:, None] + bend[:, None] * time
+    step = length[:, None] / samples
+    x, y = (direction.cos() * step).cumsum(1), (direction.sin() * step).cumsum(1)
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    size = 2 * radius + 1
+    kernels = torch.zeros(len(length), size * size)
+    left, top = x.floor(), y.floor()
+    for dy in (0, 1):
+        for dx in (0, 1):
+            weight = (1 - (x - left - dx).abs()) * (1 - (y - top - dy).abs())
+            rows = (top + dy + radius).clamp(0, size - 1)
+            columns = (left + dx + radius).clamp(0, size - 1)
+            kernels.scatter_add_(1, (rows * size + columns).long(), weight)
+    kernels = kernels / kernels.sum(dim=1, keepdim=True)
+    return kernels.unflatten(1, (size, size))

@@ -1,0 +1,75 @@
+"""Backbone exchange: the U of a trained denoiser in a restorer, or the other way round."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+__all__ = ["BackboneReport", "load_backbone"]
+
+
+@dataclass(frozen=True)
+class BackboneReport:
+    """What of a backbone found its place in another.
+
+    Attributes:
+        matched: names of tensors that were copied.
+        missing: names that the target has and the source has not; these keep their values.
+        unexpected: names that the source has and the target has not.
+        mismatched: name -> (shape in the source, shape in the target), of the same name and another shape.
+        parameters: numbers of values copied, and of values in the target's backbone.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    parameters: tuple[int, int]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of either side found its partner."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        copied, total = self.parameters
+        lines = [f"backbone: {len(self.matched)} tensors matched, {copied} of {total} values ({copied / total:.1%})"]
+        for title, names in (("only in the target", self.missing), ("only in the source", self.unexpected)):
+            if names:
+                lines.append(f"  {title} ({len(names)}): {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
+        for name, (theirs, ours) in list(self.mismatched.items())[:3]:
+            lines.append(f"  {name}: {theirs} in the source, {ours} in the target")
+        if len(self.mismatched) > 3:
+            lines.append(f"  ... {len(self.mismatched)} shapes differ in all")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def load_backbone(target: nn.Module, source: nn.Module, strict: bool = False) -> BackboneReport:
+    """Copy the weights of `source.backbone` into `target.backbone` where names and shapes agree.
+
+    Args:
+        target, source: an `IPTV2Transformer2DModel` or `IPTV2RestorationModel` each; both fused or both not.
+        strict: change nothing and raise unless every tensor has its partner.
+
+    Raises:
+        ValueError: `strict` and the backbones differ, one model is fused and the other is not, or nothing matches.
+    """
+    if source.config.fused != target.config.fused:
+        fused, other = ("source", "target") if source.config.fused else ("target", "source")
+        raise ValueError(f"the {fused} is fused and the {other} is not: a merged kernel cannot be taken apart")
+    theirs, ours = source.backbone.state_dict(), target.backbone.state_dict()
+    common = [name for name in ours if name in theirs]
+    matched = [name for name in common if ours[name].shape == theirs[name].shape]
+    report = BackboneReport(
+        matched=tuple(matched),
+        missing=tuple(name for name in ours if name not in theirs),
+        unexpected=tuple(name for name in theirs if name not in ours),
+        mismatched={n: (tuple(theirs[n].shape), tuple(ours[n].shape)) for n in common if n not in set(matched)},
+        parameters=(sum(ours[name].numel() for name in matched), sum(tensor.numel() for tensor in ours.values())),
+    )
+    if not matched or (strict and not report.complete):
+        raise ValueError(f"the backbones do not fit: {' '.join(str(report).split())}")
+    for name in matched:
+        ours[name].copy_(theirs[name])
+    return report

@@ -1,0 +1,378 @@
+"""Image restoration with IPT-V2: any image, any size, in overlapped tiles that blend without a seam."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_png, read_file
+
+from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
+
+__all__ = ["IPTV2RestorationPipeline", "RestorationPipelineOutput", "estimate_sigma"]
+
+AUTO_TILE = 512  # pixels; a tile of restoration-nano then takes about 0.5 GB
+
+
+@dataclass
+class RestorationPipelineOutput(BaseOutput):
+    """Restored images.
+
+    Attributes:
+        images: a list of PIL images; or an array (B, H, W, C) or a tensor (B, C, H, W) of float32 on [0, 1], a list of
+            such without B where the sizes differ.
+        sigmas: the noise level each image was restored with, given or estimated; None for models without one.
+    """
+
+    images: Any
+    sigmas: list[float] | None
+
+
+@dataclass
+class Picture:
+    """An image in the pipeline's form: pixels (C, H, W) of float32 on [0, 1], alpha (H, W) of uint8 or None."""
+
+    pixels: Tensor
+    alpha: np.ndarray | None = None
+
+
+class IPTV2RestorationPipeline(DiffusionPipeline):
+    """Restore images with an `IPTV2RestorationModel`.
+
+        pipe = IPTV2RestorationPipeline.from_pretrained("assets/iptv2-denoise-color")
+        clean = pipe("noisy.png", sigma=25).images[0]
+
+    Args:
+        model: the restorer, best fused.
+    """
+
+    __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
+    model_cpu_offload_seq = "model"
+
+    def __init__(self, model: IPTV2RestorationModel):
+        super().__init__()
+        self.register_modules(model=model)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        sigma: float | Sequence[float] | None = None,
+        task: int | None = None,
+        strength: float = 1.0,
+        tile: int | Literal["auto"] | None = "auto",
+        overlap: int | None = None,
+        self_ensemble: bool = False,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        return_dict: bool = True,
+    ) -> RestorationPipelineOutput | tuple[Any, list[float] | None]:
+        """Restore one image or a list.
+
+        Args:
+            image: a path, PIL image, array (H, W), (H, W, C) or (B, H, W, C), tensor (C, H, W) or (B, C, H, W), or a
+                list of these. Integers are on their type's range (8 or 16 bits); floats are on [0, 1] and are not
+                clipped, since noise goes beyond. Gray goes through a colour model as three equal channels and comes
+                back gray; an alpha channel is kept as it is.
+            sigma: standard deviation of the noise on the 0–255 scale, one or one per image; None: estimated, for a
+                model that takes it.
+            task: for a model of several tasks.
+            strength: 0 returns the input, 1 the restored image, between them a mixture.
+            tile: side of the tiles in pixels; "auto": 512, or the whole image where it is not much larger; None: the
+                whole image. Out of memory, the tiles are halved.
+            overlap: pixels that neighbouring tiles share; None: an eighth of the tile, at least one window.
+            self_ensemble: mean over the eight flips and rotations; eight times the time.
+            output_type: "pil" (8 bits), "np" or "pt".
+            return_dict: return a `RestorationPipelineOutput` instead of a tuple.
+
+        Raises:
+            ValueError: an image that cannot be read, is empty or has wrong channels; a number out of its range.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength}; it must lie in [0, 1]")
+        pictures = list(read_pictures(image))
+        if not pictures:
+            raise ValueError("the list of images is empty; give at least one")
+        sigmas = self.noise_levels(sigma, pictures)
+        plans = [self.plan_tiles(*p.pixels.shape[1:], tile, overlap) for p in pictures]
+        turns = range(8) if self_ensemble else (0,)
+        restored = []
+        with self.progress_bar(total=len(turns) * sum(len(tops) * len(lefts) for _, tops, lefts in plans)) as bar:
+            for picture, level, (side, tops, lefts) in zip(pictures, sigmas, plans, strict=True):
+                result = self.restore(picture.pixels, level, task, (side, tops, lefts), overlap, turns, bar)
+                result = torch.lerp(picture.pixels, result, strength).clamp_(0, 1)
+                restored.append(Picture(result, picture.alpha))
+        images = to_output(restored, output_type)
+        levels = None if sigma is None and self.model.config.sigma_conditioning is None else sigmas
+        return RestorationPipelineOutput(images=images, sigmas=levels) if return_dict else (images, levels)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Noise level
+
+    def noise_levels(self, sigma: float | Sequence[float] | None, pictures: list[Picture]) -> list[float | None]:
+        """One σ per image: given, estimated, or None for a model that takes none."""
+        takes = self.model.config.sigma_conditioning is not None
+        if sigma is None:
+            return [estimate_sigma(p.pixels) if takes else None for p in pictures]
+        if not takes:
+            raise ValueError("this model is blind: it was not trained with a noise level; leave sigma out")
+        levels = [float(sigma)] * len(pictures) if isinstance(sigma, numbers.Real) else [float(s) for s in sigma]
+        if len(levels) != len(pictures):
+            raise ValueError(f"{len(levels)} noise levels for {len(pictures)} images; give one, or one per image")
+        for level in levels:
+            if not 0 <= level <= 255:
+                raise ValueError(f"sigma is {level:g}; it must lie in [0, 255], the standard deviation on that scale")
+        return levels
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Tiles
+
+    def plan_tiles(
+        self, height: int, width: int, tile: int | Literal["auto"] | None, overlap: int | None
+    ) -> tuple[int, list[int], list[int]]:
+        """Side of the tiles, their tops and lefts: multiples of `granularity`, so that windows stay where they are."""
+        step = self.model.granularity
+        if tile is None:
+            return max(height, width), [0], [0]
+        if tile == "auto":
+            tile = max(AUTO_TILE, 2 * step)
+            if height * width <= 1.5 * tile * tile:
+                return max(height, width), [0], [0]
+        if tile < 2 * step:
+            raise ValueError(f"tile is {tile}; this model needs tiles of at least {2 * step} pixels")
+        side = tile // step * step
+        shared = overlap_of(side, step, overlap)
+        if shared >= side:
+            raise ValueError(f"overlap is {shared}, the tile {side}; the overlap must be smaller")
+        return side, starts(height, side, shared, step), starts(width, side, shared, step)
+
+    def restore(
+        self,
+        pixels: Tensor,
+        sigma: float | None,
+        task: int | None,
+        plan: tuple[int, list[int], list[int]],
+        overlap: int | None,
+        turns: Sequence[int],
+        bar: Any,
+    ) -> Tensor:
+        """(C, H, W) -> (C, H, W): the model on every tile, blended; smaller tiles when memory runs out."""
+        while True:
+            try:
+                return self.restore_tiles(pixels, sigma, task, plan, turns, bar)
+            except (MemoryError, RuntimeError) as error:
+                smaller = plan[0] // 2 // self.model.granularity * self.model.granularity
+                if not is_out_of_memory(error) or smaller < 2 * self.model.granularity:
+                    raise
+                warnings.warn(f"out of memory with tiles of {plan[0]} pixels; going on with {smaller}", stacklevel=4)
+                plan = self.plan_tiles(*pixels.shape[1:], smaller, overlap)
+
+    def restore_tiles(
+        self,
+        pixels: Tensor,
+        sigma: float | None,
+        task: int | None,
+        plan: tuple[int, list[int], list[int]],
+        turns: Sequence[int],
+        bar: Any,
+    ) -> Tensor:
+        """One pass over the tiles of a plan."""
+        side, tops, lefts = plan
+        _, height, width = pixels.shape
+        if len(tops) == len(lefts) == 1:
+            return self.run_model(pixels, sigma, task, turns, bar)
+        rows, columns = blending(tops, side, height), blending(lefts, side, width)
+        total = torch.zeros_like(pixels)
+        for top, row in zip(tops, rows, strict=True):
+            for left, column in zip(lefts, columns, strict=True):
+                part = pixels[:, top : top + side, left : left + side]
+                result = self.run_model(part, sigma, task, turns, bar)
+                total[:, top : top + side, left : left + side] += result * row[:, None] * column
+        return total
+
+    def run_model(
+        self, pixels: Tensor, sigma: float | None, task: int | None, turns: Sequence[int], bar: Any
+    ) -> Tensor:
+        """(C, H, W) -> (C, H, W) of float32 on the CPU: mean over the wanted flips and rotations."""
+        channels, total = self.model.config.in_channels, torch.zeros_like(pixels)
+        model_dtype = next(self.model.parameters()).dtype
+        for turn in turns:
+            turned = torch.rot90(pixels, turn % 4, (-2, -1))
+            turned = turned.flip(-1) if turn >= 4 else turned
+            # A gray image is three equal channels for a colour model, a colour image three gray ones for a gray model.
+            batch = turned.reshape(-1, 1, *turned.shape[-2:]) if channels == 1 else turned[None].expand(-1, 3, -1, -1)
+            batch = batch.to(self._execution_device, model_dtype)
+            result = self.model(batch, sigma, task, return_dict=False)[0].float().cpu()
+            result = result.flatten(0, 1) if channels == 1 else result[0]
+            result = result.mean(0, keepdim=True) if len(pixels) == 1 and len(result) == 3 else result
+            result = result.flip(-1) if turn >= 4 else result
+            total += torch.rot90(result, -(turn % 4), (-2, -1))
+            bar.update()
+        return total / len(turns)
+
+
+def overlap_of(side: int, step: int, overlap: int | None) -> int:
+    """Overlap in pixels, a multiple of `step`: the given one rounded up, or an eighth of the tile."""
+    if overlap is not None and overlap < 1:
+        raise ValueError(f"overlap is {overlap}; tiles must share at least 1 pixel")
+    wanted = side // 8 if overlap is None else overlap
+    return max(step, -(-wanted // step) * step)
+
+
+def starts(length: int, side: int, overlap: int, step: int) -> list[int]:
+    """First pixels of tiles that cover `length`, each a multiple of `step`; the last tile may be shorter."""
+    result = [0]
+    while result[-1] + side < length:
+        last = -(-max(0, length - side) // step) * step  # no further than where the last tile must begin
+        result.append(min(result[-1] + side - overlap, last))
+    return result
+
+
+def blending(begins: list[int], side: int, length: int) -> list[Tensor]:
+    """Weights of each tile along one axis, which sum to 1 at each pixel.
+
+    Where two tiles overlap, the outer quarter of each is not used, since it lacks context; a smooth ramp lies between.
+    """
+    ends = [min(begin + side, length) for begin in begins]
+    weights = [torch.ones(end - begin) for begin, end in zip(begins, ends, strict=True)]
+    for index in range(1, len(begins)):
+        shared = ends[index - 1] - begins[index]
+        ramp = (2 * (torch.arange(shared) + 0.5) / shared - 0.5).clamp(0, 1)
+        ramp = ramp * ramp * (3 - 2 * ramp)  # smooth at both ends
+        weights[index - 1][-shared:] *= 1 - ramp
+        weights[index][:shared] *= ramp
+    total = torch.zeros(length)  # not 1 where the last tile reaches over two others
+    for begin, end, weight in zip(begins, ends, weights, strict=True):
+        total[begin:end] += weight
+    return [weight / total[begin:end] for begin, end, weight in zip(begins, ends, weights, strict=True)]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def estimate_sigma(pixels: Tensor) -> float:
+    """Standard deviation of white noise in an image (C, H, W) on [0, 1], on the 0–255 scale.
+
+    Median absolute deviation of the diagonal Haar coefficients (Donoho & Johnstone 1994), mean over the channels.
+    """
+    height, width = pixels.shape[-2] // 2 * 2, pixels.shape[-1] // 2 * 2
+    if not height or not width:
+        return 0.0
+    squares = F.pixel_unshuffle(pixels[:, None, :height, :width], 2)  # (C, 4, H/2, W/2)
+    diagonal = (squares[:, 0] - squares[:, 1] - squares[:, 2] + squares[:, 3]) / 2
+    return float(diagonal.abs().flatten(1).median(dim=1).values.mean() / 0.6745 * 255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images in and out
+
+
+def read_pictures(image: Any) -> Iterator[Picture]:
+    """Whatever `__call__` takes, as `Picture`s."""
+    if isinstance(image, (list, tuple)):
+        for item in image:
+            yield from read_pictures(item)
+    elif isinstance(image, (str, Path)):
+        yield read_file_picture(Path(image))
+    elif isinstance(image, Image.Image):
+        yield from_pil(image)
+    elif isinstance(image, (np.ndarray, Tensor)):
+        yield from from_array(image)
+    else:
+        raise ValueError(f"{type(image).__name__} is no image; give a path, PIL image, array, tensor or a list of them")
+
+
+def read_file_picture(path: Path) -> Picture:
+    """An image file; 16-bit PNGs keep their depth, and EXIF orientation is left to the viewer."""
+    try:
+        with Image.open(path) as file:
+            if file.format != "PNG" or not is_16_bit(path):
+                return from_pil(file)
+        # Pillow would keep 8 of the 16 bits of a colour image.
+        return next(from_array(decode_png(read_file(str(path)), mode=ImageReadMode.UNCHANGED)))
+    except (OSError, RuntimeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} cannot be read as an image: {reason}") from error
+
+
+def is_16_bit(path: Path) -> bool:
+    """Whether a PNG file has 16 bits a channel: byte 24, in its header."""
+    with path.open("rb") as file:
+        return file.read(25)[24:] == b"\x10"
+
+
+def from_pil(image: Image.Image) -> Picture:
+    if not image.width or not image.height:
+        raise ValueError(f"the image is {image.width}x{image.height} pixels; it is empty")
+    if image.mode in ("I;16", "I;16B", "I", "F"):
+        array = np.asarray(image).astype(np.float32)
+        return Picture(torch.from_numpy(array / 65535 if image.mode != "F" else array)[None])
+    gray = image.mode in ("1", "L", "LA")
+    alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
+    array = np.asarray(image.convert("L" if gray else "RGB"), dtype=np.float32) / 255
+    return Picture(torch.from_numpy(array).reshape(*array.shape[:2], -1).permute(2, 0, 1).contiguous(), alpha)
+
+
+def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
+    """Arrays have their channels last, tensors first."""
+    last = isinstance(image, np.ndarray)
+    if image.ndim == 2:
+        image = image[..., None] if last else image[None]
+    if image.ndim == 4:
+        for item in image:
+            yield from from_array(item)
+        return
+    shape = tuple(image.shape)
+    if image.ndim != 3 or not min(shape):
+        raise ValueError(f"an image of shape {shape} cannot be restored; give (H, W, C) arrays or (C, H, W) tensors")
+    array = np.asarray(image) if last else image.detach().cpu().permute(1, 2, 0).numpy()
+    channels = array.shape[2]
+    if channels not in (1, 2, 3, 4):
+        order = "(H, W, C)" if last else "(C, H, W)"
+        raise ValueError(f"an image of shape {shape} has {channels} channels; {order} with 1 to 4 is expected")
+    if array.dtype == bool or array.dtype.kind not in "uf":
+        raise ValueError(f"an image of {array.dtype} is ambiguous; give uint8, uint16, or floats on [0, 1]")
+    peak = float(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else 1.0
+    values = array.astype(np.float32) / np.float32(peak)
+    if not np.isfinite(values).all():
+        raise ValueError("the image holds NaN or infinite values")
+    colours = 1 if channels < 3 else 3
+    alpha = (values[..., -1].clip(0, 1) * 255).round().astype(np.uint8) if channels in (2, 4) else None
+    yield Picture(torch.from_numpy(np.ascontiguousarray(values[..., :colours])).permute(2, 0, 1).contiguous(), alpha)
+
+
+def to_output(pictures: list[Picture], output_type: str) -> Any:
+    """PIL images with their alpha; or arrays or tensors, with alpha as a last channel where there was one."""
+    if output_type == "pil":
+        return [to_pil(picture) for picture in pictures]
+    tensors = []
+    for picture in pictures:
+        alpha = [] if picture.alpha is None else [torch.from_numpy(picture.alpha.copy())[None].float() / 255]
+        tensors.append(torch.cat([picture.pixels, *alpha]))
+    if output_type == "np":
+        arrays = [tensor.permute(1, 2, 0).numpy() for tensor in tensors]
+        return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
+    return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
+
+
+def to_pil(picture: Picture) -> Image.Image:
+    array = (picture.pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    if picture.alpha is not None:
+        image.putalpha(Image.fromarray(picture.alpha))
+    return image

@@ -1,0 +1,159 @@
+"""iptv2-restore: restore photographs and folders of them from the command line.
+
+    iptv2-restore photo.jpg holiday/ -o restored --model assets/iptv2-denoise-color --sigma 25
+
+Every picture is written under OUT by its own name (folders keep their structure). What is there already is left alone,
+so the same command goes on after an interruption; an input is never overwritten. EXIF and ICC profiles are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+SAVE_OPTIONS = {".jpg": {"quality": 95, "subsampling": 0}, ".jpeg": {"quality": 95, "subsampling": 0}}
+
+
+class CommandError(Exception):
+    """What the user can mend, in one line."""
+
+
+def run() -> None:
+    """The console script."""
+    try:
+        code = main(sys.argv[1:])
+    except CommandError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Restore everything that is named; 0 if all went well, 1 if a picture failed."""
+    arguments = parse(argv)
+    jobs = plan(arguments.inputs, arguments.output)
+    todo = [(source, target) for source, target in jobs if not target.exists()]
+    if len(todo) < len(jobs):
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} are in {arguments.output} already")
+    if not todo:
+        return 0
+    pipeline = load(arguments)
+    failed = 0
+    for number, (source, target) in enumerate(todo, start=1):
+        try:
+            restore(pipeline, source, target, arguments)
+            print(f"[{number}/{len(todo)}] {source} -> {target}")
+        except ValueError as error:  # one picture: the others go on
+            failed += 1
+            print(f"[{number}/{len(todo)}] failed: {error}", file=sys.stderr)
+        except OSError as error:
+            raise CommandError(f"cannot write {target}: {error.strerror or error}") from error
+    if failed:
+        print(f"{failed} of {len(todo)} failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "iptv2-restore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="pictures and folders of pictures")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder to write to")
+    parser.add_argument("--model", required=True, help="pipeline folder, or its name on the Hub")
+    parser.add_argument("--sigma", type=float, help="noise level, 0-255 [estimated for each picture]")
+    parser.add_argument("--task", type=int, help="for a model of several tasks")
+    parser.add_argument("--strength", type=float, default=1.0, help="0: the input, 1: fully restored [1]")
+    parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto, or none [auto]")
+    parser.add_argument("--overlap", type=int, help="pixels that tiles share [an eighth of the tile]")
+    parser.add_argument("--self-ensemble", action="store_true", help="mean over 8 flips and rotations; 8 x slower")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [cpu]")
+    arguments = parser.parse_args(argv)
+    if arguments.tile not in ("auto", "none"):
+        if not arguments.tile.isdigit():
+            parser.error(f"--tile is {arguments.tile!r}; give a number of pixels, auto, or none")
+        arguments.tile = int(arguments.tile)
+    arguments.tile = None if arguments.tile == "none" else arguments.tile
+    return arguments
+
+
+def plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+    """(picture, where it goes) for all that is named; raises rather than overwrite an input or a namesake."""
+    jobs = [job for source in inputs for job in pictures(source, output)]
+    sources = {source.resolve() for source, _ in jobs}
+    taken: dict[Path, Path] = {}
+    for source, target in jobs:
+        resolved = target.resolve()
+        if resolved in sources:
+            raise CommandError(f"{target} would overwrite an input; choose another --output than {output}")
+        if taken.setdefault(resolved, source) != source:
+            raise CommandError(f"{taken[resolved]} and {source} would both become {target}; restore them apart")
+    return jobs
+
+
+def pictures(source: Path, output: Path) -> Iterator[tuple[Path, Path]]:
+    """A picture, or all pictures under a folder, with their places under `output`."""
+    if source.is_dir():
+        found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not found:
+            raise CommandError(f"{source} holds no pictures ({' '.join(sorted(SUFFIXES))})")
+        inside = source.resolve() in output.resolve().parents  # what an output inside the input holds is no input
+        for path in found:
+            if not (inside and path.resolve().is_relative_to(output.resolve())):
+                yield path, output / path.relative_to(source)
+    elif source.is_file():
+        if source.suffix.lower() not in SUFFIXES:
+            raise CommandError(f"{source} is no picture ({' '.join(sorted(SUFFIXES))})")
+        yield source, output / source.name
+    else:
+        raise CommandError(f"{source} does not exist")
+
+
+def load(arguments: argparse.Namespace):
+    """The pipeline; late, since this takes seconds."""
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=arguments.output):
+            pass
+    except OSError as error:
+        raise CommandError(f"cannot write to {arguments.output}: {error.strerror}") from error
+    from iptv2_diffusion import IPTV2RestorationPipeline
+
+    try:
+        return IPTV2RestorationPipeline.from_pretrained(arguments.model).to(arguments.device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CommandError(f"cannot load {arguments.model}: {' '.join(str(error).split())[:200]}") from error
+
+
+def restore(pipeline, source: Path, target: Path, arguments: argparse.Namespace) -> None:
+    """One picture: restored, then written under its final name at once."""
+    options = {name: getattr(arguments, name) for name in ("task", "strength", "tile", "overlap", "self_ensemble")}
+    if pipeline.model.config.sigma_conditioning is not None or arguments.sigma is not None:
+        options["sigma"] = arguments.sigma
+    result = pipeline(source, output_type="pil", **options).images[0]
+    save = dict(SAVE_OPTIONS.get(target.suffix.lower(), {}))
+    with Image.open(source) as original:
+        save |= {key: original.info[key] for key in ("exif", "icc_profile") if original.info.get(key)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix.lower() in (".jpg", ".jpeg", ".bmp", ".ppm") and result.mode in ("RGBA", "LA"):
+        result = result.convert("RGB" if result.mode == "RGBA" else "L")
+    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    try:
+        result.save(temporary, format=Image.registered_extensions()[target.suffix.lower()], **save)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,217 @@
+"""The restoration pipeline: inputs of any kind, no seams, memory, bad input."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from pipelines.pipeline_iptv2_restoration import blending, estimate_sigma, starts
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """A local model (FCSA only, as restoration-nano) that really changes its input; granularity 16."""
+    torch.manual_seed(0)
+    model = create_model("restoration-tiny", attention_pattern=("focal",), sigma_conditioning="map")
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    pipeline = IPTV2RestorationPipeline(model.fuse())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def photograph(height, width, channels=3):
+    """A smooth picture with edges, (H, W, C) of float32 on [0, 1]."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    planes = [
+        0.5 + 0.25 * np.sin(x / (7 + c)) * np.cos(y / 9) + 0.2 * ((x // 16 + y // 16) % 2) for c in range(channels)
+    ]
+    return np.stack(planes, axis=-1).clip(0, 1).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles
+
+
+def test_tiles_leave_no_seam(pipe):
+    """Tiles that keep the windows in place differ from the whole image only near their borders, blended away."""
+    image = photograph(168, 200)
+    whole = pipe(image, sigma=25, tile=None, output_type="np").images[0]
+    tiled = pipe(image, sigma=25, tile=96, overlap=48, output_type="np").images[0]
+    change = np.abs(whole - image).mean()  # what the model does at all
+    assert change > 0.005
+    difference = np.abs(whole - tiled)
+    assert difference.max() < 0.2 * change
+    # No step where a tile begins: the difference between neighbouring rows is the whole image's.
+    steps = np.abs(np.diff(tiled, axis=0) - np.diff(whole, axis=0)).mean(axis=(1, 2))
+    assert steps.max() < 0.02 * change
+
+
+def test_abutting_tiles_would_show(pipe):
+    """The test above can fail: without blending, borders differ a hundredfold."""
+    image = photograph(64, 128)
+    whole = pipe(image, sigma=25, tile=None, output_type="np").images[0]
+    halves = [pipe(image[:, s], sigma=25, tile=None, output_type="np").images[0] for s in (slice(64), slice(64, None))]
+    assert np.abs(np.concatenate(halves, axis=1) - whole).max() > 0.2 * np.abs(whole - image).mean()
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 100, 511, 1000])
+@pytest.mark.parametrize(("side", "overlap"), [(64, 16), (96, 48)])
+def test_tiles_cover_and_weights_sum_to_one(length, side, overlap):
+    begins = starts(length, side, overlap, step=16)
+    total = torch.zeros(length)
+    for begin, weight in zip(begins, blending(begins, side, length), strict=True):
+        assert begin % 16 == 0
+        assert 0 < len(weight) <= side
+        total[begin : begin + side] += weight
+    torch.testing.assert_close(total, torch.ones(length))
+    assert all(b + side - e >= overlap for b, e in itertools.pairwise(begins))
+
+
+def test_out_of_memory_falls_back_to_smaller_tiles(pipe, monkeypatch):
+    forward, sizes = pipe.model.forward, []
+
+    def limited(image, *args, **kwargs):
+        sizes.append(image.shape[-1])
+        if image.shape[-1] > 64:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(image, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.model, "forward", limited)
+    with pytest.warns(UserWarning, match="tiles of 160 pixels; going on with 80"):
+        result = pipe(photograph(160, 160), sigma=25, tile=160, output_type="np").images[0]
+    assert sizes[0] == 160
+    assert max(sizes[2:]) <= 64
+    assert result.shape == (160, 160, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes in and comes out
+
+
+def test_the_same_picture_in_every_form(pipe, tmp_path):
+    array = (photograph(20, 30) * 255).round().astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / "picture.png")
+    forms = [
+        array,
+        array / np.float32(255),
+        torch.from_numpy(array).permute(2, 0, 1),
+        Image.fromarray(array),
+        str(tmp_path / "picture.png"),
+        tmp_path / "picture.png",
+        array.astype(np.uint16) * 257,
+    ]
+    results = pipe(forms, sigma=10, output_type="np").images
+    assert results.shape == (len(forms), 20, 30, 3)
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], atol=1e-6)
+
+
+def test_sizes_may_differ_and_each_image_has_its_own_sigma(pipe):
+    images = [photograph(9, 17), photograph(33, 21)]
+    both = pipe(images, sigma=[5, 50], output_type="pt")
+    assert [tuple(i.shape) for i in both.images] == [(3, 9, 17), (3, 33, 21)]
+    assert both.sigmas == [5, 50]
+    torch.testing.assert_close(both.images[1], pipe(images[1], sigma=50, output_type="pt").images[0])
+
+
+def test_alpha_and_gray_are_kept(pipe):
+    alpha = np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)
+    picture = Image.fromarray((photograph(16, 16) * 255).astype(np.uint8))
+    picture.putalpha(Image.fromarray(alpha))
+    result = pipe(picture, sigma=10).images[0]
+    assert result.mode == "RGBA"
+    assert np.array_equal(np.asarray(result)[..., 3], alpha)
+    gray = pipe(Image.fromarray(alpha), sigma=10).images[0]
+    assert gray.mode == "L"
+    assert pipe(alpha, sigma=10, output_type="np").images.shape == (1, 16, 16, 1)
+
+
+def test_colour_goes_through_a_gray_model_channel_by_channel():
+    torch.manual_seed(0)
+    model = create_model("restoration-tiny", in_channels=1)
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    pipeline = IPTV2RestorationPipeline(model.eval())
+    image = photograph(16, 16)
+    result = pipeline(image, output_type="np").images[0]
+    single = pipeline(image[..., 1], output_type="np").images[0]
+    np.testing.assert_allclose(result[..., 1], single[..., 0], atol=1e-6)
+
+
+def test_floats_beyond_the_range_are_not_clipped_at_the_input(pipe):
+    image = photograph(16, 16)
+    image[3, 3] = 1.5
+    clipped = pipe(image.clip(0, 1), sigma=25, output_type="np").images[0]
+    assert np.abs(pipe(image, sigma=25, output_type="np").images[0] - clipped).max() > 1e-3
+
+
+def test_strength(pipe):
+    image = photograph(16, 16)
+    full, half, none = (pipe(image, sigma=25, strength=s, output_type="np").images[0] for s in (1, 0.5, 0))
+    np.testing.assert_allclose(none, image, atol=1e-6)
+    inside = (full > 0) & (full < 1)  # the output is clipped
+    np.testing.assert_allclose(half[inside], ((image + full) / 2)[inside], atol=1e-6)
+
+
+def test_self_ensemble_commutes_with_flips(pipe):
+    image = photograph(16, 32)
+    options = {"sigma": 25, "self_ensemble": True, "output_type": "np"}
+    turned = pipe(np.ascontiguousarray(np.rot90(image)), **options).images[0]
+    np.testing.assert_allclose(np.rot90(turned, -1), pipe(image, **options).images[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [5.0, 25.0, 50.0])
+def test_the_noise_level_is_estimated(pipe, sigma):
+    clean = torch.from_numpy(photograph(128, 128)).permute(2, 0, 1)
+    noisy = clean + torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)) * sigma / 255
+    assert abs(estimate_sigma(noisy) / sigma - 1) < 0.1
+    assert abs(pipe(noisy, output_type="np").sigmas[0] / sigma - 1) < 0.1
+
+
+def test_save_and_load(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    image = photograph(16, 16)
+    expected = pipe(image, sigma=25, output_type="np").images
+    for cls in (IPTV2RestorationPipeline, DiffusionPipeline):
+        loaded = cls.from_pretrained(tmp_path)
+        assert isinstance(loaded, IPTV2RestorationPipeline)
+        assert np.array_equal(loaded(image, sigma=25, output_type="np").images, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        (np.zeros((0, 5, 3), np.float32), {}, r"\(0, 5, 3\)"),
+        (np.zeros((5, 5, 7), np.float32), {}, "7 channels"),
+        (np.zeros((5, 5, 3), np.int64), {}, "int64 is ambiguous"),
+        (np.full((5, 5, 3), np.nan, np.float32), {}, "NaN"),
+        ([], {}, "empty"),
+        (3, {}, "int is no image"),
+        (np.zeros((5, 5, 3), np.uint8), {"sigma": 300}, "sigma is 300"),
+        (np.zeros((5, 5, 3), np.uint8), {"sigma": [1, 2]}, "2 noise levels for 1 images"),
+        (np.zeros((5, 5, 3), np.uint8), {"tile": 8}, "at least 32"),
+        (np.zeros((5, 5, 3), np.uint8), {"tile": 32, "overlap": 40}, "overlap is 48, the tile 32"),
+        (np.zeros((5, 5, 3), np.uint8), {"strength": 2}, "strength is 2"),
+        (np.zeros((5, 5, 3), np.uint8), {"output_type": "latent"}, "latent"),
+    ],
+)
+def test_bad_input_is_named(pipe, image, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(image, **{"sigma": 25, **options})
+
+
+@pytest.mark.parametrize("name", ["broken.png", "broken.jpg", "absent.png"])
+def test_unreadable_files_are_named(pipe, tmp_path, name):
+    if name != "absent.png":
+        path = tmp_path / name
+        Image.fromarray((photograph(64, 64) * 255).astype(np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=name):
+        pipe(tmp_path / name, sigma=25)

@@ -1,0 +1,89 @@
+"""iptv2-restore: files and folders, resumption, inputs left alone, metadata kept."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from pipelines.restore_cli import CommandError, main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    restorer = create_model("restoration-tiny", sigma_conditioning="map")
+    torch.nn.init.normal_(restorer.head.weight, std=0.02)
+    folder = tmp_path_factory.mktemp("model")
+    IPTV2RestorationPipeline(restorer.fuse()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "sub/b.jpg"):
+        Image.fromarray(rng.integers(0, 255, (24, 20, 3), np.uint8)).save(folder / name)
+    return folder
+
+
+def test_a_folder_keeps_its_structure_and_the_command_resumes(model, pictures, tmp_path, capsys):
+    command = [str(pictures), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "25"]
+    assert main(command) == 0
+    results = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.*")}
+    assert {p.relative_to(tmp_path / "out").as_posix() for p in results} == {"a.png", "sub/b.jpg"}
+    assert not np.array_equal(
+        np.asarray(Image.open(tmp_path / "out/a.png")), np.asarray(Image.open(pictures / "a.png"))
+    )
+    (tmp_path / "out/sub/b.jpg").unlink()
+    assert main(command) == 0
+    assert "1 of 2 are in" in capsys.readouterr().out
+    assert (tmp_path / "out/sub/b.jpg").is_file()
+    assert (tmp_path / "out/a.png").stat().st_mtime_ns == results[tmp_path / "out/a.png"]
+
+
+def test_metadata_is_kept(model, tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.jpg", exif=exif, icc_profile=profile)
+    assert main([str(tmp_path / "a.jpg"), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]) == 0
+    with Image.open(tmp_path / "out/a.jpg") as result:
+        assert result.getexif()[0x010F] == "a camera"
+        assert result.info["icc_profile"] == profile
+
+
+def test_inputs_are_never_overwritten(model, pictures):
+    with pytest.raises(CommandError, match="would overwrite an input"):
+        main([str(pictures), "-o", str(pictures / "sub" / ".."), "--model", model])
+
+
+def test_namesakes_are_refused(model, pictures, tmp_path):
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "other/a.png")
+    inputs = [str(pictures / "a.png"), str(tmp_path / "other/a.png")]
+    with pytest.raises(CommandError, match=r"would both become .*a\.png"):
+        main([*inputs, "-o", str(tmp_path / "out"), "--model", model])
+
+
+def test_one_broken_picture_does_not_stop_the_others(model, pictures, tmp_path, capsys):
+    (pictures / "a.png").write_bytes((pictures / "a.png").read_bytes()[:100])
+    assert main([str(pictures), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "25"]) == 1
+    assert "a.png cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "out/sub/b.jpg").is_file()
+    assert not (tmp_path / "out/a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.png", "-o", "out", "--model", "m"], "absent.png does not exist"),
+        (["{in}/a.png", "-o", "{in}/a.png/out", "--model", "m"], "cannot write to"),
+        (["{in}/a.png", "-o", "{in}/out", "--model", "{in}"], "cannot load"),
+    ],
+)
+def test_bad_commands(pictures, arguments, message):
+    with pytest.raises(CommandError, match=message):
+        main([argument.replace("{in}", str(pictures)) for argument in arguments])

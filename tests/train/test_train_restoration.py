@@ -1,0 +1,163 @@
+"""The training script: it learns, resumes bit for bit, takes pairs, tasks, stages and a generator's backbone."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+
+from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from iptv2_diffusion.training.errors import UserError
+from iptv2_diffusion.training.logging import read_metrics
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("train_restoration", ROOT / "train/train_restoration.py")
+train_restoration = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = train_restoration  # where dataclasses looks
+spec.loader.exec_module(train_restoration)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(tmp_path, name, *words, steps=4):
+    """Run the script in this process; returns the output folder."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    options = {
+        "output_dir": tmp_path / name, "data": tmp_path / "photos", "heldout": tmp_path / "photos",
+        "cache_dir": tmp_path / "cache", "model": "restoration-tiny", "patch_sizes": "16", "batch_size": 4,
+        "max_train_steps": steps, "learning_rate": "2e-3", "heldout_size": 32, "report_to": "none",
+        "lr_schedule": "constant", "num_threads": 1, "preview_every": 0, "checkpoint_every": 0, "log_every": 1,
+    }  # fmt: skip
+    argv = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    assert train_restoration.main([*argv, *words]) == 0
+    return tmp_path / name
+
+
+@pytest.fixture
+def photos(tmp_path):
+    y, x = np.mgrid[:64, :72].astype(np.float32)
+    for seed in range(3):
+        waves = [128 + 90 * np.sin(x / (5 + seed)) * np.cos(y / (6 + channel)) for channel in range(3)]
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8)).save(tmp_path / f"photos/{seed}.png")
+    return tmp_path
+
+
+SIGMA = ("--model_overrides", json.dumps({"sigma_conditioning": "map"}))
+
+
+def test_it_learns_to_denoise_and_leaves_a_pipeline(photos):
+    words = ("--noise", "25,25", "--eval_every", "20", "--heldout_sigmas", "25", "--ema_decay", "0.9", *SIGMA)
+    folder = train(photos, "run", *words, steps=60)
+    values = [row["psnr_sigma25"] for row in read_metrics(folder / "metrics.jsonl") if "psnr_sigma25" in row]
+    assert values[-1] > 20.2 + 2  # 20.17 dB is the noise itself
+    assert values[-1] > values[0]
+    pipeline = IPTV2RestorationPipeline.from_pretrained(folder / "pipeline")
+    assert pipeline.model.config.fused
+    assert (folder / "pipeline/training_config.yaml").is_file()
+
+
+def test_a_resumed_run_is_the_undisturbed_one(photos):
+    words = (
+        "--patch_sizes",
+        "16,24",
+        "--patch_steps",
+        "3",
+        "--patch_batch_sizes",
+        "4,2",
+        "--rgb_shuffle",
+        "--mixup",
+        "0.5",
+    )
+    words = (*words, "--losses", json.dumps({"l1": 1, "mse": 1, "sobel": 0.1}), "--eval_every", "0", *SIGMA)
+    whole = train(photos, "whole", *words, steps=6)
+    train(photos, "halves", *words, steps=3)
+    halves = train(photos, "halves", *words, steps=6)
+    states = [load_file(f / "checkpoint-00000006/model.safetensors") for f in (whole, halves)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_accumulation_equals_the_large_batch(photos):
+    words = ("--eval_every", "0", "--ema_decay", "0", *SIGMA)
+    losses = []
+    for parts in (1, 2):
+        folder = train(photos, f"parts{parts}", *words, "--gradient_accumulation_steps", str(parts), steps=2)
+        losses.append([row["loss"] for row in read_metrics(folder / "metrics.jsonl")])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_pairs_from_folders(photos):
+    for kind, shift in (("input", 20), ("target", 0)):
+        (photos / f"pairs/{kind}").mkdir(parents=True)
+        for path in (photos / "photos").glob("*.png"):
+            image = np.asarray(Image.open(path)).astype(int) + shift
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(photos / f"pairs/{kind}/{path.name}")
+    words = ("--layout", "folders", "--data", str(photos / "pairs"), "--heldout", str(photos / "pairs"), "--losses")
+    folder = train(photos, "pairs_run", *words, '{"psnr": 1}', "--eval_every", "25", "--ema_decay", "0", steps=50)
+    values = [row["psnr_pairs"] for row in read_metrics(folder / "metrics.jsonl") if "psnr_pairs" in row]
+    assert values[-1] > 22.4 + 1.5  # a shift by 20 is 22.1 to 22.4 dB
+
+
+def test_one_model_for_several_tasks(photos):
+    words = (
+        "--tasks",
+        "noise,motion_blur+jpeg,rain",
+        "--motion_blur",
+        "3,5",
+        "--heldout_size",
+        "24",
+        "--rain",
+        "0.01,0.02",
+    )
+    folder = train(photos, "tasks", *words, "--eval_every", "4", *SIGMA)
+    (row,) = [row for row in read_metrics(folder / "metrics.jsonl") if "psnr" in row]
+    assert {"psnr_noise_sigma25", "psnr_motion_blur+jpeg_sequential", "psnr_rain_rainstreaks"} <= set(row)
+    assert IPTV2RestorationPipeline.from_pretrained(folder / "pipeline").model.config.num_tasks == 3
+
+
+def test_a_generators_backbone_to_start_from(photos, capsys):
+    create_model("tiny").save_pretrained(photos / "generator")
+    words = ("--model", "restoration-tiny-exchange", "--backbone_from", str(photos / "generator"), "--eval_every", "0")
+    train(photos, "exchange", *words, steps=1)
+    assert "(100.0%)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--patch_sizes", "16,24"), "need 1 increasing patch_steps"),
+        (("--losses", '{"vgg": 1}'), "losses names vgg"),
+        (("--degradations", "snow"), "'snow' is none of noise"),
+        (("--noise", "50,5"), "noise is 50,5"),
+        (("--patch_sizes", "100"), "less than the patch of 100"),
+        (("--data", "absent"), "absent is not a folder"),
+        (("--degradations", "rain", *SIGMA), "takes a noise level and the data has none"),
+        (("--model", "tiny"), "Transformer2DModel"),
+    ],
+)
+def test_bad_options_are_named(photos, words, message):
+    with pytest.raises(UserError, match=message):
+        train(photos, "bad", *words)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/restoration").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_are_valid(path):
+    from iptv2_diffusion.training.config import parse_config
+
+    config = parse_config(train_restoration.RestorationConfig, ["--config", str(path)])
+    with torch.device("meta"):
+        model = train_restoration.make_model(config)
+    assert model.config.in_channels == config.channels

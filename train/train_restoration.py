@@ -1,0 +1,292 @@
+"""Train an image restorer on any folder of photographs, or on pairs of degraded and clean images.
+
+    accelerate launch train/train_restoration.py --config configs/restoration/denoise-color-nano.yaml
+
+Patches are degraded on the fly (noise, blur, rain, JPEG) or come in pairs from a data set's own folders; `Trainer` runs
+the loop, resumes exactly and saves. The result, output_dir/pipeline, loads with
+`IPTV2RestorationPipeline.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from iptv2_diffusion.training.config import TrainingConfig, option, parse_config
+from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from iptv2_diffusion.training.loop import Trainer
+    from iptv2_diffusion.training.restoration import Batch, RestorationTask, Source
+
+EXAMPLES = """
+examples:
+  the shipped denoiser           python data/photographs/fetch.py, then
+                                 accelerate launch train/train_restoration.py --config \\
+                                     configs/restoration/denoise-color-nano.yaml
+  your photographs, blurred      ... --data my_photos --degradations motion_blur,noise --noise 0,5
+  your pairs                     ... --layout folders --data my_pairs    (my_pairs/input/*, my_pairs/target/*)
+  GoPro                          ... --config configs/restoration/deblur-gopro.yaml --data GoPro
+  start from a generator         ... --backbone_from assets/iptv2-emoji64/transformer
+  try every stage in seconds     ... --dry_run
+
+The same command resumes: it continues from the newest checkpoint in output_dir, bit for bit.
+"""
+
+
+@dataclass(kw_only=True)
+class RestorationConfig(TrainingConfig):
+    """A restoration run."""
+
+    output_dir: str = option("runs/restoration", "folder for checkpoints, logs and the result", free=True)
+    lr_schedule: Literal["constant", "cosine", "linear"] = option("cosine", "after warm-up", group="optimiser")
+
+    data: str = option(
+        "~/.cache/iptv2-diffusion/photographs/train", "folder of images, or of a data set's layout", group="data"
+    )
+    layout: str = option(
+        "clean", "clean: degrade its images; else the pairs of: folders, sidd, gopro, realblur_j ...", group="data"
+    )
+    heldout: str | None = option(
+        "~/.cache/iptv2-diffusion/photographs/heldout", "images, or layout, for the PSNR; none: no PSNR", group="data"
+    )
+    cache_dir: str = option("~/.cache/iptv2-diffusion/decoded", "folder of decoded images", group="data", free=True)
+    prefer_texture: bool = option(True, "draw textured places more often than flat ones", group="data")
+    channels: Literal[1, 3] = option(3, "1: gray, 3: colour", group="data")
+
+    degradations: tuple[str, ...] = option(
+        ("noise",), "in order, of: noise, gaussian_blur, motion_blur, rain, jpeg", group="degradation"
+    )
+    noise: tuple[float, float] = option((5.0, 55.0), "range of sigma on the 0-255 scale", group="degradation")
+    gaussian_blur: tuple[float, float] = option((0.5, 2.5), "standard deviations in pixels", group="degradation")
+    motion_blur: tuple[float, float] = option((3.0, 17.0), "length of the path in pixels", group="degradation")
+    rain: tuple[float, float] = option((0.002, 0.012), "share of pixels where a streak starts", group="degradation")
+    jpeg: tuple[float, float] = option((30.0, 95.0), "quality", group="degradation")
+    tasks: tuple[str, ...] = option(
+        (), "one model for several tasks: each a +-joined list of degradations, such as noise,rain", group="degradation"
+    )
+
+    patch_sizes: tuple[int, ...] = option((64,), "side of patches, one per stage", group="patches")
+    patch_steps: tuple[int, ...] = option((), "step at which each further stage begins", group="patches")
+    patch_batch_sizes: tuple[int, ...] = option((), "batch size of each stage; none: batch_size", group="patches")
+    rgb_shuffle: bool = option(False, "permute the colour channels", group="patches")
+    mixup: float = option(0.0, "share of samples that are mixed with another", group="patches")
+
+    model: str = option("restoration-nano", "preset, config.json, or saved model folder", group="model")
+    model_overrides: dict = option({}, 'JSON, such as {"channels": 64}', group="model")  # noqa: RUF009
+    backbone_from: str | None = option(None, "saved denoiser or restorer whose backbone to start from", group="model")
+
+    losses: dict = option({"charbonnier": 1.0}, "weights of l1, mse, charbonnier, psnr, sobel", group="objective")  # noqa: RUF009
+
+    heldout_images: int = option(8, "at most", group="results", free=True)
+    heldout_size: int = option(256, "side of the held-out crops", group="results", free=True)
+    heldout_sigmas: tuple[float, ...] = option((15.0, 25.0, 50.0), "for noise", group="results", free=True)
+    save_dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float16", "of the fused model in the saved pipeline", group="results", free=True
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        from iptv2_diffusion.training.restoration import LOSSES
+
+        self.require_positive("patch_sizes", "heldout_images", "heldout_size")
+        stages = len(self.patch_sizes)
+        if len(self.patch_steps) != stages - 1 or list(self.patch_steps) != sorted(self.patch_steps):
+            raise ConfigError(
+                f"{stages} patch_sizes {self.patch_sizes} need {stages - 1} increasing patch_steps, not "
+                f"{self.patch_steps}"
+            )
+        if self.patch_batch_sizes and len(self.patch_batch_sizes) != stages:
+            raise ConfigError(
+                f"patch_batch_sizes has {len(self.patch_batch_sizes)} numbers for {stages} patch_sizes; give as many"
+            )
+        unknown = set(self.losses) - set(LOSSES)
+        if unknown or not self.losses:
+            raise ConfigError(f"losses names {', '.join(sorted(unknown)) or 'nothing'}; choose of {', '.join(LOSSES)}")
+        if not 0 <= self.mixup <= 1:
+            raise ConfigError(f"mixup is {self.mixup}; it must lie in [0, 1]")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the run is made of
+
+
+def make_degradation(config: RestorationConfig, names: tuple[str, ...]):
+    """The degradation of a list of names, with the ranges of the configuration."""
+    from iptv2_diffusion.data import degradations as d
+
+    kinds = {
+        "noise": d.GaussianNoise,
+        "gaussian_blur": d.GaussianBlur,
+        "motion_blur": d.MotionBlur,
+        "rain": d.RainStreaks,
+        "jpeg": d.JPEGCompression,
+    }
+    for name in names:
+        if name not in kinds:
+            raise ConfigError(f"degradation {name!r} is none of {', '.join(kinds)}")
+        low, high = getattr(config, name)
+        if not 0 <= low <= high or (name == "noise" and high > 255) or (name == "jpeg" and not 1 <= low <= high <= 100):
+            raise ConfigError(
+                f"{name} is {low:g},{high:g}; a range needs 0 <= low <= high (noise: 255, jpeg: 1 to 100)"
+            )
+    steps = [kinds[name](*getattr(config, name)) for name in names]
+    return steps[0] if len(steps) == 1 else d.Sequential(*steps)
+
+
+def make_sources(config: RestorationConfig, data: str, split: str, accelerator: Accelerator) -> list[Source]:
+    """Patches of each task of the run, from `data`."""
+    from iptv2_diffusion.data.restoration import ImageStore, PatchSampler, find_images
+    from iptv2_diffusion.data.restoration_sets import find_pairs
+    from iptv2_diffusion.training.restoration import Source
+
+    def store(files):
+        return ImageStore(files, config.cache_dir, config.channels, say=accelerator.print)
+
+    with user_errors(OSError, ValueError), accelerator.local_main_process_first():
+        if config.layout != "clean":
+            pairs = find_pairs(config.layout, data, split)
+            sampler = PatchSampler(
+                store([pair.clean for pair in pairs]), store([pair.degraded for pair in pairs]), config.prefer_texture
+            )
+            return [Source(sampler, None)]
+        sampler = PatchSampler(store(find_images(data)), None, config.prefer_texture)
+        tasks = [tuple(task.split("+")) for task in config.tasks] or [config.degradations]
+        return [Source(sampler, make_degradation(config, names)) for names in tasks]
+
+
+def make_model(config: RestorationConfig) -> nn.Module:
+    """The restorer, initialised from the seed, its backbone from another model if one is named."""
+    from accelerate.utils import set_seed
+
+    from iptv2_diffusion.models.exchange import load_backbone
+    from iptv2_diffusion.models.presets import create_model
+
+    overrides = {"in_channels": config.channels, **config.model_overrides}
+    if config.tasks:
+        overrides["num_tasks"] = len(config.tasks)
+    set_seed(config.seed)
+    with user_errors(OSError, ValueError, TypeError):
+        model = create_model(config.model, **overrides)
+        if config.backbone_from is not None:
+            print(load_backbone(model, create_model(config.backbone_from)))
+    if not hasattr(model.config, "sigma_conditioning"):
+        raise ConfigError(f"{config.model} is a {type(model).__name__}, not a restorer; see --help for --model")
+    noisy = config.layout == "clean" and any("noise" in names for names in (config.degradations, *config.tasks))
+    if model.config.sigma_conditioning is not None and not noisy:
+        raise ConfigError(
+            "this model takes a noise level and the data has none; add --model_overrides "
+            "'{\"sigma_conditioning\": null}'"
+        )
+    return model
+
+
+def make_task(config: RestorationConfig, trainer: Trainer) -> RestorationTask:
+    """Sources and held-out crops."""
+    from iptv2_diffusion.training.restoration import RestorationTask
+
+    accelerator = trainer.accelerator
+    sources = make_sources(config, config.data, "train", accelerator)
+    heldout = make_heldout(config, accelerator)
+    images = len(sources[0].sampler.clean)
+    accelerator.print(f"{images} images to train on, {sum(len(b.clean) for b in heldout.values())} held-out crops")
+    return RestorationTask(config, accelerator, model=trainer.state.module, sources=sources, heldout=heldout)
+
+
+def make_heldout(config: RestorationConfig, accelerator: Accelerator) -> dict[str, Batch]:
+    """Held-out crops by kind, none if there is no held-out data."""
+    from dataclasses import replace
+
+    import torch
+
+    from iptv2_diffusion.training.restoration import heldout_batches
+
+    batches: dict[str, Batch] = {}
+    if config.heldout is None:
+        return batches
+    for index, source in enumerate(make_sources(config, config.heldout, "test", accelerator)):
+        found = heldout_batches(source, config.heldout_images, config.heldout_size, config.heldout_sigmas, config.seed)
+        for name, batch in found.items():
+            count = len(batch.clean)
+            if config.tasks:
+                sigma = torch.zeros(count) if batch.sigma is None else batch.sigma
+                batch = replace(batch, task=torch.full((count,), index), sigma=sigma)
+            batches[f"{config.tasks[index]}_{name}" if config.tasks else name] = batch
+    return batches
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, build, train, save."""
+    config = parse_config(RestorationConfig, argv, description=__doc__, examples=EXAMPLES)
+
+    from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry_run
+
+    if config.dry_run:
+        prepare_dry_run(config)
+        config.heldout_images, config.heldout_size = 1, 64
+    accelerator = make_accelerator(config)
+    model = make_model(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    accelerator.print(f"{config.model}: {parameters / 1e6:.3f} M parameters on {accelerator.device}")
+    trainer = Trainer(config, accelerator, model, curves=("psnr", *(f"psnr_sigma{s:g}" for s in config.heldout_sigmas)))
+    task = make_task(config, trainer)
+    trainer.resume()
+    if trainer.fit(task):
+        trainer.finish()
+        return 0
+    if config.dry_run:
+        trainer.check_resume()
+    if accelerator.is_main_process:
+        save_pipeline(config, trainer)
+    trainer.finish()
+    if accelerator.is_main_process:
+        print("dry run: every stage ran" if config.dry_run else next_steps(config, trainer))
+    return 0
+
+
+def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
+    """output_dir/pipeline: the fused restorer with the averaged weights, and the run's configuration beside it."""
+    import torch
+
+    from iptv2_diffusion import IPTV2RestorationPipeline
+
+    folder, temporary = trainer.output_dir / "pipeline", trainer.output_dir / ".tmp-pipeline"
+    module = trainer.state.module
+    model = type(module).from_config(module.config)
+    model.load_state_dict(trainer.state.averaged_state_dict())
+    model = model.fuse().to(getattr(torch, config.save_dtype))
+    with user_errors(OSError):
+        shutil.rmtree(temporary, ignore_errors=True)
+        IPTV2RestorationPipeline(model).save_pretrained(temporary)
+        shutil.copy(trainer.output_dir / "config.yaml", temporary / "training_config.yaml")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+
+
+def next_steps(config: RestorationConfig, trainer: Trainer) -> str:
+    """What was made, and commands to copy."""
+    folder = trainer.output_dir
+    command = "accelerate launch " + " ".join(shlex.quote(word) for word in sys.argv)
+    return f"""
+trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
+  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
+
+What to try next
+  restore pictures:  iptv2-restore photo.png -o restored --model {folder}/pipeline
+  measure it:        python eval/restoration_benchmark.py --models {folder}/pipeline
+  train longer:      {command} --max_train_steps {2 * trainer.step}
+  all options:       python train/train_restoration.py --help"""
+
+
+if __name__ == "__main__":
+    run_main(main)
