@@ -36,7 +36,6 @@ examples:
   another VAE from the Hub             ... --vae stabilityai/sd-vae-ft-ema --resolution 256 --model iptv2-s
   a DiT under the same recipe          ... --model dit-s-2 --output_dir runs/dit
   8 GPUs in bfloat16                   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 ...
-  15 % faster, CPU and glibc           MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 ...
 
 The same command resumes: it continues from the newest checkpoint in output_dir, bit for bit.
 `accelerate launch --quiet` leaves its own traceback out when a run ends with an error.

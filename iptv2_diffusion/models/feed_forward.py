@@ -1,13 +1,13 @@
 """Rep-LeFFN: the re-parameterised, locally-enhanced feed-forward of an FG block (SPEC §5)."""
 
 import copy
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d, add_depthwise, is_plain, merge_depthwise
+from .operators import without_autocast
 
 __all__ = ["RepLeFFN"]
 
@@ -108,7 +108,6 @@ def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | No
 
     Autocast is off here: in half precision the rounding of W₂W₁ would add to that of the product with x.
     """
-    device = first.weight.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with without_autocast(first.weight):
         bias = None if first.bias is None else second.weight @ first.bias + second.bias
         return second.weight @ first.weight, bias

@@ -9,6 +9,8 @@ Shape letters: G groups (windows or grid offsets, times batch), h heads, N posit
 of a head. Norms, logits and softmax are float32 whatever the inputs and whatever autocast says.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -16,6 +18,12 @@ from torch.autograd.function import once_differentiable
 __all__ = ["channel_attention", "rotate_normalised", "scale_add", "window_partition"]
 
 EPSILON = 1e-12  # of norms, as in F.normalize
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast off on x's device; devices without autocast (meta) have none to turn off."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def wants_gradient(*tensors: Tensor) -> bool:
@@ -119,7 +127,7 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, affine: Tensor, temperatu
     Returns:
         (G, h, N, d) in v's dtype.
     """
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         if wants_gradient(q, k, v, affine, temperature):
             return ChannelAttention.apply(q, k, v, affine, temperature)
         attention, _, _ = channel_attention_map(q.float(), k.float(), affine, temperature)
@@ -160,7 +168,7 @@ class ChannelAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, affine, temperature, attention, inverse_q, inverse_k = ctx.saved_tensors
         dtype, tau = v.dtype, temperature.float()[:, None, None]
-        with torch.autocast(v.device.type, enabled=False):
+        with without_autocast(v):
             grad_v = grad @ attention.to(dtype)
             grad_attention = (grad.transpose(-2, -1) @ v).float()  # (G, h, d, d)
             grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, torch.float32)

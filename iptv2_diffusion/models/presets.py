@@ -137,7 +137,7 @@ PRESETS: dict[str, Preset] = {
             "conditioning_dim": 32,
         },
         parameters=0.126,
-        gmacs=0.0035,
+        gmacs=0.00354,
     ),
     "emoji64": Preset(  # the demo and assets/iptv2-emoji64: 16×16×4 latents
         {

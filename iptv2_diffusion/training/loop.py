@@ -30,6 +30,7 @@ from iptv2_diffusion.training.config import TrainingConfig, config_to_dict, froz
 from iptv2_diffusion.training.ema import ModelState
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, user_errors
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
+from iptv2_diffusion.training.memory import keep_freed_memory
 from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
 from iptv2_diffusion.training.sharding import refuse_other_sharding, shard, whole
 from iptv2_diffusion.training.signals import StopSignal
@@ -94,6 +95,8 @@ def set_threads(num_threads: int | None, accelerator: Accelerator) -> None:
         num_threads = max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))))
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
 
 
 class Trainer:

@@ -32,3 +32,18 @@ def test_unknown_preset_is_one_line():
     assert done.returncode == 1
     assert "emoji64" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_quick_prints_the_ratios():
+    done = run("--quick", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) == {
+        "inference_ratio_to_dit",
+        "training_ratio_to_dit",
+        "fused_speedup",
+        "fraction_of_matmul_rate",
+    }
+    assert all(value > 0 for value in result.values())
+    assert result["fraction_of_matmul_rate"] < 1.05
