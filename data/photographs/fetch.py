@@ -43,6 +43,7 @@ DEBIAN = {
         f"wallpapers/{name}"
         for name in (
             "Butterfly-Kenneth-Wimer.jpg",
+            "Valendas.png",
             "after-the-rain.jpg",
             "appleflower.png",
             "beam.png",

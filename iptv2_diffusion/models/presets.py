@@ -61,7 +61,7 @@ def restorer(parameters: float, gmacs: float, **config: Any) -> Preset:
 RESTORATION_PRESETS: dict[str, Preset] = {
     "restoration-tiny": restorer(  # for tests
         0.0776,
-        0.0031,
+        0.00313,
         sample_size=16,
         unshuffle=2,
         channels=16,

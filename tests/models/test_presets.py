@@ -11,7 +11,7 @@ import yaml
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 
-from iptv2_diffusion.models.presets import PRESETS, count_macs, count_parameters, create_model
+from iptv2_diffusion.models.presets import PRESETS, RESTORATION_PRESETS, count_macs, count_parameters, create_model
 from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
 
 OURS = [name for name, preset in PRESETS.items() if preset.model_class is IPTV2Transformer2DModel]
@@ -54,7 +54,7 @@ class TestSizes:
     def test_figures_beside_the_preset_are_true(self, name):
         """To three figures, which is how they are written."""
         preset = PRESETS[name]
-        fused = {"fused": True} if name in OURS else {}
+        fused = {"fused": True} if name in (*OURS, *RESTORATION_PRESETS) else {}
         assert count_parameters(on_meta(name, **fused)) / 1e6 == pytest.approx(preset.parameters, rel=5e-3)
         assert macs(name, **fused) / 1e9 == pytest.approx(preset.gmacs, rel=8e-3)
 
@@ -144,10 +144,14 @@ class TestCounting:
 class TestCreateModel:
     @pytest.mark.parametrize("name", PRESETS)
     def test_every_preset_builds_with_overrides(self, name):
-        model = on_meta(name, num_class_embeds=7, sample_size=16)
+        overrides = {"in_channels": 1} if name in RESTORATION_PRESETS else {"num_class_embeds": 7}
+        model = on_meta(name, **overrides, sample_size=16)
         assert isinstance(model, PRESETS[name].model_class)
         assert model.config.sample_size == 16
-        assert getattr(model.config, "num_class_embeds" if name in OURS else "num_embeds_ada_norm") == 7
+        if name in RESTORATION_PRESETS:
+            assert model.config.in_channels == 1
+        else:
+            assert getattr(model.config, "num_class_embeds" if name in OURS else "num_embeds_ada_norm") == 7
 
     def test_a_preset_is_not_changed_by_overrides(self):
         before = dict(PRESETS["tiny"].config)
@@ -201,7 +205,7 @@ class TestCreateModel:
             ("chanels: 8", r"no argument 'chanels'; near it: channels"),
             ("- 8", "holds list"),
             ("a: [", "neither JSON nor YAML"),
-            ("_class_name: UNet2DModel", "_class_name is 'UNet2DModel', not one of IPTV2Transformer2DModel, DiT"),
+            ("_class_name: UNet2DModel", "_class_name is 'UNet2DModel', not one of IPTV2Transformer2DModel, IPTV2Rest"),
         ],
     )
     def test_config_files_that_are_no_models(self, tmp_path, text, message):

@@ -63,7 +63,7 @@ def test_it_learns_to_denoise_and_leaves_a_pipeline(photos):
     words = ("--noise", "25,25", "--eval_every", "20", "--heldout_sigmas", "25", "--ema_decay", "0.9", *SIGMA)
     folder = train(photos, "run", *words, steps=60)
     values = [row["psnr_sigma25"] for row in read_metrics(folder / "metrics.jsonl") if "psnr_sigma25" in row]
-    assert values[-1] > 20.2 + 2  # 20.17 dB is the noise itself
+    assert values[-1] > 20.17 + 1.5  # 20.17 dB is the noise itself
     assert values[-1] > values[0]
     pipeline = IPTV2RestorationPipeline.from_pretrained(folder / "pipeline")
     assert pipeline.model.config.fused

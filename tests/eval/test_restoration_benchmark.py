@@ -1,0 +1,58 @@
+"""The benchmark: the protocol's noise, files written, pictures of a folder."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("restoration_benchmark", ROOT / "eval/restoration_benchmark.py")
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """A model that returns its input, two pictures, and the arguments that name them."""
+    IPTV2RestorationPipeline(create_model("restoration-tiny").fuse()).save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    for seed in range(2):
+        array = np.random.default_rng(seed).integers(100, 156, (200, 210, 3), np.uint8)
+        Image.fromarray(array).save(tmp_path / f"photos/{seed}.png")
+    threads = torch.get_num_threads()
+    words = ["--images", tmp_path / "photos", "--models", tmp_path / "model", "--output", tmp_path / "out"]
+    yield tmp_path, [str(word) for word in words]
+    torch.set_num_threads(threads)
+
+
+def test_a_run_writes_what_the_definition_gives(setting):
+    folder, words = setting
+    assert benchmark.main([*words, "--sigmas", "10", "20"]) == 0
+    rows = json.loads((folder / "out/results.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * 2  # σ, pictures, input and model
+    for row in rows:
+        clean = np.asarray(Image.open(folder / f"photos/{row['image']}.png"), np.float64)
+        seed = 1000 * int(row["sigma"]) + int(row["image"])
+        noisy = clean + np.random.default_rng(seed).normal(0, row["sigma"], clean.shape)
+        error = ((noisy.clip(0, 255) - clean) ** 2).mean()
+        assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-4)
+    assert (folder / "out/0-sigma20.png").is_file()
+    table = (folder / "out/results.md").read_text()
+    assert "RGB, border 0, clipped, not rounded" in table
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + 4
+
+
+def test_ffdnet_has_the_published_number_of_parameters():
+    assert sum(p.numel() for p in benchmark.FFDNet().parameters()) == 852_108
+
+
+@pytest.mark.parametrize(("words", "message"), [(["--images", "absent"], "absent is not a folder")])
+def test_errors_are_one_line(setting, words, message):
+    with pytest.raises(benchmark.UserError, match=message):
+        benchmark.main([*setting[1], *words])
