@@ -164,7 +164,7 @@ class IPTV2RestorationModel(
         vector = None if self.embedder is None else self.embedder(sigma, task)
 
         factor = self.config.unshuffle
-        x = 4 * (image - 0.5)  # brings contrasts and noise near unit scale: much faster at first [ours]
+        x = 4 * (image - 0.5)  # brings contrasts and noise near unit scale [ours, untested]
         x = F.pixel_unshuffle(pad_replicate(x, factor), factor)  # (B, planes, H/factor, W/factor)
         if self.config.sigma_conditioning == "map":
             x = torch.cat((x, sigma[:, None, None, None].expand(-1, 1, *x.shape[-2:])), dim=1)
