@@ -90,8 +90,11 @@ class TrainingConfig:
         0.75, "the decay ramps up as 1 - (1 + step)^-power: 0.75 suits 10 K steps, 2/3 1 M", group="optimiser"
     )
 
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "autocast precision; none: what `accelerate launch` says", group="machine", free=True
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(
+        None,
+        "autocast precision; auto: bf16 if this machine is faster with it; none: what `accelerate launch` says",
+        group="machine",
+        free=True,
     )
     sharding: Literal["none", "zero2", "zero3"] = option(
         "none",

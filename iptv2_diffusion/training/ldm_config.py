@@ -35,7 +35,9 @@ class LDMConfig(TrainingConfig):
     cache_latents: bool = option(True, "encode once into cache_dir; false: on the fly", group="latents")
     cache_dir: str = option("~/.cache/iptv2-diffusion/latents", "folder of caches", group="latents", free=True)
     cache_dtype: Literal["float16", "float32"] = option("float16", "of cached latents", group="latents")
-    encode_precision: Literal["float32", "bfloat16"] = option("float32", "the VAE's, in encoding", group="latents")
+    encode_precision: Literal["float32", "bfloat16", "auto"] = option(
+        "float32", "the VAE's, in encoding; auto: the faster on this machine", group="latents"
+    )
     encode_batch_size: int = option(64, "images encoded at a time", group="latents", free=True)
 
     model: str = option("emoji64", "preset (iptv2-s, dit-b-2 ...), config.json, or saved model folder", group="model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
 from iptv2_diffusion.data.sampling import DataOrder
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
+from iptv2_diffusion.training.precision import fastest_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,7 +84,7 @@ def open_caches(
             flips=config.random_flip and training,
             crops=config.crops if training else 1,
             dtype=config.cache_dtype,
-            precision=config.encode_precision,
+            precision=encode_precision(config),
         )
         with user_errors(OSError, ValueError, as_error=LocalError):
             cache = part and cached_latents(
@@ -100,11 +101,18 @@ def open_caches(
     return caches
 
 
+def encode_precision(config: LDMConfig) -> Literal["float32", "bfloat16"]:
+    """`config.encode_precision`, with `auto` decided for this machine."""
+    if config.encode_precision != "auto":
+        return config.encode_precision
+    return "bfloat16" if fastest_precision() == "bf16" else "float32"
+
+
 def encode_on_the_fly(
     config: LDMConfig, codec: LatentCodec, images: ImageTensors, slices: list[slice], step: int
 ) -> tuple[LatentSource, DataOrder]:
     """Latents encoded as they are needed from optimiser step `step` on, and the order they come in."""
-    encoding = Encoding(flips=config.random_flip, crops=config.crops, precision=config.encode_precision)
+    encoding = Encoding(flips=config.random_flip, crops=config.crops, precision=encode_precision(config))
     with user_errors(OSError, ValueError):
         order = DataOrder(len(images.valid_indices()), config.seed)
         options: dict[str, Any] = {"order": order, "batch_size": config.batch_size, "slices": slices, "start": step}

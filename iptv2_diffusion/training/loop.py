@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, use
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
 from iptv2_diffusion.training.memory import keep_freed_memory
 from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
+from iptv2_diffusion.training.precision import fastest_precision
 from iptv2_diffusion.training.sharding import refuse_other_sharding, shard, whole
 from iptv2_diffusion.training.signals import StopSignal
 
@@ -75,6 +76,9 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator, for whatever batch."""
     refuse_other_sharding()
     trackers, messages = available_trackers(config.report_to)
+    if config.mixed_precision == "auto":
+        PartialState(timeout=PROCESS_TIMEOUT)  # the processes meet here already, to agree
+        config.mixed_precision = fastest_precision()
     with user_errors(ValueError, ImportError):  # such as fp16 on a CPU
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
