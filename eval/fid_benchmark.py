@@ -8,29 +8,24 @@ Writes, in output_dir, a folder of images for each, results.json (all that decid
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 from iptv2_diffusion.metrics.generation import (
     FeatureExtractor,
-    Statistics,
     dinov2,
     efficientnet_lite0,
     extract_features,
-    file_sha256,
     frechet_distance,
     half_half_floor,
     half_sample_error,
@@ -42,6 +37,7 @@ from iptv2_diffusion.metrics.generation import (
     principal_axes,
     statistics,
 )
+from iptv2_diffusion.metrics.reference import ReferenceImages
 from iptv2_diffusion.training.config import coerce_fields, config_to_dict, option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.generation import GenerationConfig, SampleFolder, generate, start_accelerator
@@ -54,7 +50,6 @@ examples:
                           --config configs/benchmark/imagenet256.yaml --reference VIRTUAL_imagenet256_labeled.npz
   one pipeline          ... --pipeline facebook/DiT-XL-2-256 --scheduler ddpm --reference my_images --resolution 256
 """
-ADM_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 # GMACs and FID-50K on ImageNet 256×256, ADM's protocol, 400 K steps, batch 256, no guidance; as the papers report them
 PUBLISHED = {
     "DiT (paper)": [(6.06, 68.4), (23.0, 43.5), (80.7, 23.3), (118.6, 19.5)],
@@ -129,7 +124,7 @@ class Entry:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Encoders and the reference
+# Encoders, and whether there are enough images for them
 
 
 def make_extractor(name: str, config: BenchmarkConfig) -> FeatureExtractor:
@@ -146,53 +141,7 @@ def make_extractor(name: str, config: BenchmarkConfig) -> FeatureExtractor:
     raise ConfigError(f"extractor {name!r}: use inception, efficientnet-lite0, efficientnet-lite0@SIZE, or dinov2:NAME")
 
 
-class Reference:
-    """The real images: a data set as `load_image_dataset` takes it, or an ADM .npz."""
-
-    def __init__(self, config: BenchmarkConfig) -> None:
-        self.source = config.reference
-        self.stored: dict[str, Statistics] = {}
-        with user_errors(OSError, ValueError):
-            if config.reference.endswith(".npz"):
-                self._open_npz(Path(config.reference))
-            else:
-                data = load_image_dataset(config.reference, split=config.reference_split)
-                self._images = ImageTensors(data, size=config.resolution)
-                self._array, self._indices = None, self._images.valid_indices()
-                self.count = len(self._indices)
-
-    def _open_npz(self, path: Path) -> None:
-        archive = np.load(path, mmap_mode="r", allow_pickle=False)
-        for name, (mean, covariance) in ADM_NAMES.items():
-            if mean in archive:
-                values = (torch.from_numpy(archive[key].astype(np.float64)) for key in (mean, covariance))
-                self.stored[name] = Statistics(*values)
-        if "arr_0" not in archive:
-            raise ConfigError(f"{path} holds {', '.join(archive)}, but no images (arr_0)")
-        self._array = archive["arr_0"]
-        self.count = len(self._array)
-
-    def batches(self, size: int = 64) -> Iterator[Tensor]:
-        """All images: (N, 3, H, W) uint8."""
-        for start in range(0, self.count, size):
-            stop = min(start + size, self.count)
-            if self._array is not None:
-                yield torch.from_numpy(self._array[start:stop]).permute(0, 3, 1, 2)
-            else:
-                items = [self._images[i]["pixel_values"] for i in self._indices[start:stop]]
-                yield (torch.stack(items) * 127.5 + 127.5).round().byte()
-
-    def sha256(self) -> str:
-        """Of the .npz file, or of the cropped pixels of a data set."""
-        if self._array is not None:
-            return file_sha256(self.source)
-        digest = hashlib.sha256()
-        for batch in self.batches():
-            digest.update(batch.numpy().tobytes())
-        return digest.hexdigest()
-
-
-def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: Reference) -> None:
+def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: ReferenceImages) -> None:
     """Refuse a Fréchet distance between singular covariances."""
     for extractor in extractors:
         kept = "spatial" in extractor.heads and "pool" in reference.stored
@@ -214,14 +163,13 @@ def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], r
 class Scorer:
     """The reference as one encoder sees it, and what samples score against it."""
 
-    def __init__(self, extractor: FeatureExtractor, reference: Reference, config: BenchmarkConfig) -> None:
+    def __init__(self, extractor: FeatureExtractor, reference: ReferenceImages, config: BenchmarkConfig) -> None:
         self.extractor, self.config = extractor, config
         real = extract_features(extractor, reference.batches())
         stored = reference.stored if "spatial" in extractor.heads else {}
         self.statistics = {name: stored.get(name) or statistics(real[name]) for name in real if name != "logits"}
         pool = real["pool"]
-        self.components = min(config.pca_components, len(pool) - 1, pool.shape[1])
-        self.axes = principal_axes(pool, self.components)
+        self.axes = principal_axes(pool, config.pca_components)
         self.projected = statistics(pool.double() @ self.axes)
         self.within = mean_kernel(pool)
         self.real = pool
@@ -258,10 +206,9 @@ class Scorer:
         return {"count": len(self.real) // 2} | {n: half_half_floor(self.real, m) for n, m in metrics.items()}
 
 
-def describe(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: Reference) -> dict[str, Any]:
+def describe(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: ReferenceImages) -> dict[str, Any]:
     """What decides the figures beside the images themselves."""
     packages = ("torch", "torchvision", "diffusers", "torch-fidelity", "numpy", "pillow")
-    cropped = f"ADM centre crop to {config.resolution}"
     return {
         "command": shlex.join(["python", *sys.argv]),
         "config": config_to_dict(config),
@@ -271,7 +218,7 @@ def describe(config: BenchmarkConfig, extractors: list[FeatureExtractor], refere
             "count": reference.count,
             "sha256": reference.sha256(),
             "statistics": "stored in the file" if reference.stored else "of these images",
-            "preparation": "as stored" if config.reference.endswith(".npz") else cropped,
+            "preparation": reference.preparation,
         },
         "images": "8-bit RGB: round(255 x), PNG; scored as they were saved",
         "precision": "float32 encoders; statistics, distances and KID in float64",
@@ -299,7 +246,7 @@ def table(results: dict[str, Any]) -> str:
     components = results["config"]["pca_components"]
     columns = ["model", "M parameters", "GMACs", "training steps", "guidance", "images", "s/image"]
     for name in names:
-        columns += [title(name), f"PCA-{components}", "KID x 1000", "precision", "recall"]
+        columns += [title(name), f"PCA-{components}", "KID", "precision", "recall"]
         columns += ["sFID", "IS"] if name.startswith("inception") else []
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in results["models"]:
@@ -308,7 +255,7 @@ def table(results: dict[str, Any]) -> str:
         cells += [f"{row['guidance_scale']:g}", f"{row['num_samples']:,}", f"{row['seconds_per_image']:.3g}"]
         for name in names:
             s = row["scores"][name]
-            cells += [with_error(s, "fd"), with_error(s, "fd_pca"), with_error(s, "kid", 1000, 2)]
+            cells += [with_error(s, "fd"), with_error(s, "fd_pca"), with_error(s, "kid", digits=4)]
             cells += [f"{s['precision']:.3f}", f"{s['recall']:.3f}"]
             cells += [f"{s['sfid']:.2f}", f"{s['inception_score']:.2f}"] if "sfid" in s else []
         lines.append("| " + " | ".join(cells) + " |")
@@ -317,16 +264,15 @@ def table(results: dict[str, Any]) -> str:
         f = results["floor"][name]
         lines.append(
             f"Floor of {title(name)}, half of the reference against the other ({f['count']:,} images each): "
-            f"{f['fd']:.2f}; PCA-{components} {f['fd_pca']:.2f}; KID x 1000 {1000 * f['kid']:.2f}."
+            f"{f['fd']:.2f}; PCA-{components} {f['fd_pca']:.2f}; KID {f['kid']:.4f}."
         )
     return "\n".join(lines) + "\n"
 
 
-def with_error(scores: dict[str, float], name: str, factor: float = 1, digits: int = 2) -> str:
+def with_error(scores: dict[str, float], name: str, digits: int = 2) -> str:
     """value ± standard error."""
-    error = scores.get(f"{name}_error")
-    text = f"{factor * scores[name]:.{digits}f}"
-    return text if error is None else f"{text} ± {factor * error:.{digits}f}"
+    text = f"{scores[name]:.{digits}f}"
+    return f"{text} ± {scores[f'{name}_error']:.{digits}f}" if f"{name}_error" in scores else text
 
 
 def plot(results: dict[str, Any], path: Path, published: bool) -> None:
@@ -361,7 +307,7 @@ def plot(results: dict[str, Any], path: Path, published: bool) -> None:
 
 
 def evaluate(
-    config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: Reference, folders: list[SampleFolder]
+    config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: ReferenceImages, folders: list[SampleFolder]
 ) -> dict[str, Any]:
     """All figures of all models, and what decides them."""
     with user_errors(ValueError):
@@ -387,7 +333,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_config(BenchmarkConfig, argv, description=__doc__, examples=EXAMPLES)
     accelerator = start_accelerator(config.num_threads)
     extractors = [make_extractor(name, config).to(accelerator.device) for name in config.extractors]
-    reference = Reference(config)
+    with user_errors(OSError, ValueError):
+        reference = ReferenceImages(config.reference, split=config.reference_split, size=config.resolution)
     check_numbers(config, extractors, reference)
     output_dir, folders = Path(config.output_dir), []
     for entry in config.entries():
