@@ -95,7 +95,7 @@ class TestFrechetDistance:
         assert frechet_distance_pca(*features, components=5) == pytest.approx(expected, rel=1e-10)
         assert frechet_distance_pca(*features, components=12) == pytest.approx(frechet_distance(*features), rel=1e-9)
         assert frechet_distance_pca(*features, components=5, fit_on=features[0]) != pytest.approx(expected, rel=1e-3)
-        with pytest.raises(ValueError, match="70 images of 12 features have no 13 principal .* at most 12"):
+        with pytest.raises(ValueError, match="70 images of 12 features have no 13 principal components"):
             frechet_distance_pca(*features, components=13)
 
     def test_refuses_features_of_different_encoders(self, features):
