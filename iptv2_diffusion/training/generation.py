@@ -119,6 +119,7 @@ def load_pipeline(config: GenerationConfig, device: torch.device) -> tuple[Any, 
     """
     from iptv2_diffusion import IPTV2Pipeline  # late: diffusers' pipelines take seconds to import
 
+    diffusers.utils.logging.disable_progress_bar()
     with user_errors(OSError, ValueError):
         folder = config.pipeline if Path(config.pipeline).is_dir() else DiffusionPipeline.download(config.pipeline)
         pipeline = DiffusionPipeline.from_pretrained(folder)

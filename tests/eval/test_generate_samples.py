@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from diffusers import DiTPipeline
 from PIL import Image
 from tiny_pipelines import KINDS, save_pipeline
 
 from iptv2_diffusion import IPTV2Pipeline
 from iptv2_diffusion.data.sampling import generator_for
-from iptv2_diffusion.training.errors import ConfigError
+from iptv2_diffusion.training.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "eval" / "generate_samples.py"
@@ -232,9 +231,7 @@ class TestPipelinesAndSchedulers:
         assert len({images(folder)["000000.png"] for folder in (saved, *others)}) == 4
 
     def test_a_scheduler_for_another_target_is_refused(self, run):
-        with pytest.raises(
-            ConfigError, match="scheduler ddpm does not fit a denoiser of flow matching; use one of flow-"
-        ):
+        with pytest.raises(ConfigError, match="scheduler ddpm does not fit a denoiser of flow matching"):
             run("wrong", "--scheduler", "ddpm")
         with pytest.raises(ConfigError, match="scheduler flow-heun does not fit a denoiser of noise; use one of ddpm"):
             run("wrong", "--scheduler", "flow-heun", kind="dit")
@@ -242,12 +239,10 @@ class TestPipelinesAndSchedulers:
     def test_a_guidance_interval_acts_in_between(self, run, reference):
         folder = run("interval", "--guidance_interval", "0.5,1")
         assert not set(images(folder).values()) & set(images(reference).values())
-        with pytest.raises(ConfigError, match="guidance_interval is 0.5,0.2"):
+        with pytest.raises(ConfigError, match=r"guidance_interval is 0\.5,0\.2"):
             run("interval", "--guidance_interval", "0.5,0.2")
 
     def test_what_is_no_pipeline_is_told_in_one_line(self, script, tmp_path):
-        from iptv2_diffusion.training.errors import UserError
-
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError) as caught:
             script.main(words(tmp_path / "empty", tmp_path / "out"))
