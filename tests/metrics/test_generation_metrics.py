@@ -246,8 +246,6 @@ class TestInception:
         extractor = inception_v3(inception_weights)
         network = NoTrainInceptionV3("inception", ["2048"], str(inception_weights), antialias=False)
         metric = FrechetInceptionDistance(feature=network, normalize=False)
-        metric.set_dtype(torch.float64)
-        network.float()  # set_dtype casts it too
         metric.update(pictures[:2], real=True)
         metric.update(pictures[2:4], real=False)
         ours = frechet_distance(extractor(pictures[2:4]), extractor(pictures[:2]))
@@ -297,8 +295,6 @@ class TestOtherEncoders:
         assert torch.allclose(ours, direct, atol=1e-5)
         assert (extractor.name, extractor.sha256[:8]) == ("efficientnet-lite0@64", "57934424")
         metric = FrechetInceptionDistance(feature=efficientnet_lite0(64), normalize=False, input_img_size=(3, 64, 64))
-        metric.set_dtype(torch.float64)
-        metric.inception.float()  # set_dtype casts it too
         metric.update(square, real=True)
         metric.update(255 - square, real=False)
         expected = frechet_distance(extractor(255 - square), ours)
