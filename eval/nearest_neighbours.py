@@ -74,17 +74,6 @@ def draw_samples(pipeline: IPTV2Pipeline, config: NeighbourConfig) -> Tensor:
     return torch.cat(rows)
 
 
-def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """RMS difference to, and index of, the nearest reference or mirrored reference: both (N,)."""
-    import torch
-
-    distances = [
-        torch.cdist(queries.flatten(1), candidates.flatten(1)) for candidates in (references, references.flip(-1))
-    ]
-    distance, index = torch.minimum(*distances).min(dim=1)
-    return distance / queries[0].numel() ** 0.5, index
-
-
 def quantiles(distances: Tensor) -> dict[str, float]:
     """Minimum, 5 %, median and mean."""
     import torch
@@ -119,13 +108,15 @@ def main() -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
     if pipeline.num_classes is None:
         raise ConfigError(f"{config.pipeline} is unconditional; this script draws samples by class")
+    from iptv2_diffusion.metrics.generation import nearest_neighbour_distance
+
     train, heldout = load_split(config, config.train_split), load_split(config, config.heldout_split)
     samples = draw_samples(pipeline, config)
 
-    distance, index = nearest(samples, train)
+    distance, index = nearest_neighbour_distance(samples, train)
     result = {
         "samples_to_train": quantiles(distance),
-        "heldout_to_train": quantiles(nearest(heldout, train)[0]),
+        "heldout_to_train": quantiles(nearest_neighbour_distance(heldout, train)[0]),
         "samples": len(samples),
         "command": " ".join(sys.argv),
     }

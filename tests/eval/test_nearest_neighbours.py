@@ -1,4 +1,4 @@
-"""nearest_neighbours.py: the distances, and the script itself on a tiny pipeline and a folder of images."""
+"""nearest_neighbours.py on a tiny pipeline and a folder of images; its distances: tests/metrics/."""
 
 import importlib.util
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
@@ -24,21 +23,6 @@ def script():
     sys.modules["nearest_neighbours"] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
-
-
-def test_nearest_is_the_smallest_rms_difference_of_image_or_mirror_image(script):
-    torch.manual_seed(0)
-    queries, references = torch.rand(5, 3, 4, 6) * 255, torch.rand(7, 3, 4, 6) * 255
-    references[3] = queries[2].flip(-1) + 2
-    distance, index = script.nearest(queries, references)
-    for i, query in enumerate(queries):
-        slow = [
-            min((query - r).square().mean().sqrt(), (query - r.flip(-1)).square().mean().sqrt()) for r in references
-        ]
-        assert index[i] == int(np.argmin(slow))
-        assert distance[i] == pytest.approx(float(min(slow)), abs=0.05)
-    assert index[2] == 3
-    assert distance[2] == pytest.approx(2, abs=0.05)
 
 
 def test_the_script_writes_its_figures_and_picture(script, tmp_path, monkeypatch, capsys):
