@@ -11,9 +11,9 @@ Only with Inception's features is a Fréchet distance called FID; with others it
 What is left to torch-fidelity: the Inception network with TensorFlow's resize, Inception Score, precision and recall.
 What is written here, and why: its Fréchet distance takes the mean in the features' float32 (3e-5 off) and, each time,
 the eigenvalues of a product that is not symmetric (three times slower, complex for singular covariances), where error
-bars need many distances to one reference; its KID draws random subsets of equal size; it has neither sFID nor a distance
-after PCA nor error bars. torchmetrics has none of these either, and keeps no features. `tests/metrics/` holds each to
-independent code.
+bars need many distances to one reference; its KID draws random subsets of equal size; it has neither sFID nor a
+distance after PCA nor error bars. torchmetrics has none of these either, and keeps no features. `tests/metrics/` holds
+each to independent code.
 """
 
 from __future__ import annotations

@@ -145,6 +145,7 @@ class TestResults:
         assert len(before) == 2 * COUNT
 
 
+@pytest.mark.slow
 def test_inception_scores_against_stored_statistics(script, ground, tmp_path, monkeypatch):
     """FID and sFID against the statistics in an ADM file, KID and recall against its images."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -242,6 +242,7 @@ class TestInception:
         assert torch.allclose(inception_v3(inception_weights)(large), expected, rtol=1e-4, atol=1e-5)
         assert expected.std() > 0
 
+    @pytest.mark.slow
     def test_distance_is_torchmetrics_end_to_end(self, inception_weights, pictures):
         extractor = inception_v3(inception_weights)
         network = NoTrainInceptionV3("inception", ["2048"], str(inception_weights), antialias=False)
