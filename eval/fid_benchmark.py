@@ -113,7 +113,7 @@ class Entry:
         generation = replace(common, **coerce_fields(GenerationConfig, options, "models"))
         generation.validate()
         path = Path(generation.pipeline)
-        logged = read_metrics(path.parent / "metrics.jsonl")
+        logged = [row for row in read_metrics(path.parent / "metrics.jsonl") if "seconds" in row]
         steps, hours = told["training_steps"], told["training_hours"]
         if logged:
             steps = logged[-1]["step"] if steps is None else steps

@@ -53,7 +53,7 @@ def ground(tmp_path_factory):
         Image.fromarray(picture).save(folder / "photos" / f"{index:02d}.png")
     np.savez(folder / "reference.npz", arr_0=pictures)
     save_pipeline(folder / "run" / "pipeline")
-    rows = [{"step": 10, "seconds": 36.0}, {"step": 40, "seconds": 1800.0}]
+    rows = [{"step": 10, "seconds": 36.0}, {"step": 40, "seconds": 1800.0}, {"step": 40, "heldout_loss": 1.0}]
     (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_pipeline(folder / "dit", "dit")
     return folder
