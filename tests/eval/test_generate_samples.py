@@ -153,7 +153,7 @@ class TestResumption:
 
     def test_after_kill_9_no_image_is_missing_or_drawn_twice(self, pipelines, tmp_path, run, reference):
         """Slowed by many steps, killed once some images are there, then finished by the same command."""
-        many = ("--num_inference_steps", 60)
+        many = ("--num_inference_steps", 20)
         folder = tmp_path / "killed"
         process = launch(pipelines["iptv2"], folder, *many, "--group_size", 2)
         deadline = time.monotonic() + 300
