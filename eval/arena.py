@@ -73,8 +73,8 @@ class Run:
 
     @property
     def curve(self) -> list[dict[str, float]]:
-        """The lines with a held-out loss."""
-        return [line for line in self.log if "heldout_loss" in line]
+        """The lines with a held-out loss, up to the last step of this run."""
+        return [line for line in self.log if "heldout_loss" in line and line["step"] <= self.steps]
 
     @property
     def finished(self) -> bool:
