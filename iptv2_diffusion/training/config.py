@@ -163,16 +163,13 @@ def parse_config(
     """Read `--config FILE` and `--name value` overrides into `config_type`. Raises `ConfigError`."""
     parser, arguments = _make_parser(config_type, description, examples), _normalise(argv)
     known, rest = parser.parse_known_args(arguments)
-    fields = {field.name: field for field in dataclasses.fields(config_type)}
     if rest:
-        raise ConfigError(_unknown(rest[0].lstrip("-").split("=")[0], list(fields), "on the command line"))
+        names = [field.name for field in dataclasses.fields(config_type)]
+        raise ConfigError(_unknown(rest[0].lstrip("-").split("=")[0], names, "on the command line"))
     hints = typing.get_type_hints(config_type)
     values: dict[str, Any] = {}
     for path in known.config or []:
-        for name, value in _read_yaml(path).items():
-            if name not in fields:
-                raise ConfigError(_unknown(str(name), list(fields), f"in {path}"))
-            values[name] = coerce(value, hints[name], name)
+        values |= coerce_fields(config_type, _read_yaml(path), path)
     for name, text in vars(known).items():
         if name != "config" and text is not None:
             values[name] = coerce(_parse_text(text, hints[name]), hints[name], name)
@@ -180,6 +177,16 @@ def parse_config(
     if hasattr(config, "validate"):
         config.validate()
     return config
+
+
+def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values by field name, each turned into its field's type. Raises `ConfigError` for a name that is no field."""
+    hints = typing.get_type_hints(config_type)
+    names = [field.name for field in dataclasses.fields(config_type)]
+    for name in values:
+        if name not in names:
+            raise ConfigError(_unknown(str(name), names, f"in {where}"))
+    return {name: coerce(value, hints[name], name) for name, value in values.items()}
 
 
 def save_config(config: Any, path: str | Path) -> None:

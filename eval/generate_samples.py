@@ -1,0 +1,57 @@
+"""Images of an IPT-V2 or DiT pipeline, thousands of them, on any number of processes; resumes after a kill.
+
+    accelerate launch eval/generate_samples.py --pipeline assets/iptv2-emoji64 --num_samples 1000 \\
+        --num_inference_steps 25 --guidance_scale 1.5 --output_dir runs/samples
+
+Leaves images/000000.png …, generation.json (all that decided them) and, for ADM's evaluator, samples_NxHxWx3.npz.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iptv2_diffusion.training.config import option, parse_config
+from iptv2_diffusion.training.errors import UserError, run_main
+from iptv2_diffusion.training.generation import GenerationConfig, generate, label_of, start_accelerator
+
+EXAMPLES = """
+examples:
+  DiT's protocol on 8 GPUs    accelerate launch --multi_gpu --num_processes 8 eval/generate_samples.py \\
+                                --pipeline facebook/DiT-XL-2-256 --scheduler ddpm --batch_size 128
+  2 processes on a CPU        ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...
+  without labels              ... --labels none
+
+`accelerate launch --cpu --num_processes 2` starts one process and says nothing. The same command goes on after a kill;
+--num_samples may grow.
+"""
+
+
+@dataclass(kw_only=True)
+class SamplesConfig(GenerationConfig):
+    """A folder of images."""
+
+    output_dir: str = option("runs/samples", "folder for images/ and what belongs to them", group="results", free=True)
+    npz: bool = option(True, "write ADM's samples_NxHxWx3.npz too", group="results", free=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw what is missing, check that nothing is, write the npz."""
+    config = parse_config(SamplesConfig, argv, description=__doc__, examples=EXAMPLES)
+    accelerator = start_accelerator(config.num_threads)
+    folder = generate(config, accelerator, config.output_dir)
+    if accelerator.is_main_process:
+        absent = [index for index in range(config.num_samples) if not folder.has(index)]
+        if absent:
+            raise UserError(f"{len(absent)} images are missing, the first {folder.path(absent[0])}; start again")
+        seconds = folder.seconds_per_image()
+        print(f"{config.num_samples} images in {folder.folder}/images, {seconds:.3f} s each on one process")
+        if config.npz:
+            num_classes = folder.about()["recipe"]["num_classes"]
+            labels = [label_of(config, index, num_classes) for index in range(config.num_samples)]
+            print(f"wrote {folder.write_npz(None if labels[0] is None else labels, config.num_samples)}")
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
