@@ -23,6 +23,7 @@ import os
 import urllib.error
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ __all__ = [
     "inception_score",
     "inception_v3",
     "kid",
+    "mean_kernel",
     "nearest_neighbour_distance",
     "precision_recall",
+    "principal_axes",
     "statistics",
 ]
 
@@ -67,7 +70,10 @@ class FeatureExtractor(nn.Module):
         sha256: of the file of its weights.
         dimensions: D of the features.
         preprocessing: resize and normalisation, in words.
+        heads: names of what `outputs` gives.
     """
+
+    heads: tuple[str, ...] = ("pool",)
 
     def __init__(self, network: nn.Module, name: str, sha256: str, dimensions: int, preprocessing: str) -> None:
         super().__init__()
@@ -133,6 +139,8 @@ def efficientnet_lite0(image_size: int = 224) -> FeatureExtractor:
 
 
 class _InceptionV3(FeatureExtractor):
+    heads = ("pool", "spatial", "logits")
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._spatial: Tensor | None = None
@@ -253,6 +261,12 @@ class Statistics:
     covariance: Tensor
     count: int | None = None
 
+    @cached_property
+    def root(self) -> Tensor:
+        """The symmetric square root of the covariance: computed once for a reference of many comparisons."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
 
 def statistics(features: Tensor) -> Statistics:
     """Mean and unbiased covariance of (N, D) in float64. Raises ValueError for fewer than two."""
@@ -265,20 +279,14 @@ def statistics(features: Tensor) -> Statistics:
 def frechet_distance(features_a: Tensor | Statistics, features_b: Tensor | Statistics) -> float:
     """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½) of (N, D) features or their statistics, in float64 (Heusel et al. 2017).
 
-    (Σa Σb)^½ has the trace of (Σa^½ Σb Σa^½)^½, which is symmetric: its eigenvalues are real, whatever the ranks.
+    (Σa Σb)^½ has the trace of (Σb^½ Σa Σb^½)^½, which is symmetric: its eigenvalues are real, whatever the ranks.
     """
     a, b = (f if isinstance(f, Statistics) else statistics(f) for f in (features_a, features_b))
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions: they are of different encoders")
-    root = _symmetric_root(a.covariance)
-    overlap = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    overlap = torch.linalg.eigvalsh(b.root @ a.covariance @ b.root).clamp(min=0).sqrt().sum()
     traces = a.covariance.trace() + b.covariance.trace()
     return float((a.mean - b.mean).square().sum() + traces - 2 * overlap)
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def frechet_distance_pca(
@@ -287,43 +295,57 @@ def frechet_distance_pca(
     """Fréchet distance of (N, D) features in the principal components of `fit_on` (default: `features_b`).
 
     Fit on the reference. With few samples it says more than the distance in all D, which then is mostly bias.
+    """
+    axes = principal_axes(features_b if fit_on is None else fit_on, components)
+    return frechet_distance(features_a.double() @ axes, features_b.double() @ axes)
+
+
+def principal_axes(features: Tensor, components: int) -> Tensor:
+    """Axes of the largest variances of (N, D) features: (D, components), orthonormal, float64.
 
     Raises:
-        ValueError: `fit_on` has not more images than components.
+        ValueError: there are not more images, or fewer features, than components.
     """
-    fit_on = features_b if fit_on is None else fit_on
-    if not 0 < components <= min(len(fit_on) - 1, fit_on.shape[1]):
+    most = min(len(features) - 1, features.shape[1])
+    if not 0 < components <= most:
         raise ValueError(
-            f"{len(fit_on)} images of {fit_on.shape[1]} features have no {components} principal components; "
-            f"take at most {min(len(fit_on) - 1, fit_on.shape[1])}"
+            f"{len(features)} images of {features.shape[1]} features have no {components} principal components; "
+            f"take at most {most}"
         )
-    _, vectors = torch.linalg.eigh(statistics(fit_on).covariance)
-    axes = vectors[:, -components:]  # of the largest eigenvalues
-    return frechet_distance(features_a.double() @ axes, features_b.double() @ axes)
+    return torch.linalg.eigh(statistics(features).covariance)[1][:, -components:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernel distance, Inception Score, precision and recall, neighbours
 
 
-def kid(features_a: Tensor, features_b: Tensor, block: int = 4096) -> float:
+def kid(features_a: Tensor, features_b: Tensor, within_b: float | None = None) -> float:
     """Kernel distance (Bińkowski et al. 2018): unbiased MMD² of (N, D) and (M, D) under (x·y / D + 1)³, in float64.
 
     Over all pairs, hence deterministic; the mean over random subsets that libraries report has the same expectation
-    and more variance. Unbiased: about 0, and as often below, for equal distributions. Computed in blocks of rows.
+    and more variance. Unbiased: about 0, and as often below, for equal distributions.
+
+    Args:
+        within_b: `mean_kernel(features_b)`, if it is known already.
     """
-    a, b = features_a.double(), features_b.double()
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"KID of {len(a)} and {len(b)} images: give two or more of each")
+    within_b = mean_kernel(features_b) if within_b is None else within_b
+    cross = _kernel_sum(features_a, features_b) / (len(features_a) * len(features_b))
+    return mean_kernel(features_a) + within_b - 2 * cross
 
-    def total(x: Tensor, y: Tensor) -> float:
-        return sum(float((rows @ y.T / y.shape[1] + 1).pow(3).sum()) for rows in x.split(block))
 
-    def within(x: Tensor) -> float:  # without an image's kernel with itself
-        diagonal = float((x.square().sum(dim=1) / x.shape[1] + 1).pow(3).sum())
-        return (total(x, x) - diagonal) / (len(x) * (len(x) - 1))
+def mean_kernel(features: Tensor) -> float:
+    """KID's kernel, mean over all pairs of different images of (N, D)."""
+    count = len(features)
+    if count < 2:
+        raise ValueError(f"KID of {count} images: give two or more")
+    diagonal = (features.double().square().sum(dim=1) / features.shape[1] + 1).pow(3).sum()
+    return (_kernel_sum(features, features) - float(diagonal)) / (count * (count - 1))
 
-    return within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))
+
+def _kernel_sum(x: Tensor, y: Tensor, block: int = 4096) -> float:
+    """Over all pairs, in blocks of rows that fit into memory."""
+    x, y = x.double(), y.double()
+    return sum(float((rows @ y.T / y.shape[1] + 1).pow(3).sum()) for rows in x.split(block))
 
 
 def inception_score(logits: Tensor, split_size: int = 5000, seed: int = 2020) -> float:

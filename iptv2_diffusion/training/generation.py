@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from iptv2_diffusion.data.sampling import derive_seed, generator_for
 from iptv2_diffusion.metrics.generation import file_sha256
+from iptv2_diffusion.models.presets import count_macs, count_parameters
 from iptv2_diffusion.training.checkpoint import differing_fields
 from iptv2_diffusion.training.config import frozen_fields, option
 from iptv2_diffusion.training.errors import ConfigError, UserError, user_errors
@@ -148,6 +149,8 @@ def load_pipeline(config: GenerationConfig, device: torch.device) -> tuple[Any, 
         "scheduler_class": type(pipeline.scheduler).__name__,
         "scheduler_config": json.loads(json.dumps(scheduler, default=str)),
         "num_classes": pipeline.num_classes,
+        "parameters": count_parameters(pipeline.transformer),
+        "gmacs": count_macs(pipeline.transformer) / 1e9,
     }
 
 

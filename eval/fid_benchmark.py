@@ -1,0 +1,412 @@
+"""FID and its kin of IPT-V2 and DiT pipelines in one run: generate (or reuse), score, tabulate, draw.
+
+    accelerate launch eval/fid_benchmark.py --config configs/benchmark/emoji64.yaml
+
+Every entry of `models` is a pipeline with options of its own; what it leaves out is taken from the other options here.
+Writes, in output_dir, a folder of images for each, results.json (all that decides the figures), results.md and fid.png.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
+from iptv2_diffusion.metrics.generation import (
+    FeatureExtractor,
+    Statistics,
+    dinov2,
+    efficientnet_lite0,
+    extract_features,
+    file_sha256,
+    frechet_distance,
+    half_half_floor,
+    half_sample_error,
+    inception_score,
+    inception_v3,
+    kid,
+    mean_kernel,
+    precision_recall,
+    principal_axes,
+    statistics,
+)
+from iptv2_diffusion.training.config import coerce_fields, config_to_dict, option, parse_config
+from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+from iptv2_diffusion.training.generation import GenerationConfig, SampleFolder, generate, start_accelerator
+from iptv2_diffusion.training.logging import read_metrics
+
+EXAMPLES = """
+examples:
+  what runs here        accelerate launch eval/fid_benchmark.py --config configs/benchmark/emoji64.yaml
+  DiT's protocol        accelerate launch --multi_gpu --num_processes 8 eval/fid_benchmark.py \\
+                          --config configs/benchmark/imagenet256.yaml --reference VIRTUAL_imagenet256_labeled.npz
+  one pipeline          ... --pipeline facebook/DiT-XL-2-256 --scheduler ddpm --reference my_images --resolution 256
+"""
+ADM_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+# GMACs and FID-50K on ImageNet 256×256, ADM's protocol, 400 K steps, batch 256, no guidance; as the papers report them
+PUBLISHED = {
+    "DiT (paper)": [(6.06, 68.4), (23.0, 43.5), (80.7, 23.3), (118.6, 19.5)],
+    "SiT (paper)": [(23.0, 33.0), (80.7, 18.8), (118.6, 17.2)],
+    "U-DiT (paper)": [(6.02, 31.5), (22.18, 16.6), (84.91, 10.1)],
+}
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig(GenerationConfig):
+    """What is compared with what."""
+
+    models: list[dict] = option(  # noqa: RUF009
+        [], "each with any of the options of images and sampler, and name, training_steps, training_hours", group="run"
+    )
+    output_dir: str = option("runs/benchmark", "folder for the images and the results", free=True)
+    reference: str = option("data/emoji64", "folder, data set, or ADM's .npz (with its stored statistics)")
+    reference_split: str = option("train", "split of a data set")
+    resolution: int = option(64, "reference images of a folder or data set are cropped to it as by ADM")
+    extractors: list[str] = option(  # noqa: RUF009
+        ["inception"], "of: inception, efficientnet-lite0 (or efficientnet-lite0@64), dinov2 (or dinov2:NAME_OR_FOLDER)"
+    )
+    inception_weights: str | None = option(None, "local copy of Inception's weights; none: downloaded")
+    allow_small_n: bool = option(False, "score fewer samples or references than features, although that is void")
+    pca_components: int = option(64, "of the low-dimensional Fréchet distance")
+    precision_recall_references: int = option(10_000, "at most; ADM: 10,000")
+    repeats: int = option(20, "half samples for the standard errors; 0: none")
+    published: bool = option(False, "draw the papers' ImageNet 256 figures too")
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("resolution", "pca_components", "precision_recall_references"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.repeats < 0 or self.repeats == 1:
+            raise ConfigError(f"repeats is {self.repeats}; a standard error takes at least 2, 0 leaves it out")
+        names = [entry.name for entry in self.entries()]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"models of one name: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
+
+    def entries(self) -> list[Entry]:
+        """The models, each with its own options over the common ones."""
+        return [Entry.of(self, entry) for entry in self.models or [{}]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: what is drawn, and what is told about it."""
+
+    name: str
+    generation: GenerationConfig
+    training_steps: int | None
+    training_hours: float | None
+
+    @classmethod
+    def of(cls, config: BenchmarkConfig, options: dict[str, Any]) -> Entry:
+        """An item of `models`; what it does not tell about training is read beside a pipeline of train_ldm.py."""
+        options = dict(options)
+        told = {key: options.pop(key, None) for key in ("name", "training_steps", "training_hours")}
+        common = GenerationConfig(**{f.name: getattr(config, f.name) for f in fields(GenerationConfig)})
+        generation = replace(common, **coerce_fields(GenerationConfig, options, "models"))
+        generation.validate()
+        path = Path(generation.pipeline)
+        logged = read_metrics(path.parent / "metrics.jsonl")
+        steps, hours = told["training_steps"], told["training_hours"]
+        if logged:
+            steps = logged[-1]["step"] if steps is None else steps
+            hours = logged[-1]["seconds"] / 3600 if hours is None else hours
+        run = path.parent.name if path.name == "pipeline" else path.name
+        name = told["name"] or f"{run}-cfg{generation.guidance_scale:g}"
+        return cls(str(name), generation, steps, hours)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Encoders and the reference
+
+
+def make_extractor(name: str, config: BenchmarkConfig) -> FeatureExtractor:
+    """An encoder by its name in `extractors`."""
+    with user_errors(OSError, ValueError, ModuleNotFoundError):
+        if name == "inception":
+            return inception_v3(config.inception_weights)
+        kind, _, size = name.partition("@")
+        if kind == "efficientnet-lite0":
+            return efficientnet_lite0(int(size or 224))
+        kind, _, source = name.partition(":")
+        if kind == "dinov2":
+            return dinov2(source or "facebook/dinov2-large")
+    raise ConfigError(f"extractor {name!r}: use inception, efficientnet-lite0, efficientnet-lite0@SIZE, or dinov2:NAME")
+
+
+class Reference:
+    """The real images: a data set as `load_image_dataset` takes it, or an ADM .npz."""
+
+    def __init__(self, config: BenchmarkConfig) -> None:
+        self.source = config.reference
+        self.stored: dict[str, Statistics] = {}
+        with user_errors(OSError, ValueError):
+            if config.reference.endswith(".npz"):
+                self._open_npz(Path(config.reference))
+            else:
+                data = load_image_dataset(config.reference, split=config.reference_split)
+                self._images = ImageTensors(data, size=config.resolution)
+                self._array, self._indices = None, self._images.valid_indices()
+                self.count = len(self._indices)
+
+    def _open_npz(self, path: Path) -> None:
+        archive = np.load(path, mmap_mode="r", allow_pickle=False)
+        for name, (mean, covariance) in ADM_NAMES.items():
+            if mean in archive:
+                values = (torch.from_numpy(archive[key].astype(np.float64)) for key in (mean, covariance))
+                self.stored[name] = Statistics(*values)
+        if "arr_0" not in archive:
+            raise ConfigError(f"{path} holds {', '.join(archive)}, but no images (arr_0)")
+        self._array = archive["arr_0"]
+        self.count = len(self._array)
+
+    def batches(self, size: int = 64) -> Iterator[Tensor]:
+        """All images: (N, 3, H, W) uint8."""
+        for start in range(0, self.count, size):
+            stop = min(start + size, self.count)
+            if self._array is not None:
+                yield torch.from_numpy(self._array[start:stop]).permute(0, 3, 1, 2)
+            else:
+                items = [self._images[i]["pixel_values"] for i in self._indices[start:stop]]
+                yield (torch.stack(items) * 127.5 + 127.5).round().byte()
+
+    def sha256(self) -> str:
+        """Of the .npz file, or of the cropped pixels of a data set."""
+        if self._array is not None:
+            return file_sha256(self.source)
+        digest = hashlib.sha256()
+        for batch in self.batches():
+            digest.update(batch.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: Reference) -> None:
+    """Refuse a Fréchet distance between singular covariances."""
+    for extractor in extractors:
+        kept = "spatial" in extractor.heads and "pool" in reference.stored
+        counts = {f"samples of {e.name}": e.generation.num_samples for e in config.entries()}
+        counts |= {} if kept else {"references": reference.count}
+        for what, count in counts.items():
+            if count <= extractor.dimensions and not config.allow_small_n:
+                raise ConfigError(
+                    f"{count} {what} for {extractor.dimensions} features of {extractor.name}: a Fréchet distance of "
+                    f"fewer than {extractor.dimensions + 1} is mostly bias; take more, or --allow_small_n and read KID "
+                    f"and the distance in {config.pca_components} principal components"
+                )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+class Scorer:
+    """The reference as one encoder sees it, and what samples score against it."""
+
+    def __init__(self, extractor: FeatureExtractor, reference: Reference, config: BenchmarkConfig) -> None:
+        self.extractor, self.config = extractor, config
+        real = extract_features(extractor, reference.batches())
+        stored = reference.stored if "spatial" in extractor.heads else {}
+        self.statistics = {name: stored.get(name) or statistics(real[name]) for name in real if name != "logits"}
+        pool = real["pool"]
+        self.components = min(config.pca_components, len(pool) - 1, pool.shape[1])
+        self.axes = principal_axes(pool, self.components)
+        self.projected = statistics(pool.double() @ self.axes)
+        self.within = mean_kernel(pool)
+        self.real = pool
+        chosen = torch.linspace(0, len(pool) - 1, min(len(pool), config.precision_recall_references)).long()
+        self.manifold = pool[chosen]
+
+    def metrics(self) -> dict[str, Callable[[Tensor], float]]:
+        """Of (N, D) samples against the reference."""
+        return {
+            "fd": lambda pool: frechet_distance(pool, self.statistics["pool"]),
+            "fd_pca": lambda pool: frechet_distance(pool.double() @ self.axes, self.projected),
+            "kid": lambda pool: kid(pool, self.real, self.within),
+        }
+
+    def score(self, features: dict[str, Tensor]) -> dict[str, float]:
+        """All figures of an encoder, with standard errors over the choice of the samples."""
+        pool, repeats = features["pool"], self.config.repeats
+        result = {name: metric(pool) for name, metric in self.metrics().items()}
+        if repeats:
+            result |= {f"{name}_error": half_sample_error(m, pool, repeats) for name, m in self.metrics().items()}
+        result["precision"], result["recall"] = precision_recall(pool, self.manifold)
+        if "spatial" in features:
+            result["sfid"] = frechet_distance(features["spatial"], self.statistics["spatial"])
+            result["inception_score"] = inception_score(features["logits"])
+        return result
+
+    def floor(self) -> dict[str, float]:
+        """One half of the reference against the other: what no model can be told to beat with so many images."""
+
+        def in_components(a: Tensor, b: Tensor) -> float:
+            return frechet_distance(a.double() @ self.axes, b.double() @ self.axes)
+
+        metrics = {"fd": frechet_distance, "fd_pca": in_components, "kid": kid}
+        return {"count": len(self.real) // 2} | {n: half_half_floor(self.real, m) for n, m in metrics.items()}
+
+
+def describe(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: Reference) -> dict[str, Any]:
+    """What decides the figures beside the images themselves."""
+    packages = ("torch", "torchvision", "diffusers", "torch-fidelity", "numpy", "pillow")
+    cropped = f"ADM centre crop to {config.resolution}"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "config": config_to_dict(config),
+        "reference": {
+            "source": reference.source,
+            "split": config.reference_split,
+            "count": reference.count,
+            "sha256": reference.sha256(),
+            "statistics": "stored in the file" if reference.stored else "of these images",
+            "preparation": "as stored" if config.reference.endswith(".npz") else cropped,
+        },
+        "images": "8-bit RGB: round(255 x), PNG; scored as they were saved",
+        "precision": "float32 encoders; statistics, distances and KID in float64",
+        "extractors": {
+            e.name: {"sha256": e.sha256, "dimensions": e.dimensions, "preprocessing": e.preprocessing}
+            for e in extractors
+        },
+        "versions": {name: version(name) for name in packages},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Table and plot
+
+
+def title(extractor: str) -> str:
+    """FID is what Inception gives; every other Fréchet distance carries its encoder's name."""
+    return "FID" if extractor.startswith("inception") else f"FD ({extractor})"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: one row a model, the floors below."""
+    names = list(results["extractors"])
+    components = results["config"]["pca_components"]
+    columns = ["model", "M parameters", "GMACs", "training steps", "guidance", "images", "s/image"]
+    for name in names:
+        columns += [title(name), f"PCA-{components}", "KID x 1000", "precision", "recall"]
+        columns += ["sFID", "IS"] if name.startswith("inception") else []
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in results["models"]:
+        steps = "" if row["training_steps"] is None else f"{row['training_steps']:,}"
+        cells = [row["name"], f"{row['parameters'] / 1e6:.1f}", f"{row['gmacs']:.3g}", steps]
+        cells += [f"{row['guidance_scale']:g}", f"{row['num_samples']:,}", f"{row['seconds_per_image']:.3g}"]
+        for name in names:
+            s = row["scores"][name]
+            cells += [with_error(s, "fd"), with_error(s, "fd_pca"), with_error(s, "kid", 1000, 2)]
+            cells += [f"{s['precision']:.3f}", f"{s['recall']:.3f}"]
+            cells += [f"{s['sfid']:.2f}", f"{s['inception_score']:.2f}"] if "sfid" in s else []
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for name in names:
+        f = results["floor"][name]
+        lines.append(
+            f"Floor of {title(name)}, half of the reference against the other ({f['count']:,} images each): "
+            f"{f['fd']:.2f}; PCA-{components} {f['fd_pca']:.2f}; KID x 1000 {1000 * f['kid']:.2f}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def with_error(scores: dict[str, float], name: str, factor: float = 1, digits: int = 2) -> str:
+    """value ± standard error."""
+    error = scores.get(f"{name}_error")
+    text = f"{factor * scores[name]:.{digits}f}"
+    return text if error is None else f"{text} ± {factor * error:.{digits}f}"
+
+
+def plot(results: dict[str, Any], path: Path, published: bool) -> None:
+    """The first encoder's distance over GMACs, and over training hours where they are known."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    name = next(iter(results["extractors"]))
+    axes_of = {"gmacs": "GMACs of a forward", "training_hours": "hours of training"}
+    known = {key: [r for r in results["models"] if r[key] is not None] for key in axes_of}
+    known = {key: rows for key, rows in known.items() if rows}
+    figure, panels = pyplot.subplots(1, len(known), figsize=(6 * len(known), 4.5), squeeze=False)
+    for panel, (key, rows) in zip(panels[0], known.items(), strict=True):
+        for row in rows:
+            s = row["scores"][name]
+            panel.errorbar(row[key], s["fd"], yerr=s.get("fd_error"), fmt="o", capsize=3, label=row["name"])
+        if published and key == "gmacs":
+            for label, points in PUBLISHED.items():
+                panel.plot(*zip(*points, strict=True), "--x", color="grey", alpha=0.7, label=label)
+        panel.axhline(results["floor"][name]["fd"], color="black", lw=0.8, ls=":", label="half/half floor")
+        panel.set(xlabel=axes_of[key], ylabel=title(name), xscale="log", yscale="log")
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def evaluate(
+    config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: Reference, folders: list[SampleFolder]
+) -> dict[str, Any]:
+    """All figures of all models, and what decides them."""
+    with user_errors(ValueError):
+        scorers = {extractor.name: Scorer(extractor, reference, config) for extractor in extractors}
+    rows = []
+    for entry, folder in zip(config.entries(), folders, strict=True):
+        about, count = folder.about(), entry.generation.num_samples
+        row = {"name": entry.name, "training_steps": entry.training_steps, "training_hours": entry.training_hours}
+        row |= {"num_samples": count, "guidance_scale": entry.generation.guidance_scale}
+        row |= {key: about["recipe"][key] for key in ("parameters", "gmacs")}
+        row |= {"seconds_per_image": folder.seconds_per_image(), "generation": about, "scores": {}}
+        for name, scorer in scorers.items():
+            with user_errors(ValueError):
+                row["scores"][name] = scorer.score(extract_features(scorer.extractor, folder.batches(count)))
+            print(f"{entry.name}: {title(name)} {with_error(row['scores'][name], 'fd')}", flush=True)
+        rows.append(row)
+    floors = {name: scorer.floor() for name, scorer in scorers.items()}
+    return {**describe(config, extractors, reference), "floor": floors, "models": rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Generate with all processes, score with the first, write."""
+    config = parse_config(BenchmarkConfig, argv, description=__doc__, examples=EXAMPLES)
+    accelerator = start_accelerator(config.num_threads)
+    extractors = [make_extractor(name, config).to(accelerator.device) for name in config.extractors]
+    reference = Reference(config)
+    check_numbers(config, extractors, reference)
+    output_dir, folders = Path(config.output_dir), []
+    for entry in config.entries():
+        accelerator.print(f"{entry.name}: {entry.generation.num_samples} images of {entry.generation.pipeline}")
+        folders.append(generate(entry.generation, accelerator, output_dir / entry.name))
+    main_process = accelerator.is_main_process
+    accelerator.end_training()  # the others are not kept waiting while the first one scores
+    if not main_process:
+        return 0
+    results = evaluate(config, extractors, reference, folders)
+    text = f"`{results['command']}`\n\n{table(results)}"
+    with user_errors(OSError):
+        (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (output_dir / "results.md").write_text(text, encoding="utf-8")
+        plot(results, output_dir / "fid.png", config.published)
+    print(text)
+    print(f"wrote results.json, results.md and fid.png to {output_dir}/")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
