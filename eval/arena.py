@@ -18,7 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +73,6 @@ class Run:
     seed: int
     steps: int
     folder: Path
-    costs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def log(self) -> list[dict[str, float]]:
@@ -113,7 +112,7 @@ def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
     for name, shapes in config.models.items():
         for shape, arguments in shapes.items():
             with user_errors(ValueError, TypeError, KeyError):
-                model = create_model(**rename(arguments))
+                model = create_model(**{"name" if k == "model" else k: v for k, v in arguments.items()})
             fused = model.fuse() if hasattr(model, "fuse") else model
             costs[name, shape] = {
                 "parameters": count_parameters(model),
@@ -121,11 +120,6 @@ def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
                 "macs_train": count_macs(model, batch_size=batch_size),
             }
     return costs
-
-
-def rename(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a shape as `create_model` takes them."""
-    return {"name" if key == "model" else key: value for key, value in arguments.items()}
 
 
 def read_recipe(config: ArenaConfig) -> dict[str, Any]:
@@ -340,31 +334,25 @@ def make_row(config: ArenaConfig, run: Run, cost: dict[str, Any], *, chosen: boo
 
 def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, Any]) -> Path:
     """Replace this size's rows in the file of results; the machine and the recipe stand beside them."""
-    import platform
-
-    import torch
+    from iptv2_diffusion.training.planning import describe_machine
 
     path = Path(config.results)
     saved = json.loads(path.read_text()) if path.is_file() else {"rows": [], "sizes": {}}
     saved["rows"] = [row for row in saved["rows"] if row["size"] != config.size] + rows
-    machine = {"machine": processor(), "python": platform.python_version(), "torch": torch.__version__}
     options = {k: v for k, v in vars(config).items() if k not in ("output_dir", "results", "stop_after")}
     command = " ".join(["python", "eval/arena.py", *sys.argv[1:]])
-    about = {**machine, "command": command, "options": options, "recipe": read_recipe(config), "reference": reference}
+    about = {
+        **describe_machine(),
+        "command": command,
+        "options": options,
+        "recipe": read_recipe(config),
+        "reference": reference,
+    }
     saved["sizes"][config.size] = about
     with user_errors(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(saved, indent=1) + "\n")
     return path
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    import platform
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> int:
