@@ -26,7 +26,6 @@ from iptv2_diffusion.training.config import option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 
 ROOT = Path(__file__).resolve().parents[1]
-TOLERANCE = 0.03  # of MACs, between the models of one size
 
 
 @dataclass(kw_only=True)
@@ -36,6 +35,7 @@ class ArenaConfig:
     size: str = option("small", "name of this size in the results")
     recipe: str = option("configs/arena/emoji64/recipe.yaml", "a train_ldm.py configuration that all models share")
     models: dict = option({}, "JSON or YAML: model -> shape -> preset (`model`) and overrides")  # noqa: RUF009
+    tolerance: float = option(3.0, "per cent by which MACs may differ between shapes")
     learning_rates: list[float] = option([1e-3, 2e-3, 4e-3], "the grid, the same for every shape")  # noqa: RUF009
     grid_steps: int = option(1000, "steps of a run of the grid")
     max_train_steps: int = option(4000, "steps of a full run")
@@ -129,15 +129,15 @@ def read_recipe(config: ArenaConfig) -> dict[str, Any]:
     return config_to_dict(parse_config(LDMConfig, ["--config", config.recipe]))
 
 
-def check_equal(costs: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """An error for a shape whose MACs are neither the first one's fused nor its training MACs, within 3 %."""
+def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) -> None:
+    """An error for a shape whose MACs are neither the first one's fused nor its training MACs, within some per cent."""
     first = next(iter(costs))
     for shape, cost in costs.items():
-        off = min(abs(cost["macs_fused"] / costs[first][kind] - 1) for kind in ("macs_fused", "macs_train"))
-        if off > TOLERANCE:
+        off = 100 * min(abs(cost["macs_fused"] / costs[first][kind] - 1) for kind in ("macs_fused", "macs_train"))
+        if off > tolerance:
             raise ConfigError(
                 f"{'/'.join(shape)} has {cost['macs_fused'] / 1e6:.2f} M MACs, {'/'.join(first)} has "
-                f"{costs[first]['macs_fused'] / 1e6:.2f} M: {100 * off:.1f} % apart, {100 * TOLERANCE:.0f} are "
+                f"{costs[first]['macs_fused'] / 1e6:.2f} M: {off:.1f} % apart, {tolerance:g} are "
                 "allowed; change widths or layers"
             )
 
@@ -364,7 +364,7 @@ def main() -> int:
             f"{cost['macs_train'] / 1e6:.2f} M unfused in training",
             flush=True,
         )
-    check_equal(costs)
+    check_equal(costs, config.tolerance)
     if config.stop_after == "count":
         return 0
     grids = {name: run_grid(config, name) for name in config.models}
