@@ -15,7 +15,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 TINY = {"model": "tiny"}
-DIT = {"model": "dit-emoji64", "num_attention_heads": 1, "num_layers": 2, "patch_size": 2, "attention_head_dim": 64}
+DIT = {"model": "dit-emoji64", "num_attention_heads": 1, "num_layers": 4, "patch_size": 2, "attention_head_dim": 64}
 
 
 def run(script, *words, check=True):
@@ -78,7 +78,7 @@ def ground(tmp_path_factory):
 
 
 def test_unequal_macs_are_refused_with_both_figures(ground):
-    models = {"iptv2": {"only": TINY}, "dit": {"wide": {**DIT, "num_layers": 6}}}
+    models = {"iptv2": {"only": TINY}, "dit": {"wide": {**DIT, "num_layers": 9}}}
     words = ("--config", ground / "arena.yaml", "--models", json.dumps(models), "--stop_after", "count")
     result = run("arena.py", *words, check=False)
     assert result.returncode != 0
