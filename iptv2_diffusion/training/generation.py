@@ -8,6 +8,7 @@ written beside its place and moved there: a killed run leaves whole images only,
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -63,6 +64,9 @@ class GenerationConfig:
     labels: Literal["balanced", "random", "none"] = option(
         "balanced", "image i has class i mod K; or a random one; or the null label", group="images"
     )
+    class_counts: list[int] | None = option(  # noqa: RUF009
+        None, "of balanced labels: how many of each class there are in every sum(class_counts) images", group="images"
+    )
     seed: int = option(0, "image i depends on (seed, i)", group="images")
     num_inference_steps: int = option(250, "sampling steps", group="sampler")
     guidance_scale: float = option(1.0, "classifier-free guidance; 1: none", group="sampler")
@@ -95,6 +99,9 @@ class GenerationConfig:
         for name in ("num_samples", "num_inference_steps", "batch_size", "num_threads", "group_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        counts = self.class_counts
+        if counts is not None and (self.labels != "balanced" or min(counts, default=0) < 1):
+            raise ConfigError(f"class_counts is {counts}; give a positive count for each class, and balanced labels")
         start, stop = self.guidance_interval
         if not 0 <= start < stop <= 1:
             raise ConfigError(f"guidance_interval is {start:g},{stop:g}; it must rise within 0 and 1")
@@ -269,9 +276,19 @@ def label_of(config: GenerationConfig, index: int, num_classes: int | None) -> i
     """Class of image `index`; None without classes."""
     if config.labels == "none" or num_classes is None:
         return None
-    return (
-        index % num_classes if config.labels == "balanced" else derive_seed(config.seed, "label", index) % num_classes
-    )
+    if config.labels == "random":
+        return derive_seed(config.seed, "label", index) % num_classes
+    if config.class_counts is None:
+        return index % num_classes
+    order = spread_labels(tuple(config.class_counts))
+    return order[index % len(order)]
+
+
+@functools.cache
+def spread_labels(class_counts: tuple[int, ...]) -> list[int]:
+    """Class k `class_counts[k]` times at equal distances, so that the first n labels have about these shares."""
+    places = [((i + 0.5) / count, label) for label, count in enumerate(class_counts) for i in range(count)]
+    return [label for _, label in sorted(places)]
 
 
 def draw(pipeline: Any, config: GenerationConfig, indices: list[int]) -> np.ndarray:
@@ -294,6 +311,10 @@ def draw(pipeline: Any, config: GenerationConfig, indices: list[int]) -> np.ndar
 def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str | Path) -> SampleFolder:
     """Draw what is missing of `num_samples` images into `output_dir`, on all processes together."""
     pipeline, made_by = load_pipeline(config, accelerator.device)
+    if config.class_counts is not None and len(config.class_counts) != pipeline.num_classes:
+        raise ConfigError(
+            f"class_counts has {len(config.class_counts)} numbers, the pipeline {pipeline.num_classes} classes"
+        )
     on_cpu = accelerator.device.type == "cpu"
     size = config.group_size or (CPU_GROUP_SIZE if on_cpu else config.batch_size)
     recipe = {**frozen_fields(config), "group_size": size, "device": accelerator.device.type, **made_by}

@@ -1,0 +1,397 @@
+"""The arena: IPT-V2 and DiT trained, sampled and scored side by side at equal MACs, by one recipe.
+
+    python eval/arena.py --config configs/arena/emoji64/small.yaml
+    python eval/arena.py --config configs/arena/emoji64/small.yaml --stop_after grid
+
+A model may come in several shapes (DiT: patch 2 and patch 1). A short run of each shape at each learning rate of one
+grid tells which of them counts ("chosen"); that one is trained in full from every seed. Runs are those of
+`train/train_ldm.py`, one after another, in OUTPUT_DIR/SIZE; the same command resumes, and trains no finished run again.
+Then samples of every full run are scored: see `iptv2_diffusion/metrics/generation.py`. `eval/arena_report.py` draws the
+results.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from iptv2_diffusion.training.config import option, parse_config
+from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(kw_only=True)
+class ArenaConfig:
+    """One size of the arena."""
+
+    size: str = option("small", "name of this size in the results")
+    recipe: str = option("configs/arena/emoji64/recipe.yaml", "a train_ldm.py configuration that all models share")
+    models: dict = option({}, "JSON or YAML: model -> shape -> preset (`model`) and overrides")  # noqa: RUF009
+    tolerance: float = option(3.0, "per cent by which MACs may differ between shapes")
+    learning_rates: list[float] = option([1e-3, 2e-3, 4e-3], "the grid, the same for every shape")  # noqa: RUF009
+    grid_steps: int = option(1000, "steps of a run of the grid")
+    max_train_steps: int = option(4000, "steps of a full run")
+    seeds: list[int] = option([0, 1, 2], "of the full runs; the grid uses the first")  # noqa: RUF009
+    num_threads: int = option(1, "CPU threads of a run")
+    num_samples: int = option(1731, "of each full run; classes as frequent as among the held-out images")
+    guidance_scale: float = option(2.0, "classifier-free guidance of the samples")
+    num_inference_steps: int = option(25, "sampling steps")
+    variant_column: str | None = option(
+        "skin_tone", "samples are held to images where this column is empty; none: to all"
+    )
+    encoder_size: int = option(64, "pixels at which EfficientNet-Lite0 sees an image")
+    stop_after: Literal["count", "grid", "train", "score"] = option(
+        "score", "count: only compare MACs; grid: the short runs; train: the full ones; score: all"
+    )
+    output_dir: str = option("runs/arena-emoji64", "folder of the runs")
+    results: str = option("docs/results/arena-emoji64.json", "rows of this size are replaced in this file")
+
+    def validate(self) -> None:
+        for name in ("learning_rates", "seeds", "models"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; give at least one")
+        for name in ("grid_steps", "max_train_steps", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass
+class Run:
+    """One training run of the arena."""
+
+    model: str
+    shape: str
+    learning_rate: float
+    seed: int
+    steps: int
+    folder: Path
+
+    @property
+    def log(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl so far."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """The lines with a held-out loss, up to the last step of this run."""
+        return [line for line in self.log if "heldout_loss" in line and line["step"] <= self.steps]
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "pipeline" / "model_index.json").is_file() and self.curve[-1]["step"] >= self.steps
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds spent in training steps."""
+        return max(line.get("seconds", 0.0) for line in self.log if line["step"] <= self.steps)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a step when the machine was freest: the first decile over the intervals between two log lines."""
+        lines = [line for line in self.log if "seconds" in line]
+        pairs = [(a, b) for a, b in itertools.pairwise(lines) if b["step"] > a["step"] > 1]
+        times = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
+        return statistics.quantiles(times, n=10)[0]
+
+
+def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
+    """Parameters and MACs (fused, and as trained) of each (model, shape)."""
+    from iptv2_diffusion.models.presets import count_macs, count_parameters, create_model
+
+    batch_size = read_recipe(config)["batch_size"]
+    costs = {}
+    for name, shapes in config.models.items():
+        for shape, arguments in shapes.items():
+            with user_errors(ValueError, TypeError, KeyError):
+                model = create_model(**{"name" if k == "model" else k: v for k, v in arguments.items()})
+            fused = model.fuse() if hasattr(model, "fuse") else model
+            costs[name, shape] = {
+                "parameters": count_parameters(model),
+                "macs_fused": count_macs(fused),
+                "macs_train": count_macs(model, batch_size=batch_size),
+            }
+    return costs
+
+
+def read_recipe(config: ArenaConfig) -> dict[str, Any]:
+    from iptv2_diffusion.training.config import config_to_dict
+    from iptv2_diffusion.training.ldm_config import LDMConfig
+
+    return config_to_dict(parse_config(LDMConfig, ["--config", config.recipe]))
+
+
+def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) -> None:
+    """An error for a shape whose MACs are neither the first one's fused nor its training MACs, within some per cent."""
+    first = next(iter(costs))
+    for shape, cost in costs.items():
+        off = 100 * min(abs(cost["macs_fused"] / costs[first][kind] - 1) for kind in ("macs_fused", "macs_train"))
+        if off > tolerance:
+            raise ConfigError(
+                f"{'/'.join(shape)} has {cost['macs_fused'] / 1e6:.2f} M MACs, {'/'.join(first)} has "
+                f"{costs[first]['macs_fused'] / 1e6:.2f} M: {off:.1f} % apart, {tolerance:g} are "
+                "allowed; change widths or layers"
+            )
+
+
+def make_run(config: ArenaConfig, name: str, shape: str, learning_rate: float, seed: int, *, grid: bool) -> Run:
+    kind = "grid" if grid else "full"
+    folder = (
+        Path(config.output_dir).expanduser() / config.size / kind / f"{name}-{shape}-lr{learning_rate:g}-seed{seed}"
+    )
+    return Run(name, shape, learning_rate, seed, config.grid_steps if grid else config.max_train_steps, folder)
+
+
+def train(config: ArenaConfig, run: Run) -> None:
+    """Run `train_ldm.py`, or nothing if it has run; a killed one goes on from its checkpoint."""
+    if run.finished:
+        return
+    arguments = dict(config.models[run.model][run.shape])
+    preset = arguments.pop("model")
+    options = {
+        "config": config.recipe,
+        "model": preset,
+        "model_overrides": json.dumps(arguments),
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "max_train_steps": run.steps,
+        "num_threads": config.num_threads,
+        "output_dir": run.folder,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    print(f"training {run.folder.name}, {run.steps} steps", flush=True)
+    result = subprocess.run([sys.executable, str(ROOT / "train" / "train_ldm.py"), *words])
+    if result.returncode:
+        raise ConfigError(f"training {run.folder} ended with {result.returncode}; its error stands above")
+    for checkpoint in run.folder.glob("checkpoint-*"):  # 12 bytes a parameter, and the pipeline has the result
+        shutil.rmtree(checkpoint)
+
+
+def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
+    """The short runs of all shapes of a model at all rates, and the one of the lowest held-out loss."""
+    runs = [
+        make_run(config, name, shape, rate, config.seeds[0], grid=True)
+        for shape in config.models[name]
+        for rate in config.learning_rates
+    ]
+    for run in runs:
+        train(config, run)
+    best = min(runs, key=lambda run: run.curve[-1]["heldout_loss"])
+    for run in runs:
+        mark = "  <- counts" if run is best else ""
+        loss, seconds = run.curve[-1]["heldout_loss"], run.seconds
+        print(f"{run.folder.name:44} held-out loss {loss:.4f} after {run.steps} steps, {seconds:.0f} s{mark}")
+    edges = (min(config.learning_rates), max(config.learning_rates))
+    if len(config.learning_rates) > 1 and best.learning_rate in edges:
+        print(f"{name}: the best rate {best.learning_rate:g} is at the edge of the grid; widen it")
+    return runs, best
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@dataclass
+class Reference:
+    """What samples are held to: real images as uint8 (N, 3, H, W), and their features."""
+
+    train: Any
+    heldout: Any
+    train_features: Any
+    heldout_features: Any
+    class_counts: list[int]
+    extractor: Any
+
+
+def load_reference(config: ArenaConfig) -> Reference:
+    """Images of both splits of the recipe's data."""
+    from iptv2_diffusion.metrics.generation import efficientnet_lite0, extract_features
+
+    recipe = read_recipe(config)
+    with user_errors(ModuleNotFoundError, ValueError):
+        extractor = efficientnet_lite0(config.encoder_size)
+    (train, _), (heldout, labels) = (
+        load_split(config, recipe, recipe[name]) for name in ("train_split", "heldout_split")
+    )
+    features = [extract_features(extractor, images.split(64))["pool"] for images in (train, heldout)]
+    return Reference(train, heldout, *features, [labels.count(k) for k in range(max(labels) + 1)], extractor)
+
+
+def load_split(config: ArenaConfig, recipe: dict[str, Any], split: str) -> tuple[Any, list[int]]:
+    """uint8 images (N, 3, H, W) and labels, without the variants."""
+    import datasets
+    import torch
+
+    from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
+
+    with user_errors(OSError, ValueError, KeyError):
+        images = ImageTensors(load_image_dataset(recipe["data"], split=split), size=recipe["resolution"])
+        indices = images.valid_indices()
+        if config.variant_column:
+            variants = datasets.load_dataset(recipe["data"], split=split)[config.variant_column]
+            indices = [i for i in indices if not variants[i]]
+        pixels = torch.stack([images[i]["pixel_values"] for i in indices])
+    return (pixels * 127.5 + 127.5).round().byte(), [images.labels[i] for i in indices]
+
+
+def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, float]:
+    """Samples of a full run (drawn once) against both splits; kept in scores.json beside them."""
+    import torch
+    from accelerate import Accelerator
+
+    from iptv2_diffusion.metrics.generation import (
+        extract_features,
+        frechet_distance,
+        frechet_distance_pca,
+        half_sample_error,
+        kid,
+        nearest_neighbour_distance,
+    )
+    from iptv2_diffusion.training.generation import GenerationConfig, generate
+
+    path = run.folder / "samples" / "scores.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    generation = GenerationConfig(
+        pipeline=str(run.folder / "pipeline"),
+        num_samples=config.num_samples,
+        class_counts=reference.class_counts,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        num_threads=config.num_threads,
+    )
+    torch.set_num_threads(config.num_threads)
+    folder = generate(generation, Accelerator(), run.folder / "samples")
+    samples = torch.cat(list(folder.batches(config.num_samples)))
+    features = extract_features(reference.extractor, samples.split(64))["pool"]
+    distance, _ = nearest_neighbour_distance(samples, reference.train)
+    result = {
+        "kid": kid(features, reference.heldout_features),
+        "kid_error": half_sample_error(lambda part: kid(part, reference.heldout_features), features),
+        "fd_pca64": frechet_distance_pca(features, reference.heldout_features),
+        "fd_train": frechet_distance(features, reference.train_features),
+        "nearest_neighbour_median": distance.median().item(),
+        "sampling_seconds_per_image": folder.seconds_per_image(),
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def floors(reference: Reference) -> dict[str, float]:
+    """What real images score: the held-out ones against the training ones, in the same metrics."""
+    from iptv2_diffusion.metrics.generation import (
+        frechet_distance_pca,
+        half_half_floor,
+        kid,
+        nearest_neighbour_distance,
+    )
+
+    return {
+        "heldout_images": len(reference.heldout),
+        "train_images": len(reference.train),
+        "encoder": reference.extractor.name,
+        "encoder_sha256": reference.extractor.sha256,
+        "kid_train_to_heldout": kid(reference.train_features, reference.heldout_features),
+        "fd_pca64_train_to_heldout": frechet_distance_pca(reference.train_features, reference.heldout_features),
+        "fd_train_half_to_half": half_half_floor(reference.train_features),
+        "nearest_neighbour_median_heldout": nearest_neighbour_distance(reference.heldout, reference.train)[0]
+        .median()
+        .item(),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def make_row(config: ArenaConfig, run: Run, cost: dict[str, Any], *, chosen: bool, scores: dict[str, float]) -> dict:
+    last = run.curve[-1]
+    return {
+        "model": run.model,
+        "size": config.size,
+        "shape": run.shape,
+        "seed": run.seed,
+        "chosen": chosen,
+        "learning_rate": run.learning_rate,
+        **cost,
+        "steps": run.steps,
+        "seconds": round(run.seconds, 1),
+        "step_seconds": round(run.step_seconds, 4),
+        "held_out_loss": last["heldout_loss"],
+        **{f"held_out_loss_t{q}": last[f"heldout_loss_t{q}"] for q in (0, 25, 50, 75)},
+        "held_out_curve": [(line["step"], round(line["heldout_loss"], 5)) for line in run.curve],
+        **scores,
+    }
+
+
+def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, Any]) -> Path:
+    """Replace this size's rows in the file of results; the machine and the recipe stand beside them."""
+    from iptv2_diffusion.training.planning import describe_machine
+
+    path = Path(config.results)
+    saved = json.loads(path.read_text()) if path.is_file() else {"rows": [], "sizes": {}}
+    saved["rows"] = [row for row in saved["rows"] if row["size"] != config.size] + rows
+    options = {k: v for k, v in vars(config).items() if k not in ("output_dir", "results", "stop_after")}
+    command = " ".join(["python", "eval/arena.py", *sys.argv[1:]])
+    about = {
+        **describe_machine(),
+        "command": command,
+        "options": options,
+        "recipe": read_recipe(config),
+        "reference": reference,
+    }
+    saved["sizes"][config.size] = about
+    with user_errors(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(saved, indent=1) + "\n")
+    return path
+
+
+def main() -> int:
+    config = parse_config(ArenaConfig, description=__doc__)
+    costs = count_costs(config)
+    for (name, shape), cost in costs.items():
+        print(
+            f"{name}/{shape}: {cost['parameters'] / 1e6:.3f} M parameters, {cost['macs_fused'] / 1e6:.2f} M MACs, "
+            f"{cost['macs_train'] / 1e6:.2f} M unfused in training",
+            flush=True,
+        )
+    check_equal(costs, config.tolerance)
+    if config.stop_after == "count":
+        return 0
+    grids = {name: run_grid(config, name) for name in config.models}
+    if config.stop_after == "grid":
+        return 0
+    full = [
+        make_run(config, name, best.shape, best.learning_rate, seed, grid=False)
+        for seed in config.seeds
+        for name, (_, best) in grids.items()
+    ]
+    for run in full:
+        train(config, run)
+    if config.stop_after == "train":
+        return 0
+    reference = load_reference(config)
+    rows = [
+        make_row(config, run, costs[run.model, run.shape], chosen=False, scores={})
+        for runs, _ in grids.values()
+        for run in runs
+    ]
+    for run in full:
+        scores = score(config, run, reference)
+        rows.append(make_row(config, run, costs[run.model, run.shape], chosen=True, scores=scores))
+        print(f"{run.folder.name}: held-out loss {rows[-1]['held_out_loss']:.4f}, {json.dumps(scores)}", flush=True)
+    print(f"wrote {write_results(config, rows, floors(reference))}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

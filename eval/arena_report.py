@@ -1,0 +1,179 @@
+"""Tables and pictures of the arena's results.
+
+    python eval/arena_report.py --results docs/results/arena-emoji64.json
+
+Prints a Markdown table, and writes beside the file of results the held-out loss over steps and over seconds and, where
+the folder of the runs is at hand, samples of all models side by side. The seconds of a curve are its steps times those
+of one step when the machine was freest, so that what else ran beside a training does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iptv2_diffusion.training.config import option, parse_config
+from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+
+METRICS = {
+    "held_out_loss": "held-out loss",
+    "kid": "KID",
+    "fd_pca64": "FD-PCA64",
+    "fd_train": "FD to train",
+    "nearest_neighbour_median": "nearest neighbour",
+}
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """What is drawn."""
+
+    results: str = option("docs/results/arena-emoji64.json", "what eval/arena.py wrote")
+    runs: str = option("runs/arena-emoji64", "folder of the runs, for the pictures of samples")
+    columns: int = option(12, "samples of each model")
+
+
+Group = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def full_runs(results: dict[str, Any]) -> Group:
+    """The runs that count, by (size, model)."""
+    groups: Group = {}
+    for row in results["rows"]:
+        if row["chosen"]:
+            groups.setdefault((row["size"], row["model"]), []).append(row)
+    return groups
+
+
+def mean_curve(rows: list[dict[str, Any]]) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Steps, mean, least and largest held-out loss over the seeds, at the steps that all have."""
+    curves = [dict(map(tuple, row["held_out_curve"])) for row in rows]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    columns = [[curve[step] for curve in curves] for step in steps]
+    return steps, [statistics.mean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+
+
+def step_seconds(rows: list[dict[str, Any]]) -> float:
+    return min(row["step_seconds"] for row in rows)
+
+
+def loss_at(rows: list[dict[str, Any]], seconds: float) -> float | None:
+    """Mean held-out loss after so many seconds, interpolated; None beyond the curve."""
+    import numpy as np
+
+    steps, mean, _, _ = mean_curve(rows)
+    times = [step * step_seconds(rows) for step in steps]
+    return float(np.interp(seconds, times, mean)) if times[0] <= seconds <= times[-1] else None
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and least to largest where there are several."""
+    digits = 4 if abs(values[0]) < 10 else 1
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(groups: Group) -> str:
+    """Markdown: a row for each size and model."""
+    head = ["size", "model", "seeds", "parameters", "MACs fused / trained", "steps", "ms a step", *METRICS.values()]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (size, model), rows in groups.items():
+        first = rows[0]
+        cells = [
+            size,
+            f"{model} ({first['shape']}, lr {first['learning_rate']:g})",
+            str(len(rows)),
+            f"{first['parameters'] / 1e6:.2f} M",
+            f"{first['macs_fused'] / 1e6:.1f} / {first['macs_train'] / 1e6:.1f} M",
+            str(first["steps"]),
+            f"{1e3 * step_seconds(rows):.0f}",
+            *(spread([row[name] for row in rows]) for name in METRICS),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def equal_time(groups: Group) -> str:
+    """Held-out losses at the seconds that the faster of IPT-V2 and DiT took in all."""
+    lines = []
+    for size in dict.fromkeys(size for size, _ in groups):
+        pair = {name: groups.get((size, name)) for name in ("iptv2", "dit")}
+        if not all(pair.values()):
+            continue
+        totals = {name: rows[0]["steps"] * step_seconds(rows) for name, rows in pair.items()}
+        seconds = min(totals.values())
+        losses = {name: loss_at(rows, seconds) for name, rows in pair.items()}
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
+        lines.append(f"- {size}, held-out loss after {seconds:.0f} s of training each: {shown}")
+    return "\n".join(lines)
+
+
+def plot(groups: Group, path: Path) -> None:
+    """Held-out loss over steps and over seconds, a band for the spread over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = list(dict.fromkeys(size for size, _ in groups))
+    figure, axes = plt.subplots(len(sizes), 2, figsize=(10, 3.6 * len(sizes)), squeeze=False)
+    for (size, model), rows in groups.items():
+        steps, mean, low, high = mean_curve(rows)
+        for column, scale, unit in ((0, 1.0, "steps"), (1, step_seconds(rows), "seconds, machine at its freest")):
+            axis = axes[sizes.index(size), column]
+            x = [step * scale for step in steps]
+            (line,) = axis.plot(x, mean, label=f"{model}, {len(rows)} seeds")
+            axis.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+            axis.set(xlabel=unit, ylabel="held-out loss", title=size, yscale="log")
+            axis.legend()
+            axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def sheets(groups: Group, config: ReportConfig, folder: Path) -> list[Path]:
+    """The first samples of each model, those of the same number from the same class and noise; one picture a size."""
+    from PIL import Image
+
+    from iptv2_diffusion.training.pictures import picture_sheet
+
+    written = []
+    for size in dict.fromkeys(size for size, _ in groups):
+        rows, names = [], []
+        for (own_size, model), runs in groups.items():
+            run = runs[0]
+            name = f"{model}-{run['shape']}-lr{run['learning_rate']:g}-seed{run['seed']}"
+            images = Path(config.runs).expanduser() / size / "full" / name / "samples" / "images"
+            if own_size == size and images.is_dir():
+                # every 48th: the classes change from one number to the next, so this shows most of them
+                rows.append([Image.open(p) for p in sorted(images.glob("*.png"))[::48][: config.columns]])
+                names.append(model)
+        if rows:
+            written.append(folder / f"arena-samples-{size}.png")
+            picture_sheet(rows, names).save(written[-1])
+    return written
+
+
+def main() -> int:
+    config = parse_config(ReportConfig, description=__doc__)
+    path = Path(config.results)
+    with user_errors(OSError, ValueError):
+        results = json.loads(path.read_text())
+    groups = full_runs(results)
+    if not groups:
+        raise ConfigError(f"{path} has no full runs yet; run eval/arena.py to its end first")
+    curves = path.with_name(path.stem + "-curves.png")
+    plot(groups, curves)
+    text = table(groups) + "\n\n" + equal_time(groups)
+    print(text)
+    for written in (curves, *sheets(groups, config, path.parent)):
+        print(f"wrote {written}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
