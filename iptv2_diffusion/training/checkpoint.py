@@ -186,7 +186,7 @@ class CheckpointManager:
                 self.accelerator.load_state(str(checkpoint.path))
                 if self.state is not None:
                     self.state.lay_out_optimizer()
-        except (RuntimeError, KeyError, ValueError, CheckpointException) as error:
+        except (RuntimeError, KeyError, ValueError, FileNotFoundError, CheckpointException) as error:
             raise UserError(
                 f"{checkpoint.path} does not fit this model ({_reason(error)[:200]}); choose another --output_dir"
             ) from error

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from iptv2_diffusion.training.checkpoint import CheckpointManager
@@ -32,6 +33,7 @@ from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, use
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
 from iptv2_diffusion.training.memory import keep_freed_memory
 from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
+from iptv2_diffusion.training.power_ema import forget_snapshots_after
 from iptv2_diffusion.training.sharding import refuse_other_sharding, shard, whole
 from iptv2_diffusion.training.signals import StopSignal
 
@@ -139,7 +141,15 @@ class Trainer:
             self.model, self.optimizer = accelerator.prepare_model(model, evaluation_mode=True), optimizer
         else:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.state = ModelState(accelerator, self.model, self.optimizer, decay=config.ema_decay, power=config.ema_power)
+        self.state = ModelState(
+            accelerator,
+            self.model,
+            self.optimizer,
+            decay=config.ema_decay,
+            power=config.ema_power,
+            sigma_rels=config.ema_sigma_rels if config.ema == "power" else (),
+        )
+        self.snapshots = self.output_dir / "ema"  # of power-function averages
         self.checkpoints = CheckpointManager(
             self.output_dir,
             accelerator,
@@ -174,6 +184,8 @@ class Trainer:
             self._saved_step = found.step
             self.accelerator.print(f"resumed from {found.path} at step {self.step}")
         main = self.accelerator.is_main_process
+        if main:
+            forget_snapshots_after(self.snapshots, self.state.averaged_steps)
         self.metrics = MetricLog(self.output_dir / "metrics.jsonl", resumed_step=self.step, enabled=main)
         if main:
             # Without what holds for one start only: a run begun from this file must not delete anything.
@@ -342,6 +354,10 @@ class Trainer:
         The checkpoint comes last: a run killed in between repeats what was due, and its log reads as if undisturbed.
         """
         config, last, worked = self.config, self.finished, False
+        if config.ema == "power" and (self.step % config.ema_snapshot_every == 0 or last):
+            with user_errors(OSError, SafetensorError):
+                self.state.write_snapshots(self.snapshots)
+            worked = True
         if config.eval_every and (self.step % config.eval_every == 0 or last):
             with self.state.averaged() as model:
                 figures = dict(task.evaluate(model, self.step))

@@ -141,7 +141,7 @@ def test_fsdp_on_two_processes_gives_the_run_of_one_and_its_checkpoint(ground, r
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["full", "sharded"])
 def test_fsdp_checkpoints_resume_on_one_process_and_on_two(ground, form):
-    constant = ("--lr_schedule", "constant", "--checkpoint_every", 10)
+    constant = ("--lr_schedule", "constant", "--checkpoint_every", 10, "--ema", "power")
     sharding = ("--sharding", "zero3", "--sharded_checkpoints", str(form == "sharded").lower())
     whole, folder = ground / f"whole-{form}", ground / f"parts-{form}"
     finish(launch(ground, whole, *constant, "--max_train_steps", 30))

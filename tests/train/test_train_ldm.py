@@ -19,13 +19,17 @@ from iptv2_diffusion.training.errors import UserError
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "vae" not in path.name)
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_ldm", SCRIPT)
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["train_ldm"] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load(SCRIPT)
 
 
 @pytest.fixture
@@ -167,6 +171,28 @@ def test_a_truncated_checkpoint_falls_back_and_another_configuration_is_refused(
     assert "resumed from" in text
     assert (tmp_path / "damaged-checkpoint-00000004").is_dir()
     assert newest(tmp_path).name == "checkpoint-00000004"
+
+
+def test_averages_of_any_length_are_made_after_training(main, tmp_path, capsys):
+    power = ("--ema", "power", "--ema_snapshot_every", 2, "--eval_every", 0)
+    main(tmp_path, "--max_train_steps", 8, *power)
+    reconstruct_ema = load(ROOT / "eval" / "reconstruct_ema.py")
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    own = load_file(tmp_path / "pipeline" / name)
+    assert reconstruct_ema.main(["--run", str(tmp_path), "--sigma_rel", "0.05"]) == 0
+    again = load_file(tmp_path / "pipeline-0.05" / name)  # the run's own length: the run's own weights
+    assert all(torch.allclose(again[key], own[key], atol=1e-5) for key in own)
+    assert (
+        reconstruct_ema.main(["--run", str(tmp_path), "--sigma_rel", "0.2", "--output_dir", str(tmp_path / "o")]) == 0
+    )
+    assert '"snapshots": 8' in capsys.readouterr().out
+    pipeline = IPTV2Pipeline.from_pretrained(tmp_path / "o")
+    longer = pipeline.transformer.state_dict()
+    assert any(not torch.allclose(longer[key], own[key], atol=1e-5) for key in own)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("moth", num_inference_steps=2).images[0].size == (SIZE, SIZE)
+    with pytest.raises(UserError, match="holds no pipeline"):
+        reconstruct_ema.main(["--run", str(tmp_path / "ema")])
 
 
 # --------------------------------------------------------------------------------------------------------------------
