@@ -35,6 +35,7 @@ examples:
   labelled: one sub-folder a class     ... --data my_photos (the folders' names become the classes)
   another VAE from the Hub             ... --vae stabilityai/sd-vae-ft-ema --resolution 256 --model iptv2-s
   a DiT under the same recipe          ... --model dit-s-2 --output_dir runs/dit
+  larger than the disk                 ... --data imagenet-1k --streaming --heldout_split validation
   8 GPUs in bfloat16                   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 ...
 
 The same command resumes: it continues from the newest checkpoint in output_dir, bit for bit.
@@ -80,9 +81,9 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
 
 
 def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int | None:
-    """Number of classes; None for unlabelled data."""
-    found = max(len(names), max(labels) + 1) if names else 0
-    if names and min(labels) < 0:
+    """Number of classes; None for unlabelled data. `labels` are those of all images, if they are known beforehand."""
+    found = max(len(names), max(labels, default=-1) + 1) if names else 0
+    if names and min(labels, default=0) < 0:
         raise ConfigError(f"the data has the label {min(labels)}; labels are 0 to {found - 1}: mend or remove those")
     if config.num_classes and not names:
         raise ConfigError(
@@ -118,7 +119,7 @@ def make_objective(config: LDMConfig) -> DiffusionObjective:
 def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: Any, step: int) -> LatentDiffusionTask:
     """Latents (cached or on the fly) and all that a step needs, ready to go on from `step`."""
     from iptv2_diffusion.data.sampling import DataOrder, own_slices
-    from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask
+    from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask, null_label
     from iptv2_diffusion.training.ldm_data import encode_on_the_fly, open_caches
 
     accelerator = trainer.accelerator
@@ -131,8 +132,12 @@ def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: A
     if latents is not None:
         source, order = latents, DataOrder(len(latents), config.seed)
     else:
-        source, order = encode_on_the_fly(config, codec, train, slices, step)
-    accelerator.print(f"{len(source)} images to train on, {f'{len(names)} classes' if names else 'without labels'}")
+        known = null_label(trainer.state.module)
+        source, order = encode_on_the_fly(
+            config, codec, train, slices, step, position=trainer.position, num_classes=known
+        )
+    count = "a stream of" if config.streaming else len(source)
+    accelerator.print(f"{count} images to train on, {f'{len(names)} classes' if names else 'without labels'}")
     return LatentDiffusionTask(
         config,
         accelerator,
@@ -165,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = make_accelerator(config)
     images = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
-    num_classes = count_classes(config, images[2], images[0].labels)
+    num_classes = count_classes(config, images[2], getattr(images[0], "labels", []))
     if config.plan:
         show_plan(config, accelerator, codec, num_classes)
         return 0

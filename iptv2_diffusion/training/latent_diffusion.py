@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource
 from iptv2_diffusion.data.sampling import DataOrder, StepDraws, draw_step
+from iptv2_diffusion.data.streaming import StreamedLatents, StreamOrder, join_positions
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.objectives import DiffusionObjective
+from iptv2_diffusion.training.errors import LocalError, user_errors
 from iptv2_diffusion.training.pictures import picture_sheet
 
 NOISE_BANDS = 4  # the held-out loss is also told for each quarter of the timesteps
@@ -55,7 +57,7 @@ class LatentDiffusionTask:
         objective: DiffusionObjective,
         source: LatentSource,
         heldout: LatentCache | None,
-        order: DataOrder,
+        order: DataOrder | StreamOrder,
         slices: list[slice],
         latent_shape: tuple[int, int, int],
         names: list[str],
@@ -79,12 +81,20 @@ class LatentDiffusionTask:
             yield self._prepare(draws[part], self.source, config.label_dropout)
 
     def _prepare(self, draws: StepDraws, source: LatentSource, label_dropout: float) -> tuple[Tensor, ...]:
-        latents, labels = source.batch(draws)
+        with user_errors(OSError, ValueError, as_error=LocalError):  # of images read as they are needed
+            latents, labels = source.batch(draws)
         if self.null_label is not None:
             labels = labels.masked_fill(draws.label_drops < label_dropout, self.null_label)
         timesteps = self.objective.sample_timesteps(draws.timesteps)
         device = self.accelerator.device
         return tuple(t.to(device, non_blocking=True) for t in (latents, draws.noise, timesteps, labels))
+
+    def position(self, step: int) -> dict[str, Any] | None:
+        """Where a stream of images is at the start of `step`; None for data with random access."""
+        if not isinstance(self.source, StreamedLatents):
+            return None
+        own = [self.source.position(step)]
+        return join_positions(gather_object(own) if self.accelerator.num_processes > 1 else own)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Mean loss of a micro-batch."""

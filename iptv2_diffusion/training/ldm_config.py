@@ -28,6 +28,10 @@ class LDMConfig(TrainingConfig):
     resolution: int | tuple[int, int] = option(64, "image size: one number, or height,width", group="data")
     random_flip: bool = option(True, "mirror half of the images", group="data")
     crops: int = option(1, "views of an image: 1: the centre crop; more: random crops beside it", group="data")
+    streaming: bool = option(
+        False, "read images from the Hub or from shards as they are needed, without copying them", group="data"
+    )
+    shuffle_block: int = option(4096, "of streaming: images held in memory to be shuffled", group="data")
     strict: bool = option(False, "fail at a corrupt image instead of leaving it out", group="data", free=True)
 
     vae: str = option("assets/vae-emoji64", "folder or Hub name of any diffusers VAE", group="latents")
@@ -67,7 +71,9 @@ class LDMConfig(TrainingConfig):
             raise ConfigError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
         if not 0 <= self.heldout_fraction < 1:
             raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1)")
-        self.require_positive("crops", "encode_batch_size")
+        self.require_positive("crops", "encode_batch_size", "shuffle_block")
+        if self.streaming:
+            self.cache_latents = False
         self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")
         if self.learned_variance and self.objective == "flow":
             raise ConfigError("learned_variance goes with epsilon or v_prediction; set objective or leave it out")

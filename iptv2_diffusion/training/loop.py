@@ -60,6 +60,12 @@ class TrainingTask(Protocol):
         processes are called, and `evaluate` and this run the model equally often in each, as a sharded model needs.
         """
 
+    def position(self, step: int) -> Mapping[str, Any] | None:
+        """Where the data are at the start of `step`, if its number does not say: `Trainer.position` after `resume`.
+
+        Plain values, the same on every process; None, as a task without this method gives, if there is no more to say.
+        """
+
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator of a training run; checks that the batch divides over processes and micro-batches."""
@@ -161,6 +167,8 @@ class Trainer:
             sharded=self.sharded and config.sharded_checkpoints,
         )
         self.step = 0  # optimiser steps done
+        self.position: Mapping[str, Any] | None = None  # of the data, as the task told it when the checkpoint was saved
+        self._task: TrainingTask | None = None
         self.seconds = 0.0  # spent in training steps over all resumptions; all processes agree on it
         self._clock = 0.0  # the same, as this process measures it
         self._budget = 60.0 * config.max_train_minutes if config.max_train_minutes else math.inf
@@ -181,6 +189,7 @@ class Trainer:
             self.step = found.step
             self.seconds = self._clock = float(found.progress["seconds"])
             self.skipped, self._skipped_in_a_row = found.progress.get("skipped", (0, 0))
+            self.position = found.progress.get("position")
             self._saved_step = found.step
             self.accelerator.print(f"resumed from {found.path} at step {self.step}")
         main = self.accelerator.is_main_process
@@ -196,7 +205,7 @@ class Trainer:
 
     def fit(self, task: TrainingTask) -> str | None:
         """Train to the end. Returns None, or the name of the signal that stopped the run (saved, and told)."""
-        config = self.config
+        config, self._task = self.config, task
         if self.sharded and not _works_together(task):
             raise ConfigError(f"sharding is {config.sharding}; this training runs unsharded only: use --sharding none")
         bar = ProgressBar(
@@ -243,7 +252,11 @@ class Trainer:
         """Write a checkpoint of the current step, if it has none yet."""
         if self._saved_step != self.step:
             skipped = (self.skipped, self._skipped_in_a_row)
-            self.checkpoints.save(self.step, {"seconds": self.seconds, "skipped": skipped})
+            progress: dict[str, Any] = {"seconds": self.seconds, "skipped": skipped}
+            tell = getattr(self._task, "position", None)
+            if tell is not None and (position := tell(self.step)) is not None:
+                progress["position"] = position
+            self.checkpoints.save(self.step, progress)
             self._saved_step = self.step
 
     def check_resume(self) -> None:

@@ -169,9 +169,6 @@ def _resident() -> int:
 class SyntheticLatents:
     """A `LatentSource` of noise, for planning: no images are needed."""
 
-    def __len__(self) -> int:
-        return 1 << 20
-
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
         """Noise, and label 0."""
         return draws.posterior_noise, torch.zeros_like(draws.items)

@@ -69,6 +69,18 @@ def test_processes_may_change_between_stop_and_resumption(ground, reference):
 
 
 @pytest.mark.slow
+def test_processes_share_a_stream_and_resume_it_on_another_number(ground):
+    """Two processes, then four, then one: the losses and the averages of one process all along."""
+    options = ("--streaming", "--num_workers", 1, "--shuffle_block", 8, "--lr_schedule", "constant")
+    whole, folder = ground / "stream", ground / "stream-shared"
+    finish(launch(ground, whole, *options))
+    for steps, processes in ((10, 2), (20, 4), (STEPS, 1)):
+        output = finish(launch(ground, folder, *options, "--max_train_steps", steps, processes=processes))
+        assert "reading all that came before" not in output
+    assert_equal_to_rounding(folder, whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_resume_after_a_signal_to_two_processes(ground, name):
     folder = ground / name

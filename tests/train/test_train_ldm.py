@@ -5,15 +5,17 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from ldm_runs import CHANNELS, ROOT, SCRIPT, SIZE, STEPS, TIMEOUT, environment, log, newest, words
+from ldm_runs import CHANNELS, ROOT, SCRIPT, SIZE, STEPS, TIMEOUT, environment, log, newest, tensors, words
 from PIL import Image
 from safetensors.torch import load_file
 
 from iptv2_diffusion import IPTV2Pipeline
+from iptv2_diffusion.data.images import load_image_dataset
 from iptv2_diffusion.training.errors import UserError
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "vae" not in path.name)
@@ -106,6 +108,32 @@ def test_on_the_fly_encoding_gives_the_cached_losses(main, tmp_path):
     main(tmp_path / "fly", "--max_train_steps", 3, "--cache_latents", "false", "--eval_every", 0)
     for left, right in zip(log(tmp_path / "fly"), log(tmp_path / "cached"), strict=True):
         assert left == pytest.approx(right, rel=1e-4)
+
+
+def streamed(ground, tmp_path, *options):
+    """Options of a run over the pictures of `ground` in parquet shards, which are held out too."""
+    if not (tmp_path / "shards").exists():
+        (tmp_path / "shards").mkdir()
+        data = load_image_dataset(ground / "images").cast_column("image", datasets.Image()).shuffle(seed=1)
+        for n in range(4):
+            data.shard(4, n).to_parquet(tmp_path / "shards" / f"{n}.parquet")
+    run = ("--streaming", "--data", tmp_path / "shards/*.parquet", "--heldout_split", "train", "--eval_every", 4)
+    return (*run, "--lr_schedule", "constant", "--checkpoint_every", 4, "--shuffle_block", 8, *options)
+
+
+def test_a_streamed_run_resumes_bit_for_bit(main, ground, tmp_path, capsys):
+    """Eleven steps of eight: nearly four epochs of 24 pictures; stopped at a checkpoint and in between."""
+    main(tmp_path / "whole", *streamed(ground, tmp_path, "--max_train_steps", 11))
+    assert "a stream of images to train on, 3 classes" in capsys.readouterr().out
+    for stop in (6, 8, 11):
+        main(tmp_path / "parts", *streamed(ground, tmp_path, "--max_train_steps", stop, "--num_workers", 2))
+    assert capsys.readouterr().out.count("resumed from") == 2
+    whole, parts = (tensors(tmp_path / name) for name in ("whole", "parts"))
+    for left, right in zip(whole, parts, strict=True):
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    steps = [[row for row in log(tmp_path / name) if "loss" in row] for name in ("whole", "parts")]
+    assert steps[0] == steps[1]
+    assert all(np.isfinite(row["heldout_loss"]) for row in log(tmp_path / "whole") if "heldout_loss" in row)
 
 
 def test_a_corrupt_image_is_left_out_or_fails_by_name(main, ground, tmp_path, capsys):
