@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from iptv2_diffusion.latents import LatentCodec
     from iptv2_diffusion.objectives import DiffusionObjective
+    from iptv2_diffusion.training.alignment import TargetFeatures
     from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask
     from iptv2_diffusion.training.loop import Trainer
 
@@ -116,7 +117,25 @@ def make_objective(config: LDMConfig) -> DiffusionObjective:
         )
 
 
-def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: Any, step: int) -> LatentDiffusionTask:
+def align(config: LDMConfig, codec: LatentCodec, model: nn.Module) -> TargetFeatures | None:
+    """The features that the model is to be aligned with, and the projection in the model; None if it is not."""
+    if config.align_target is None:
+        return None
+    from iptv2_diffusion.training.alignment import attach_alignment, load_target
+
+    target = load_target(config.align_target, codec)
+    attach_alignment(model, config.align_stage, target.dim, config.align_hidden)
+    return target
+
+
+def make_task(
+    config: LDMConfig,
+    trainer: Trainer,
+    codec: LatentCodec,
+    images: Any,
+    step: int,
+    target_features: TargetFeatures | None,
+) -> LatentDiffusionTask:
     """Latents (cached or on the fly) and all that a step needs, ready to go on from `step`."""
     from iptv2_diffusion.data.sampling import DataOrder, own_slices
     from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask, null_label
@@ -150,6 +169,7 @@ def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: A
         slices=slices,
         latent_shape=(codec.latent_channels, *codec.latent_size(*config.size)),
         names=names,
+        target_features=target_features,
     )
 
 
@@ -175,10 +195,11 @@ def main(argv: list[str] | None = None) -> int:
         show_plan(config, accelerator, codec, num_classes)
         return 0
     model = make_model(config, codec, num_classes)
+    target = align(config, codec, model)
     parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(f"{config.model}: {parameters / 1e6:.2f} M parameters on {accelerator.device}")
     trainer = Trainer(config, accelerator, model)
-    task = make_task(config, trainer, codec, images, trainer.resume())
+    task = make_task(config, trainer, codec, images, trainer.resume(), target)
     if trainer.fit(task):
         trainer.finish()
         return 0
@@ -251,11 +272,12 @@ def show_plan(config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, n
 def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask, weights: dict[str, Tensor]) -> None:
     """The pipeline folder with the averaged weights, then samples.png from that folder, read back."""
     from iptv2_diffusion import IPTV2Pipeline
+    from iptv2_diffusion.training.alignment import without_alignment
 
     folder, temporary = trainer.output_dir / "pipeline", trainer.output_dir / ".tmp-pipeline"
     module = trainer.state.module
     model = type(module).from_config(module.config)
-    model.load_state_dict(weights)
+    model.load_state_dict(without_alignment(weights))
     with user_errors(OSError):
         shutil.rmtree(temporary, ignore_errors=True)
         task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.tensor import DTensor
 
+from iptv2_diffusion.training.alignment import without_alignment
 from iptv2_diffusion.training.power_ema import PowerEMA, write_snapshot
 from iptv2_diffusion.training.sharding import (
     forget_gathered,
@@ -126,7 +127,7 @@ class ModelState:
         for average in self.averages:
             tensors = self._whole_by_name(average)
             if self.accelerator.is_main_process:
-                write_snapshot(folder, average.optimization_step, average.sigma_rel, tensors)
+                write_snapshot(folder, average.optimization_step, average.sigma_rel, without_alignment(tensors))
 
     def _by_name(self, average: EMAModel) -> dict[str, torch.Tensor]:
         """An average under the parameters' names, sharded as these are."""

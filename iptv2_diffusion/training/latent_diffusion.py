@@ -22,6 +22,7 @@ from iptv2_diffusion.data.sampling import DataOrder, StepDraws, draw_step
 from iptv2_diffusion.data.streaming import StreamedLatents, StreamOrder, join_positions
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.objectives import DiffusionObjective
+from iptv2_diffusion.training.alignment import Alignment, TargetFeatures
 from iptv2_diffusion.training.errors import LocalError, user_errors
 from iptv2_diffusion.training.pictures import picture_sheet
 
@@ -35,7 +36,7 @@ class LatentDiffusionTask:
         config: has batch_size, stratified_timesteps, label_dropout, heldout_samples, and what `sheet` reads.
         accelerator: gives device and processes.
         codec: of the latents; its VAE goes into the pipelines.
-        model: the bare denoiser; only its config is read.
+        model: the bare denoiser; its config is read, and its alignment, if it has one.
         objective: what is predicted.
         source: latents of the training images.
         heldout: latents of the held-out images, or None.
@@ -43,6 +44,7 @@ class LatentDiffusionTask:
         slices: this process's micro-batches within the global batch.
         latent_shape: (C, h, w).
         names: of the classes; empty if unknown.
+        target_features: what the model's `alignment` (see `alignment.py`) is aligned with, if it has one.
     """
 
     works_together = True
@@ -61,12 +63,15 @@ class LatentDiffusionTask:
         slices: list[slice],
         latent_shape: tuple[int, int, int],
         names: list[str],
+        target_features: TargetFeatures | None = None,
     ) -> None:
         self.config, self.accelerator, self.codec, self.objective = config, accelerator, codec, objective
         self.source, self.heldout, self.order, self.slices = source, heldout, order, slices
         self.latent_shape = latent_shape
         self.null_label = null_label(model)
         self.id2label = dict(enumerate(names))
+        self.target_features = target_features
+        self.alignment: Alignment | None = getattr(model, "alignment", None)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training
@@ -97,8 +102,13 @@ class LatentDiffusionTask:
         return join_positions(gather_object(own) if self.accelerator.num_processes > 1 else own)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Mean loss of a micro-batch."""
-        return self._losses(model, batch).mean()
+        """Mean loss of a micro-batch, with the alignment where there is one."""
+        losses = self._losses(model, batch)
+        if self.alignment is not None:
+            with torch.no_grad():
+                features = self.target_features(batch[0])
+            losses = losses + self.config.align_weight * self.alignment.loss(features)
+        return losses.mean()
 
     def _losses(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Loss of each sample, (B,)."""

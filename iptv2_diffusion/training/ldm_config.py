@@ -56,6 +56,13 @@ class LDMConfig(TrainingConfig):
     min_snr_gamma: float | None = option(None, "min-SNR weighting, 5 is usual; none: off", group="objective")
     label_dropout: float = option(0.1, "share of samples without label, for guidance", group="objective")
 
+    align_target: str | None = option(
+        None, "module:function that makes the features to align with (REPA); none: off", group="alignment"
+    )
+    align_stage: int = option(1, "stage whose tokens are aligned, from 0; 2 is the bottleneck of 5", group="alignment")
+    align_weight: float = option(0.5, "of the alignment in the loss", group="alignment")
+    align_hidden: int = option(2048, "width of the projection", group="alignment")
+
     heldout_samples: int = option(512, "at most, for the held-out loss", group="results", free=True)
     preview_classes: int = option(10, "rows of a sheet, at most", group="results", free=True)
     preview_per_class: int = option(8, "pictures in a row", group="results", free=True)
@@ -71,10 +78,12 @@ class LDMConfig(TrainingConfig):
             raise ConfigError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
         if not 0 <= self.heldout_fraction < 1:
             raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1)")
-        self.require_positive("crops", "encode_batch_size", "shuffle_block")
+        self.require_positive("align_hidden", "crops", "encode_batch_size", "shuffle_block")
         if self.streaming:
             self.cache_latents = False
         self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")
+        if not self.align_weight > 0:
+            raise ConfigError(f"align_weight is {self.align_weight}; it must be positive (align_target none: off)")
         if self.learned_variance and self.objective == "flow":
             raise ConfigError("learned_variance goes with epsilon or v_prediction; set objective or leave it out")
 

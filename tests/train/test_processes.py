@@ -81,6 +81,16 @@ def test_processes_share_a_stream_and_resume_it_on_another_number(ground):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--sharding", "zero3")], ids=["whole", "sharded"])
+def test_processes_align_as_one(ground, options):
+    align = ("--align_target", "colours:Colours", "--align_hidden", 8, "--max_train_steps", 10)
+    one, two = ground / "align-one", ground / f"align-two-{len(options)}"
+    finish(launch(ground, one, *align))
+    finish(launch(ground, two, *align, *options, processes=2))
+    assert_equal_to_rounding(two, one)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_resume_after_a_signal_to_two_processes(ground, name):
     folder = ground / name

@@ -18,6 +18,7 @@ from iptv2_diffusion import IPTV2Pipeline
 from iptv2_diffusion.data.images import load_image_dataset
 from iptv2_diffusion.training.errors import UserError
 
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "vae" not in path.name)
 
 
@@ -201,14 +202,29 @@ def test_a_truncated_checkpoint_falls_back_and_another_configuration_is_refused(
     assert newest(tmp_path).name == "checkpoint-00000004"
 
 
+def test_alignment_trains_resumes_and_leaves_the_pipeline_as_it_is(main, tmp_path):
+    options = ("--align_target", "colours:Colours", "--align_hidden", 8, "--lr_schedule", "constant", "--ema", "power")
+    main(tmp_path / "whole", *options, "--max_train_steps", 4)
+    for stop in (2, 4):
+        main(tmp_path / "parts", *options, "--max_train_steps", stop)
+    whole, parts = (tensors(tmp_path / name) for name in ("whole", "parts"))
+    assert "alignment.projection.0.weight" in whole[0]
+    assert all(torch.equal(whole[0][name], parts[0][name]) for name in whole[0])
+    main(tmp_path / "off", "--lr_schedule", "constant", "--ema", "power", "--max_train_steps", 4)
+    losses = [next(row["loss"] for row in log(tmp_path / name)) for name in ("whole", "off")]
+    assert 0 < abs(losses[0] - losses[1]) <= 0.5  # of equal weights: the alignment's part, 0.5 times a cosine
+    keys = [load_file(tmp_path / name / "pipeline" / WEIGHTS).keys() for name in ("whole", "off")]
+    assert keys[0] == keys[1]
+    assert load(ROOT / "eval" / "reconstruct_ema.py").main(["--run", str(tmp_path / "whole")]) == 0
+
+
 def test_averages_of_any_length_are_made_after_training(main, tmp_path, capsys):
     power = ("--ema", "power", "--ema_snapshot_every", 2, "--eval_every", 0)
     main(tmp_path, "--max_train_steps", 8, *power)
     reconstruct_ema = load(ROOT / "eval" / "reconstruct_ema.py")
-    name = "transformer/diffusion_pytorch_model.safetensors"
-    own = load_file(tmp_path / "pipeline" / name)
+    own = load_file(tmp_path / "pipeline" / WEIGHTS)
     assert reconstruct_ema.main(["--run", str(tmp_path), "--sigma_rel", "0.05"]) == 0
-    again = load_file(tmp_path / "pipeline-0.05" / name)  # the run's own length: the run's own weights
+    again = load_file(tmp_path / "pipeline-0.05" / WEIGHTS)  # the run's own length: the run's own weights
     assert all(torch.allclose(again[key], own[key], atol=1e-5) for key in own)
     assert (
         reconstruct_ema.main(["--run", str(tmp_path), "--sigma_rel", "0.2", "--output_dir", str(tmp_path / "o")]) == 0
