@@ -113,6 +113,7 @@ def make_objective(config: LDMConfig) -> DiffusionObjective:
             timestep_sampling=config.timestep_sampling,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
+            timestep_shift=config.timestep_shift,
             min_snr_gamma=config.min_snr_gamma,
         )
 

@@ -52,7 +52,12 @@ class LDMConfig(TrainingConfig):
     logit_mean: float = option(0.0, "of logit_normal", group="objective")
     logit_std: float = option(1.0, "of logit_normal", group="objective")
     stratified_timesteps: bool = option(True, "spread a batch's timesteps evenly", group="objective")
-    flow_shift: float = option(1.0, "of the flow's noise levels, towards noise if above 1", group="objective")
+    flow_shift: float = option(
+        1.0, "of the flow's noise levels in training and sampling, towards noise if above 1", group="objective"
+    )
+    timestep_shift: float = option(
+        1.0, "in training alone, any objective: sqrt(pixels / pixels that the recipe was made for)", group="objective"
+    )
     min_snr_gamma: float | None = option(None, "min-SNR weighting, 5 is usual; none: off", group="objective")
     label_dropout: float = option(0.1, "share of samples without label, for guidance", group="objective")
 
