@@ -17,6 +17,9 @@ The loss is the mean squared error over C, H, W, one number per sample, always i
 * ``min_snr_gamma``: Hang et al. 2023 (arXiv 2303.09556): the squared error *of x0* is weighted with min(SNR, gamma).
 * ``timestep_sampling="logit_normal"``: Esser et al. 2024 (arXiv 2403.03206, eq. 19): more samples at middle noise
   levels.
+* ``timestep_shift``: the same paper's shift for resolution (eq. 23), t -> s t / (1 + (s - 1) t): at m pixels instead of
+  n a latent keeps its blur only with more noise, by s = sqrt(m / n). It comes after the density above, whichever that
+  is, and touches training alone; a flow scheduler's own ``shift`` moves sampling too. Shifts multiply.
 
 Nothing here draws random numbers: noise and timesteps come from the caller, so that a run is a pure function of its
 seed. The scheduler owns the noise schedule; the number of timesteps and the betas are read from it.
@@ -94,6 +97,7 @@ class DiffusionObjective:
         learned_variance: hybrid loss; the model then predicts 2C channels. Needs ``variance_type="learned_range"``.
         timestep_sampling: density that :meth:`sample_timesteps` maps uniform numbers to.
         logit_mean, logit_std: of "logit_normal".
+        timestep_shift: s, towards noise if above 1.
         min_snr_gamma: None for the plain mean squared error; 5 is the usual value otherwise.
     """
 
@@ -105,6 +109,7 @@ class DiffusionObjective:
         timestep_sampling: TimestepSampling = "uniform",
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
+        timestep_shift: float = 1.0,
         min_snr_gamma: float | None = None,
     ):
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -120,6 +125,8 @@ class DiffusionObjective:
             raise ValueError(f"timestep_sampling {timestep_sampling!r}: use one of {', '.join(TIMESTEP_SAMPLINGS)}")
         if logit_std <= 0:
             raise ValueError(f"logit_std is {logit_std}; it must be above 0")
+        if timestep_shift <= 0:
+            raise ValueError(f"timestep_shift is {timestep_shift}; it must be above 0, and 1 shifts nothing")
         if min_snr_gamma is not None and min_snr_gamma <= 0:
             raise ValueError(f"min_snr_gamma is {min_snr_gamma}; it must be above 0, or None for no weighting")
         if learned_variance:
@@ -134,6 +141,7 @@ class DiffusionObjective:
         self.learned_variance = learned_variance
         self.timestep_sampling = timestep_sampling
         self.logit_mean, self.logit_std = logit_mean, logit_std
+        self.timestep_shift = timestep_shift
         self.min_snr_gamma = min_snr_gamma
         self.num_train_timesteps: int = scheduler.config.num_train_timesteps
         self._tables = {} if self.prediction_type == "flow" else _posterior_tables(scheduler.betas)
@@ -183,17 +191,17 @@ class DiffusionObjective:
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Timesteps (B,) for uniform random numbers (B,) in [0, 1).
 
-        DDPM family: int64 in [0, T-1]. Flow: float32 in [0, T], that is T times the noise level s, after the
-        scheduler's ``shift`` (so that training visits the noise levels that sampling does). A pure function:
+        DDPM family: int64 in [0, T-1]. Flow: float32 in [0, T], that is T times the noise level s, after
+        ``timestep_shift`` and the scheduler's ``shift`` (so that training visits what sampling does). A pure function:
         stratifying or seeding the numbers is the caller's choice.
         """
         level = uniform.float()
         if self.timestep_sampling == "logit_normal":
             # ndtri, the inverse normal distribution function, is infinite at 0 and 1
             level = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(level.clamp(1e-7, 1 - 1e-7)))
+        shift = self.timestep_shift * (self.scheduler.shift if self.prediction_type == "flow" else 1.0)
+        level = shift * level / (1 + (shift - 1) * level)
         if self.prediction_type == "flow":
-            shift = self.scheduler.shift
-            level = shift * level / (1 + (shift - 1) * level)
             return level * self.num_train_timesteps
         return (level * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
 

@@ -145,6 +145,31 @@ class TestTimesteps:
         torch.testing.assert_close(DiffusionObjective(scheduler).sample_timesteps(uniform), levels)
 
     @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+    @pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+    def test_timestep_shift_keeps_the_signal_to_noise_ratio_of_more_pixels(self, prediction_type, sampling):
+        """t / (1 - t), the flow's noise over signal, is multiplied by s whatever the density (SD3, eq. 23)."""
+        uniform = (torch.arange(64) + 0.5) / 64
+        scheduler = DiffusionObjective.make_scheduler(prediction_type, num_train_timesteps=10**6)
+        plain, shifted = (
+            DiffusionObjective(scheduler, timestep_sampling=sampling, timestep_shift=s).sample_timesteps(uniform)
+            for s in (1.0, 2.0)
+        )
+        plain, shifted = plain.double() / 10**6, shifted.double() / 10**6
+        torch.testing.assert_close(shifted / (1 - shifted), 2 * plain / (1 - plain), rtol=1e-3, atol=0)
+
+    def test_training_shift_and_the_schedulers_multiply_and_one_shifts_nothing(self):
+        uniform = torch.rand(100, generator=torch.Generator().manual_seed(0))
+        both, one, none = (
+            DiffusionObjective(DiffusionObjective.make_scheduler("flow", shift=a), timestep_shift=b)
+            for a, b in ((3.0, 2.0), (6.0, 1.0), (1.0, 1.0))
+        )
+        torch.testing.assert_close(both.sample_timesteps(uniform), one.sample_timesteps(uniform))
+        assert both.scheduler.shift == 3.0  # sampling is not touched
+        assert torch.equal(none.sample_timesteps(uniform), uniform * 1000)
+        with pytest.raises(ValueError, match="timestep_shift is 0; it must be above 0"):
+            DiffusionObjective(none.scheduler, timestep_shift=0)
+
+    @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
     def test_logit_normal_has_the_right_quantiles(self, prediction_type):
         objective = make_objective(prediction_type, timestep_sampling="logit_normal", logit_mean=-0.5, logit_std=0.8)
         uniform = torch.tensor([0.0, 0.1, 0.5, 0.9, 1 - 2**-24])

@@ -10,7 +10,7 @@ files are the same for any number of processes; over several machines `cache_dir
 from __future__ import annotations
 
 from iptv2_diffusion.training.config import parse_config
-from iptv2_diffusion.training.errors import run_main
+from iptv2_diffusion.training.errors import ConfigError, run_main
 from iptv2_diffusion.training.ldm_config import LDMConfig
 
 EXAMPLES = """
@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     from iptv2_diffusion.training.ldm_data import load_codec, load_images, open_caches
     from iptv2_diffusion.training.loop import start_accelerator
 
+    if config.streaming:
+        raise ConfigError("a stream is not cached, but encoded as it comes: leave --streaming out to cache its images")
     accelerator = start_accelerator(config)
     train, heldout, _ = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)

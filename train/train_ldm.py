@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from iptv2_diffusion.latents import LatentCodec
     from iptv2_diffusion.objectives import DiffusionObjective
+    from iptv2_diffusion.training.alignment import TargetFeatures
     from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask
     from iptv2_diffusion.training.loop import Trainer
 
@@ -35,6 +36,7 @@ examples:
   labelled: one sub-folder a class     ... --data my_photos (the folders' names become the classes)
   another VAE from the Hub             ... --vae stabilityai/sd-vae-ft-ema --resolution 256 --model iptv2-s
   a DiT under the same recipe          ... --model dit-s-2 --output_dir runs/dit
+  larger than the disk                 ... --data imagenet-1k --streaming --heldout_split validation
   8 GPUs in bfloat16                   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 ...
 
 The same command resumes: it continues from the newest checkpoint in output_dir, bit for bit.
@@ -80,9 +82,9 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
 
 
 def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int | None:
-    """Number of classes; None for unlabelled data."""
-    found = max(len(names), max(labels) + 1) if names else 0
-    if names and min(labels) < 0:
+    """Number of classes; None for unlabelled data. `labels` are those of all images, if they are known beforehand."""
+    found = max(len(names), max(labels, default=-1) + 1) if names else 0
+    if names and min(labels, default=0) < 0:
         raise ConfigError(f"the data has the label {min(labels)}; labels are 0 to {found - 1}: mend or remove those")
     if config.num_classes and not names:
         raise ConfigError(
@@ -111,14 +113,33 @@ def make_objective(config: LDMConfig) -> DiffusionObjective:
             timestep_sampling=config.timestep_sampling,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
+            timestep_shift=config.timestep_shift,
             min_snr_gamma=config.min_snr_gamma,
         )
 
 
-def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: Any, step: int) -> LatentDiffusionTask:
+def align(config: LDMConfig, codec: LatentCodec, model: nn.Module) -> TargetFeatures | None:
+    """The features that the model is to be aligned with, and the projection in the model; None if it is not."""
+    if config.align_target is None:
+        return None
+    from iptv2_diffusion.training.alignment import attach_alignment, load_target
+
+    target = load_target(config.align_target, codec)
+    attach_alignment(model, config.align_stage, target.dim, config.align_hidden)
+    return target
+
+
+def make_task(
+    config: LDMConfig,
+    trainer: Trainer,
+    codec: LatentCodec,
+    images: Any,
+    step: int,
+    target_features: TargetFeatures | None,
+) -> LatentDiffusionTask:
     """Latents (cached or on the fly) and all that a step needs, ready to go on from `step`."""
     from iptv2_diffusion.data.sampling import DataOrder, own_slices
-    from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask
+    from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask, null_label
     from iptv2_diffusion.training.ldm_data import encode_on_the_fly, open_caches
 
     accelerator = trainer.accelerator
@@ -131,8 +152,12 @@ def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: A
     if latents is not None:
         source, order = latents, DataOrder(len(latents), config.seed)
     else:
-        source, order = encode_on_the_fly(config, codec, train, slices, step)
-    accelerator.print(f"{len(source)} images to train on, {f'{len(names)} classes' if names else 'without labels'}")
+        known = null_label(trainer.state.module)
+        source, order = encode_on_the_fly(
+            config, codec, train, slices, step, position=trainer.position, num_classes=known
+        )
+    count = "a stream of" if config.streaming else len(source)
+    accelerator.print(f"{count} images to train on, {f'{len(names)} classes' if names else 'without labels'}")
     return LatentDiffusionTask(
         config,
         accelerator,
@@ -145,6 +170,7 @@ def make_task(config: LDMConfig, trainer: Trainer, codec: LatentCodec, images: A
         slices=slices,
         latent_shape=(codec.latent_channels, *codec.latent_size(*config.size)),
         names=names,
+        target_features=target_features,
     )
 
 
@@ -165,15 +191,16 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = make_accelerator(config)
     images = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
-    num_classes = count_classes(config, images[2], images[0].labels)
+    num_classes = count_classes(config, images[2], getattr(images[0], "labels", []))
     if config.plan:
         show_plan(config, accelerator, codec, num_classes)
         return 0
     model = make_model(config, codec, num_classes)
+    target = align(config, codec, model)
     parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(f"{config.model}: {parameters / 1e6:.2f} M parameters on {accelerator.device}")
     trainer = Trainer(config, accelerator, model)
-    task = make_task(config, trainer, codec, images, trainer.resume())
+    task = make_task(config, trainer, codec, images, trainer.resume(), target)
     if trainer.fit(task):
         trainer.finish()
         return 0
@@ -246,11 +273,12 @@ def show_plan(config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, n
 def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask, weights: dict[str, Tensor]) -> None:
     """The pipeline folder with the averaged weights, then samples.png from that folder, read back."""
     from iptv2_diffusion import IPTV2Pipeline
+    from iptv2_diffusion.training.alignment import without_alignment
 
     folder, temporary = trainer.output_dir / "pipeline", trainer.output_dir / ".tmp-pipeline"
     module = trainer.state.module
     model = type(module).from_config(module.config)
-    model.load_state_dict(weights)
+    model.load_state_dict(without_alignment(weights))
     with user_errors(OSError):
         shutil.rmtree(temporary, ignore_errors=True)
         task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)

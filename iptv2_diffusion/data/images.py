@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from iptv2_diffusion.data.archives import is_nested_tar, load_nested_tar, read_bytes
 from iptv2_diffusion.data.sampling import generator_for
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -25,6 +27,7 @@ IMAGE_COLUMNS = ("image", "img", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "cls")
 FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` reads these files with
 MIN_CROP = 0.8  # share of the side that a random crop keeps at least, as in ADM
+STREAM_SHARDS = 64  # into which loose images are cut when they are streamed: the grain of the shuffling
 SPLIT_FOLDERS = {"train", "test", "val", "validation", "valid", "heldout"}
 
 
@@ -40,12 +43,14 @@ def load_image_dataset(
     label_column: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
-) -> datasets.Dataset:
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
     """Images, and labels when there are any, from wherever they are.
 
     `source` is one of: a folder of images (flat = unlabelled; one sub-folder per class = labelled; either may lie under
     one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a WebDataset
-    shard (a tar of KEY.jpg and KEY.cls), a glob or folder of them, which `datasets` copies into its cache; a Hub name.
+    shard (a tar of KEY.jpg and KEY.cls), a glob or folder of them, which `datasets` copies into its cache; a tar of one
+    tar per class, as ImageNet's, read in place; a Hub name. With `streaming` nothing is copied: an IterableDataset.
     `split` takes whatever `datasets` takes ("train", "train[:100]"). The columns are found by their usual names when
     `image_column` and `label_column` are not given; `label_column="ignore"` leaves the labels out.
 
@@ -55,10 +60,11 @@ def load_image_dataset(
     """
     path = Path(source).expanduser()
     cache = None if cache_dir is None else str(cache_dir)
+    options: dict[str, Any] = {"cache_dir": cache, "streaming": streaming}
     if path.is_dir():
         suffixes = {f.suffix.lower() for f in path.rglob("*") if f.is_file()}
         if ".parquet" in suffixes:
-            data = _load_split(str(path), split, cache_dir=cache)
+            data = _load_split(str(path), split, **options)
         elif suffixes & IMAGE_SUFFIXES:
             data = _load_folder(path, split)
         elif ".tar" in suffixes:
@@ -68,6 +74,7 @@ def load_image_dataset(
                 image_column=image_column,
                 label_column=label_column,
                 cache_dir=cache_dir,
+                streaming=streaming,
             )
         else:
             raise ValueError(
@@ -79,17 +86,21 @@ def load_image_dataset(
             raise FileNotFoundError(f"{path}: no such {path.suffix[1:]} file; give a file, a glob or a folder")
         # Files that are named one by one form one split, whatever the caller calls it; a slice such as [:100] stays.
         _, bracket, rest = split.partition("[")
-        data = _load_split(
-            FILE_BUILDERS[path.suffix], f"train{bracket}{rest}", data_files={"train": files}, cache_dir=cache
-        )
+        if path.suffix == ".tar" and is_nested_tar(Path(files[0])):
+            data = _cut(_load_nested(files, cache), bracket, rest)
+        else:
+            kind = FILE_BUILDERS[path.suffix]
+            data = _load_split(kind, f"train{bracket}{rest}", data_files={"train": files}, **options)
     elif path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1 or path.exists():
         raise FileNotFoundError(f"{path}: no such folder or parquet file")
     else:
-        data = _load_split(str(source), split, revision=revision, cache_dir=cache)
+        data = _load_split(str(source), split, revision=revision, **options)
+    if streaming and isinstance(data, datasets.Dataset):  # of loose files, in the order of their classes
+        data = data.shuffle(seed=0).to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(data)))
     return _standard_columns(data, str(source), image_column, label_column)
 
 
-def class_names(dataset: datasets.Dataset) -> list[str] | None:
+def class_names(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
     """Names of the classes in the order of their ids; None when the data set is unlabelled."""
     feature = dataset.features.get("label")
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
@@ -152,6 +163,12 @@ def _load_split(name: str, split: str, **options: Any) -> datasets.Dataset:
         ) from None
 
 
+def _load_nested(files: list[str], cache: str | None) -> datasets.Dataset:
+    if len(files) > 1:
+        raise ValueError(f"{files[0]}: holds a tar per class; give this one file, not {len(files)}")
+    return load_nested_tar(Path(files[0]), IMAGE_SUFFIXES, cache)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -187,18 +204,22 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
             "sub-folders; move them into one if the sub-folders are classes",
             stacklevel=3,
         )
-    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    if bracket:
-        parts = datasets.ReadInstruction.from_spec(f"train[{rest}").to_absolute({"train": len(data)})
-        data = datasets.concatenate_datasets([data.select(range(p.from_ or 0, p.to)) for p in parts])
-    return data
+    return _cut(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), bracket, rest)
+
+
+def _cut(data: datasets.Dataset, bracket: str, rest: str) -> datasets.Dataset:
+    """The part that a split such as "train[:100]" names, `bracket` and `rest` being what follows the name."""
+    if not bracket:
+        return data
+    parts = datasets.ReadInstruction.from_spec(f"train[{rest}").to_absolute({"train": len(data)})
+    return datasets.concatenate_datasets([data.select(range(p.from_ or 0, p.to)) for p in parts])
 
 
 def _standard_columns(
-    data: datasets.Dataset, source: str, image_column: str | None, label_column: str | None
-) -> datasets.Dataset:
+    data: datasets.Dataset | datasets.IterableDataset, source: str, image_column: str | None, label_column: str | None
+) -> datasets.Dataset | datasets.IterableDataset:
     """Keep the image and the label column only, under those names and with those feature types."""
-    if len(data) == 0:
+    if isinstance(data, datasets.Dataset) and len(data) == 0:
         raise ValueError(f"{source}: the split is empty")
     image = _find_column(data, source, image_column, IMAGE_COLUMNS, "image")
     if image is None:
@@ -207,15 +228,28 @@ def _standard_columns(
             raise ValueError(f"{source}: no image column among {', '.join(data.column_names)}; name it by image_column")
         image = kinds[0]
     label = None if label_column == "ignore" else _find_column(data, source, label_column, LABEL_COLUMNS, "label")
+    # First of all, since a stream decodes what it renames, and would die of a corrupt image there.
+    if data.features[image] != datasets.Image(decode=False):
+        data = data.cast_column(image, datasets.Image(decode=False))
     data = data.select_columns([image] if label is None else [image, label])
     data = data.rename_columns(
         {old: new for old, new in ((image, "image"), (label, "label")) if old not in (None, new)}
     )
-    if data.features["image"] != datasets.Image(decode=False):
-        data = data.cast_column("image", datasets.Image(decode=False))
     if label is not None and not isinstance(data.features["label"], datasets.ClassLabel):
-        data = _number_labels(data, source, label)
+        if isinstance(data, datasets.IterableDataset):  # whose labels cannot be gone through beforehand
+            _require_numbers(data, source, label)
+        else:
+            data = _number_labels(data, source, label)
     return data
+
+
+def _require_numbers(data: datasets.IterableDataset, source: str, column: str) -> None:
+    dtype = data.features["label"].dtype
+    if "int" not in dtype:
+        raise ValueError(
+            f'{source}: column "{column}" holds {dtype}; a stream needs class numbers (or a ClassLabel); label_column '
+            '"ignore" leaves it out'
+        )
 
 
 def _find_column(
@@ -299,6 +333,30 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
+def decode_image(record: Mapping[str, Any], name: str) -> Image.Image:
+    """RGB picture, at its own size, of an undecoded {"bytes", "path"}; ValueError with `name` if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(record["bytes"] or read_bytes(record["path"]))) as image:
+            return to_rgb(image)
+    # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG) and struct or zlib errors, and
+    # refuses pictures of over 179 megapixels (`Image.MAX_IMAGE_PIXELS`), which may be decompression bombs.
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be read as an image ({_first_line(error)})") from error
+
+
+def view_of(image: Image.Image, size: tuple[int, int], index: int, flip: bool = False, crop: int = 0) -> torch.Tensor:
+    """Float32 (3, H, W) in [-1, 1], mirrored left to right if `flip`; crop 0 is the centre, the others random.
+
+    A crop is a function of (index, crop) alone: the same in every process.
+    """
+    if crop == 0:
+        image = center_crop(image, size)
+    else:
+        image = random_crop(image, size, generator_for(0, "crop", index, crop))
+    pixels = to_tensor(image)
+    return pixels.flip(-1).contiguous() if flip else pixels
+
+
 class ImageTensors(torch.utils.data.Dataset):
     """The images of `load_image_dataset` as tensors.
 
@@ -341,18 +399,8 @@ class ImageTensors(torch.utils.data.Dataset):
         return {**item, "index": index}
 
     def get(self, index: int, flip: bool = False, crop: int = 0) -> dict[str, Any]:
-        """Item `index` of the data set, mirrored left to right if `flip`; crop 0 is the centre, the others random.
-
-        A crop is a function of (index, crop) alone: the same in every process and every epoch.
-        """
-        image = self._decode(index)
-        if crop == 0:
-            image = center_crop(image, self.size)
-        else:
-            image = random_crop(image, self.size, generator_for(0, "crop", index, crop))
-        pixels = to_tensor(image)
-        if flip:
-            pixels = pixels.flip(-1).contiguous()
+        """Item `index` of the data set in one of its forms, see `view_of`; the same in every epoch."""
+        pixels = view_of(self._decode(index), self.size, index, flip, crop)
         return {"pixel_values": pixels, "class_labels": self.labels[index], "index": index}
 
     def name(self, index: int) -> str:
@@ -381,12 +429,4 @@ class ImageTensors(torch.utils.data.Dataset):
         return self._valid
 
     def _decode(self, index: int) -> Image.Image:
-        """RGB picture at its own size; ValueError with its name when it cannot be read."""
-        record = self.dataset[index]["image"]
-        try:
-            with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] else record["path"]) as image:
-                return to_rgb(image)
-        # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG) and struct or zlib errors, and
-        # refuses pictures of over 179 megapixels (`Image.MAX_IMAGE_PIXELS`), which may be decompression bombs.
-        except Exception as error:
-            raise ValueError(f"{self.name(index)}: cannot be read as an image ({_first_line(error)})") from error
+        return decode_image(self.dataset[index]["image"], self.name(index))

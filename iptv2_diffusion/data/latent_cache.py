@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from iptv2_diffusion.data.archives import file_of
 from iptv2_diffusion.data.latent_encoding import Encoding, encode_shard
 from iptv2_diffusion.data.sampling import StepDraws, derive_seed
 
@@ -43,9 +44,6 @@ SHARD_ITEMS = 2048  # images a shard: what a kill can cost, and the unit that is
 
 class LatentSource(Protocol):
     """Latents and labels for the draws of a micro-batch."""
-
-    def __len__(self) -> int:
-        """Number of images."""
 
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
         """Latents (B, C, h, w) float32 in model units, labels (B,) int64; on the CPU or the codec's device."""
@@ -146,7 +144,7 @@ def dataset_fingerprint(images: ImageTensors) -> str:
         digest.update(dataset._fingerprint.encode())
     else:
         for record in dataset.select_columns("image")[:]["image"]:
-            state = Path(record["path"]).stat()
+            state = file_of(record["path"]).stat()
             digest.update(f"{record['path']} {state.st_size} {state.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -98,8 +99,17 @@ class StepDraws:
         return StepDraws(*(None if value is None else value[part] for value in vars(self).values()))
 
 
+class Order(Protocol):
+    """Which items the batches are made of."""
+
+    seed: int
+
+    def items(self, start: int, count: int) -> Tensor:
+        """Items (count,) int64 of places start ... start + count - 1 of the endless stream."""
+
+
 def draw_step(
-    order: DataOrder,
+    order: Order,
     step: int,
     batch_size: int,
     latent_shape: Sequence[int],

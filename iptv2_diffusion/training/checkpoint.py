@@ -29,7 +29,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from iptv2_diffusion.training.errors import UserError
+from iptv2_diffusion.training.errors import UserError, system_error
 
 if TYPE_CHECKING:
     from iptv2_diffusion.training.ema import ModelState
@@ -186,7 +186,7 @@ class CheckpointManager:
                 self.accelerator.load_state(str(checkpoint.path))
                 if self.state is not None:
                     self.state.lay_out_optimizer()
-        except (RuntimeError, KeyError, ValueError, CheckpointException) as error:
+        except (RuntimeError, KeyError, ValueError, FileNotFoundError, CheckpointException) as error:
             raise UserError(
                 f"{checkpoint.path} does not fit this model ({_reason(error)[:200]}); choose another --output_dir"
             ) from error
@@ -288,8 +288,9 @@ def _reason(error: BaseException) -> str:
     """The plainest words for why a write failed: torch hides the operating system's error in a chain."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
+        number = system_error(cause)
+        if number is not None:
+            return os.strerror(number)
         cause = cause.__cause__ or cause.__context__
     return " ".join(str(error).split()) or type(error).__name__
 

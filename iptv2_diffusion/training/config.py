@@ -49,6 +49,7 @@ def option(default: Any, help: str, *, group: str = "run", free: bool = False) -
 
 
 _RATES = ("weight_decay", "max_grad_norm")
+_EMA = {"group": "averaged weights"}
 _FREE_LOG = {"group": "checkpoints and logs", "free": True}
 
 
@@ -85,9 +86,18 @@ class TrainingConfig:
     adam_epsilon: float = option(1e-8, "AdamW epsilon", group="optimiser")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices and kernels only", group="optimiser")
     max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: off", group="optimiser")
-    ema_decay: float = option(0.9999, "the largest decay of the averaged weights; 0: no averaging", group="optimiser")
+    ema: Literal["constant", "power"] = option(
+        "constant", "averaged weights of one length, or by power functions of time (any length afterwards)", **_EMA
+    )
+    ema_decay: float = option(0.9999, "the largest decay of the averaged weights; 0: no averaging", **_EMA)
     ema_power: float = option(
-        0.75, "the decay ramps up as 1 - (1 + step)^-power: 0.75 suits 10 K steps, 2/3 1 M", group="optimiser"
+        0.75, "the decay ramps up as 1 - (1 + step)^-power: 0.75 suits 10 K steps, 2/3 1 M", **_EMA
+    )
+    ema_sigma_rels: tuple[float, float] = option(
+        (0.05, 0.1), "of --ema power: relative widths of its two averages; the first is drawn and saved", **_EMA
+    )
+    ema_snapshot_every: int = option(
+        1000, "of --ema power: steps between snapshots of both averages, each twice the weights in size", **_FREE_LOG
     )
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(
@@ -131,6 +141,11 @@ class TrainingConfig:
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work, naming them."""
         self.require_positive("max_train_steps", "batch_size", "gradient_accumulation_steps", "keep_last", "log_every")
+        self.require_positive("ema_snapshot_every")
+        if self.ema == "power" and not all(0 < width < 0.28 for width in self.ema_sigma_rels):
+            raise ConfigError(f"ema_sigma_rels is {self.ema_sigma_rels}; each must lie in (0, 0.28)")
+        if self.ema == "power" and len(set(self.ema_sigma_rels)) == 1:
+            raise ConfigError(f"ema_sigma_rels is {self.ema_sigma_rels}; the two must differ, as 0.05,0.1 do")
         counts = ("checkpoint_every", "eval_every", "preview_every", "max_skipped_steps")
         for name in (*counts, "lr_warmup_steps", "num_workers", *_RATES):
             if getattr(self, name) < 0:

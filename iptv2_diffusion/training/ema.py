@@ -3,12 +3,13 @@
     shadow <- d shadow + (1 - d) weights,   d(n) = min(decay, 1 - (1 + n)^-power)
 
 The ramp of d lets short runs forget their random start: with power 3/4 it passes 0.99 at step 464 and 0.999 at 10 K.
+Instead of one constant-length average there may be several by power functions of time (`power_ema.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.tensor import DTensor
 
+from iptv2_diffusion.training.alignment import without_alignment
+from iptv2_diffusion.training.power_ema import PowerEMA, write_snapshot
 from iptv2_diffusion.training.sharding import (
     forget_gathered,
     from_local,
@@ -30,7 +33,6 @@ from iptv2_diffusion.training.sharding import (
     whole,
 )
 
-_FILE = "ema.safetensors"
 _MODEL_FILE = "model.safetensors"
 _OPTIMIZER_FILE = "optimizer.bin"
 
@@ -47,6 +49,7 @@ class ModelState:
         optimizer: AdamW on its parameters, for sharded models and checkpoints.
         decay: largest decay; 0 turns averaging off, and the "averaged" weights are then the current ones.
         power: exponent of the ramp.
+        sigma_rels: relative widths of power-function averages to keep instead; the first is the one that is used.
     """
 
     def __init__(
@@ -57,39 +60,47 @@ class ModelState:
         *,
         decay: float = 0.9999,
         power: float = 0.75,
+        sigma_rels: Sequence[float] = (),
     ):
         self.accelerator, self.optimizer = accelerator, optimizer
         self.module = accelerator.unwrap_model(model)
         self.parameters = list(self.module.parameters())  # once: walking the modules costs a millisecond a time
         self.sharded = any(isinstance(p, DTensor) for p in self.parameters)
-        self.average: EMAModel | None = None  # of this process's shards, if the model is sharded
-        if decay > 0:
-            self.average = EMAModel(self._own(), decay=decay, use_ema_warmup=True, power=power, foreach=True)
+        # Of this process's shards, if the model is sharded; the first is what `averaged` and the results hold.
+        self.averages: list[EMAModel] = [PowerEMA(self._own(), sigma_rel) for sigma_rel in sigma_rels]
+        if not sigma_rels and decay > 0:
+            self.averages = [EMAModel(self._own(), decay=decay, use_ema_warmup=True, power=power, foreach=True)]
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
 
     def step(self) -> None:
-        """Take the current weights into the average; call after every optimiser step."""
-        if self.average is not None:
-            self.average.step(self._own())
+        """Take the current weights into the averages; call after every optimiser step."""
+        own = self._own()
+        for average in self.averages:
+            average.step(own)
 
     def _own(self) -> list[torch.Tensor]:
         """This process's memory of the parameters."""
         return [local(p) for p in self.parameters] if self.sharded else self.parameters
 
     @property
+    def averaged_steps(self) -> int:
+        """How many steps the averages have taken in."""
+        return self.averages[0].optimization_step if self.averages else 0
+
+    @property
     def decay(self) -> float:
         """The decay that the last step used (0 before the first)."""
-        return (self.average.cur_decay_value or 0.0) if self.average is not None else 0.0
+        return (self.averages[0].cur_decay_value or 0.0) if self.averages else 0.0
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The unwrapped model in eval mode holding the averaged weights; afterwards all is as before, bit for bit."""
         training = self.module.training
         own = self._own()
-        kept = None if self.average is None else [p.detach().clone() for p in own]
-        if self.average is not None:
-            self.average.copy_to(own)
+        kept = [p.detach().clone() for p in own] if self.averages else None
+        if self.averages:
+            self.averages[0].copy_to(own)
             forget_gathered(self.module)
         self.module.eval()
         try:
@@ -106,22 +117,32 @@ class ModelState:
 
         Of a sharded model it is gathered: every process must ask.
         """
-        state = {name: tensor.detach() for name, tensor in self.module.state_dict().items()} | self._average_by_name()
+        state = {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+        for average in self.averages[:1]:
+            state |= self._by_name(average)
         return {name: whole(tensor) for name, tensor in state.items()}
 
-    def _average_by_name(self) -> dict[str, torch.Tensor]:
-        """Averages under the parameters' names, sharded as these are; empty without averaging."""
-        if self.average is None:
-            return {}
-        pairs = zip(self.module.named_parameters(), self.average.shadow_params, strict=True)
+    def write_snapshots(self, folder: Path) -> None:
+        """Write the power-function averages as they are now (see `power_ema.py`); called by all processes."""
+        for average in self.averages:
+            tensors = self._whole_by_name(average)
+            if self.accelerator.is_main_process:
+                write_snapshot(folder, average.optimization_step, average.sigma_rel, without_alignment(tensors))
+
+    def _by_name(self, average: EMAModel) -> dict[str, torch.Tensor]:
+        """An average under the parameters' names, sharded as these are."""
+        pairs = zip(self.module.named_parameters(), average.shadow_params, strict=True)
         return {name: from_local(part, parameter) for (name, parameter), part in pairs}
 
-    def _set_average(self, state: dict[str, torch.Tensor], steps: int) -> None:
+    def _whole_by_name(self, average: EMAModel) -> dict[str, torch.Tensor]:
+        return {name: whole(tensor).contiguous() for name, tensor in self._by_name(average).items()}
+
+    def _set_average(self, average: EMAModel, state: dict[str, torch.Tensor], steps: int) -> None:
         names = [name for name, _ in self.module.named_parameters()]
         parts = [local(shard_like(state[name], p)) for name, p in zip(names, self.parameters, strict=True)]
         with torch.no_grad():
-            torch._foreach_copy_(self.average.shadow_params, parts)
-        self.average.optimization_step = steps
+            torch._foreach_copy_(average.shadow_params, parts)
+        average.optimization_step = steps
 
     # ----------------------------------------------------------------------------------------------------------------
     # accelerate's hooks: what they leave in `weights`/`models` accelerate saves/loads itself, so both are emptied
@@ -132,15 +153,15 @@ class ModelState:
         if not main and not self.sharded:
             return
         state = {name: whole(tensor.detach()).contiguous() for name, tensor in self.module.state_dict().items()}
-        shadow = {name: whole(tensor).contiguous() for name, tensor in self._average_by_name().items()}
+        shadows = [self._whole_by_name(average) for average in self.averages]
         optimizer = self._whole_optimizer() if self.sharded else None
         if not main:
             return
         save_file(state, folder / _MODEL_FILE, metadata={"format": "pt"})
-        if self.average is not None:
+        for number, (average, shadow) in enumerate(zip(self.averages, shadows, strict=True)):
             # One entry only: safetensors writes several in any order, and equal states must give equal files.
-            metadata = {"optimization_step": str(self.average.optimization_step)}
-            save_file(shadow, folder / _FILE, metadata=metadata)
+            metadata = {"optimization_step": str(average.optimization_step)}
+            save_file(shadow, folder / _file(number), metadata=metadata)
         if optimizer is not None:  # accelerate, which knows no sharded optimiser, writes that of any other model
             torch.save(optimizer, folder / _OPTIMIZER_FILE)
 
@@ -152,9 +173,9 @@ class ModelState:
             own = self.module.state_dict()
             state = {name: shard_like(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
         self.module.load_state_dict(state)
-        if self.average is not None:
-            state, metadata = _read(folder / _FILE)
-            self._set_average(state, int(metadata["optimization_step"]))
+        for number, average in enumerate(self.averages):
+            state, metadata = _read(folder / _file(number))
+            self._set_average(average, state, int(metadata["optimization_step"]))
         if self.sharded:
             self._load_optimizer(torch.load(folder / _OPTIMIZER_FILE, map_location="cpu", weights_only=True))
             forget_gathered(self.module)
@@ -196,17 +217,26 @@ class ModelState:
         """Read what `save_sharded` wrote; called by all processes."""
         state = self._sharded_state()
         checkpoint.load(state, checkpoint_id=folder)  # in place
-        if self.average is not None:
-            self.average.optimization_step = int(state["average_steps"])
+        for number, average in enumerate(self.averages):
+            average.optimization_step = int(state[_key(number, "average_steps")])
         forget_gathered(self.module)
 
     def _sharded_state(self) -> dict[str, Any]:
         weights = {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
         state: dict[str, Any] = {"weights": weights, "optimizer": optimizer_tensors(self.optimizer)}
-        if self.average is not None:
-            steps = torch.tensor(self.average.optimization_step)
-            state |= {"average": self._average_by_name(), "average_steps": steps}
+        for number, average in enumerate(self.averages):
+            state[_key(number, "average")] = self._by_name(average)
+            state[_key(number, "average_steps")] = torch.tensor(average.optimization_step)
         return state
+
+
+def _key(number: int, name: str) -> str:
+    """What an average's entry is called: the first, or only one, bears the plain name."""
+    return f"{name}_{number}" if number else name
+
+
+def _file(number: int) -> str:
+    return _key(number, "ema") + ".safetensors"
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

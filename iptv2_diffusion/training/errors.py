@@ -46,15 +46,20 @@ def user_errors(*kinds: type[Exception], as_error: type[UserError] = UserError) 
         raise as_error(message) from error
 
 
+def system_error(error: BaseException) -> int | None:
+    """The operating system's number for what went wrong, also as a library in Rust tells it; None for other errors."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    match = _OS_ERROR.search(str(error))
+    return int(match[1]) if match else None
+
+
 def full_disk(error: BaseException) -> str | None:
     """What to tell of an error that means that the disk, or the quota, is full; None for any other."""
-    if isinstance(error, OSError):
-        number, where = error.errno, f" at {error.filename}" if error.filename else ""
-    else:
-        match = _OS_ERROR.search(str(error))
-        number, where = (int(match[1]), "") if match else (None, "")
+    number = system_error(error)
     if number not in _DISK_ERRORS:
         return None
+    where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
     return f"{os.strerror(number)}{where}: make room and start the same command again; checkpoints are whole"
 
 

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource
 from iptv2_diffusion.data.sampling import DataOrder, StepDraws, draw_step
+from iptv2_diffusion.data.streaming import StreamedLatents, StreamOrder, join_positions
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.objectives import DiffusionObjective
+from iptv2_diffusion.training.alignment import Alignment, TargetFeatures
+from iptv2_diffusion.training.errors import LocalError, user_errors
 from iptv2_diffusion.training.pictures import picture_sheet
 
 NOISE_BANDS = 4  # the held-out loss is also told for each quarter of the timesteps
@@ -33,7 +36,7 @@ class LatentDiffusionTask:
         config: has batch_size, stratified_timesteps, label_dropout, heldout_samples, and what `sheet` reads.
         accelerator: gives device and processes.
         codec: of the latents; its VAE goes into the pipelines.
-        model: the bare denoiser; only its config is read.
+        model: the bare denoiser; its config is read, and its alignment, if it has one.
         objective: what is predicted.
         source: latents of the training images.
         heldout: latents of the held-out images, or None.
@@ -41,6 +44,7 @@ class LatentDiffusionTask:
         slices: this process's micro-batches within the global batch.
         latent_shape: (C, h, w).
         names: of the classes; empty if unknown.
+        target_features: what the model's `alignment` (see `alignment.py`) is aligned with, if it has one.
     """
 
     works_together = True
@@ -55,16 +59,19 @@ class LatentDiffusionTask:
         objective: DiffusionObjective,
         source: LatentSource,
         heldout: LatentCache | None,
-        order: DataOrder,
+        order: DataOrder | StreamOrder,
         slices: list[slice],
         latent_shape: tuple[int, int, int],
         names: list[str],
+        target_features: TargetFeatures | None = None,
     ) -> None:
         self.config, self.accelerator, self.codec, self.objective = config, accelerator, codec, objective
         self.source, self.heldout, self.order, self.slices = source, heldout, order, slices
         self.latent_shape = latent_shape
         self.null_label = null_label(model)
         self.id2label = dict(enumerate(names))
+        self.target_features = target_features
+        self.alignment: Alignment | None = getattr(model, "alignment", None)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training
@@ -79,16 +86,29 @@ class LatentDiffusionTask:
             yield self._prepare(draws[part], self.source, config.label_dropout)
 
     def _prepare(self, draws: StepDraws, source: LatentSource, label_dropout: float) -> tuple[Tensor, ...]:
-        latents, labels = source.batch(draws)
+        with user_errors(OSError, ValueError, as_error=LocalError):  # of images read as they are needed
+            latents, labels = source.batch(draws)
         if self.null_label is not None:
             labels = labels.masked_fill(draws.label_drops < label_dropout, self.null_label)
         timesteps = self.objective.sample_timesteps(draws.timesteps)
         device = self.accelerator.device
         return tuple(t.to(device, non_blocking=True) for t in (latents, draws.noise, timesteps, labels))
 
+    def position(self, step: int) -> dict[str, Any] | None:
+        """Where a stream of images is at the start of `step`; None for data with random access."""
+        if not isinstance(self.source, StreamedLatents):
+            return None
+        own = [self.source.position(step)]
+        return join_positions(gather_object(own) if self.accelerator.num_processes > 1 else own)
+
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Mean loss of a micro-batch."""
-        return self._losses(model, batch).mean()
+        """Mean loss of a micro-batch, with the alignment where there is one."""
+        losses = self._losses(model, batch)
+        if self.alignment is not None:
+            with torch.no_grad():
+                features = self.target_features(batch[0])
+            losses = losses + self.config.align_weight * self.alignment.loss(features)
+        return losses.mean()
 
     def _losses(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Loss of each sample, (B,)."""

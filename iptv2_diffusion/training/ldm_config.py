@@ -28,6 +28,10 @@ class LDMConfig(TrainingConfig):
     resolution: int | tuple[int, int] = option(64, "image size: one number, or height,width", group="data")
     random_flip: bool = option(True, "mirror half of the images", group="data")
     crops: int = option(1, "views of an image: 1: the centre crop; more: random crops beside it", group="data")
+    streaming: bool = option(
+        False, "read images from the Hub or from shards as they are needed, without copying them", group="data"
+    )
+    shuffle_block: int = option(4096, "of streaming: images held in memory to be shuffled", group="data")
     strict: bool = option(False, "fail at a corrupt image instead of leaving it out", group="data", free=True)
 
     vae: str = option("assets/vae-emoji64", "folder or Hub name of any diffusers VAE", group="latents")
@@ -50,9 +54,21 @@ class LDMConfig(TrainingConfig):
     logit_mean: float = option(0.0, "of logit_normal", group="objective")
     logit_std: float = option(1.0, "of logit_normal", group="objective")
     stratified_timesteps: bool = option(True, "spread a batch's timesteps evenly", group="objective")
-    flow_shift: float = option(1.0, "of the flow's noise levels, towards noise if above 1", group="objective")
+    flow_shift: float = option(
+        1.0, "of the flow's noise levels in training and sampling, towards noise if above 1", group="objective"
+    )
+    timestep_shift: float = option(
+        1.0, "in training alone, any objective: sqrt(pixels / pixels that the recipe was made for)", group="objective"
+    )
     min_snr_gamma: float | None = option(None, "min-SNR weighting, 5 is usual; none: off", group="objective")
     label_dropout: float = option(0.1, "share of samples without label, for guidance", group="objective")
+
+    align_target: str | None = option(
+        None, "module:function that makes the features to align with (REPA); none: off", group="alignment"
+    )
+    align_stage: int = option(1, "stage whose tokens are aligned, from 0; 2 is the bottleneck of 5", group="alignment")
+    align_weight: float = option(0.5, "of the alignment in the loss", group="alignment")
+    align_hidden: int = option(2048, "width of the projection", group="alignment")
 
     heldout_samples: int = option(512, "at most, for the held-out loss", group="results", free=True)
     preview_classes: int = option(10, "rows of a sheet, at most", group="results", free=True)
@@ -69,8 +85,12 @@ class LDMConfig(TrainingConfig):
             raise ConfigError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
         if not 0 <= self.heldout_fraction < 1:
             raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1)")
-        self.require_positive("crops", "encode_batch_size")
+        self.require_positive("align_hidden", "crops", "encode_batch_size", "shuffle_block")
+        if self.streaming:
+            self.cache_latents = False
         self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")
+        if not self.align_weight > 0:
+            raise ConfigError(f"align_weight is {self.align_weight}; it must be positive (align_target none: off)")
         if self.learned_variance and self.objective == "flow":
             raise ConfigError("learned_variance goes with epsilon or v_prediction; set objective or leave it out")
 

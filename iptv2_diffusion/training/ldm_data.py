@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import datasets
 import torch
 
-from iptv2_diffusion.data.images import ImageTensors, class_names, load_train_and_heldout
+from iptv2_diffusion.data.images import ImageTensors, class_names, load_image_dataset, load_train_and_heldout
 from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource, cached_latents
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
 from iptv2_diffusion.data.sampling import DataOrder
+from iptv2_diffusion.data.streaming import ImageStream, StreamedLatents, StreamOrder
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
 from iptv2_diffusion.training.precision import fastest_precision
@@ -21,8 +24,13 @@ if TYPE_CHECKING:
     from iptv2_diffusion.training.ldm_config import LDMConfig
 
 
-def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[ImageTensors, ImageTensors | None, list[str]]:
+def load_images(
+    config: LDMConfig, accelerator: Accelerator
+) -> tuple[ImageTensors | ImageStream, ImageTensors | None, list[str]]:
     """Training images, held-out images (None if none are wanted) and class names ([] without labels)."""
+    columns = {"image_column": config.image_column, "label_column": config.label_column, "revision": config.revision}
+    if config.streaming:
+        return _load_stream(config, accelerator, columns)
     # One process prepares what `datasets` caches on the disk; the others then find it there.
     with user_errors(OSError, ValueError, KeyError), accelerator.local_main_process_first():
         train, heldout = load_train_and_heldout(
@@ -31,9 +39,7 @@ def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[ImageTenso
             heldout_split=config.heldout_split,
             heldout_fraction=config.heldout_fraction,
             seed=config.seed,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            revision=config.revision,
+            **columns,
         )
     if config.dry_run:
         train = train.select(range(min(len(train), 2 * config.batch_size)))
@@ -44,6 +50,31 @@ def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[ImageTenso
 
     with user_errors(ValueError):
         return tensors(train), None if heldout is None else tensors(heldout), class_names(train) or []
+
+
+def _load_stream(
+    config: LDMConfig, accelerator: Accelerator, columns: dict[str, Any]
+) -> tuple[ImageStream, ImageTensors | None, list[str]]:
+    """The same for a stream, whose held-out images are the first of a split of their own, held in memory."""
+    with user_errors(OSError, ValueError, KeyError):
+        train = load_image_dataset(config.data, split=config.train_split, streaming=True, **columns)
+        names = class_names(train) or []
+        if "label" in train.column_names and not names:
+            if config.num_classes is None:
+                raise ConfigError(
+                    f"the labels of a stream cannot be counted beforehand, and {config.data} does not name them: give "
+                    "--num_classes, or --label_column ignore"
+                )
+            names = [str(label) for label in range(config.num_classes)]
+        heldout = None
+        if config.heldout_split is None:
+            accelerator.print("no held-out loss: a stream needs a --heldout_split of its own for that")
+        else:
+            first = load_image_dataset(config.data, split=config.heldout_split, streaming=True, **columns)
+            records = list(first.take(config.heldout_samples))
+            dataset = datasets.Dataset.from_list(records, features=first.features)
+            heldout = ImageTensors(dataset, size=config.size, strict=config.strict)
+    return ImageStream(train, config.size, strict=config.strict, block=config.shuffle_block), heldout, names
 
 
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
@@ -109,10 +140,34 @@ def encode_precision(config: LDMConfig) -> Literal["float32", "bfloat16"]:
 
 
 def encode_on_the_fly(
-    config: LDMConfig, codec: LatentCodec, images: ImageTensors, slices: list[slice], step: int
-) -> tuple[LatentSource, DataOrder]:
-    """Latents encoded as they are needed from optimiser step `step` on, and the order they come in."""
+    config: LDMConfig,
+    codec: LatentCodec,
+    images: ImageTensors | ImageStream,
+    slices: list[slice],
+    step: int,
+    *,
+    position: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+) -> tuple[LatentSource, DataOrder | StreamOrder]:
+    """Latents encoded as they are needed from optimiser step `step` on, and the order they come in.
+
+    Of a stream, `position` is where it was at that step, and labels must be below `num_classes`.
+    """
     encoding = Encoding(flips=config.random_flip, crops=config.crops, precision=encode_precision(config))
+    if isinstance(images, ImageStream):
+        stream = StreamedLatents(
+            images,
+            codec,
+            batch_size=config.batch_size,
+            slices=slices,
+            seed=config.seed,
+            start=step,
+            position=position,
+            encoding=encoding,
+            num_workers=config.num_workers,
+            num_classes=num_classes,
+        )
+        return stream, StreamOrder(config.seed)
     with user_errors(OSError, ValueError):
         order = DataOrder(len(images.valid_indices()), config.seed)
         options: dict[str, Any] = {"order": order, "batch_size": config.batch_size, "slices": slices, "start": step}

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from iptv2_diffusion.training.checkpoint import CheckpointManager
@@ -32,6 +33,7 @@ from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, use
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
 from iptv2_diffusion.training.memory import keep_freed_memory
 from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
+from iptv2_diffusion.training.power_ema import forget_snapshots_after
 from iptv2_diffusion.training.precision import fastest_precision
 from iptv2_diffusion.training.sharding import refuse_other_sharding, shard, whole
 from iptv2_diffusion.training.signals import StopSignal
@@ -57,6 +59,12 @@ class TrainingTask(Protocol):
 
         Called on the main process only, unless the task has an attribute `works_together` that is true: then all
         processes are called, and `evaluate` and this run the model equally often in each, as a sharded model needs.
+        """
+
+    def position(self, step: int) -> Mapping[str, Any] | None:
+        """Where the data are at the start of `step`, if its number does not say: `Trainer.position` after `resume`.
+
+        Plain values, the same on every process; None, as a task without this method gives, if there is no more to say.
         """
 
 
@@ -143,7 +151,15 @@ class Trainer:
             self.model, self.optimizer = accelerator.prepare_model(model, evaluation_mode=True), optimizer
         else:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.state = ModelState(accelerator, self.model, self.optimizer, decay=config.ema_decay, power=config.ema_power)
+        self.state = ModelState(
+            accelerator,
+            self.model,
+            self.optimizer,
+            decay=config.ema_decay,
+            power=config.ema_power,
+            sigma_rels=config.ema_sigma_rels if config.ema == "power" else (),
+        )
+        self.snapshots = self.output_dir / "ema"  # of power-function averages
         self.checkpoints = CheckpointManager(
             self.output_dir,
             accelerator,
@@ -155,6 +171,8 @@ class Trainer:
             sharded=self.sharded and config.sharded_checkpoints,
         )
         self.step = 0  # optimiser steps done
+        self.position: Mapping[str, Any] | None = None  # of the data, as the task told it when the checkpoint was saved
+        self._task: TrainingTask | None = None
         self.seconds = 0.0  # spent in training steps over all resumptions; all processes agree on it
         self._clock = 0.0  # the same, as this process measures it
         self._budget = 60.0 * config.max_train_minutes if config.max_train_minutes else math.inf
@@ -175,9 +193,12 @@ class Trainer:
             self.step = found.step
             self.seconds = self._clock = float(found.progress["seconds"])
             self.skipped, self._skipped_in_a_row = found.progress.get("skipped", (0, 0))
+            self.position = found.progress.get("position")
             self._saved_step = found.step
             self.accelerator.print(f"resumed from {found.path} at step {self.step}")
         main = self.accelerator.is_main_process
+        if main:
+            forget_snapshots_after(self.snapshots, self.state.averaged_steps)
         self.metrics = MetricLog(self.output_dir / "metrics.jsonl", resumed_step=self.step, enabled=main)
         if main:
             # Without what holds for one start only: a run begun from this file must not delete anything.
@@ -188,7 +209,7 @@ class Trainer:
 
     def fit(self, task: TrainingTask) -> str | None:
         """Train to the end. Returns None, or the name of the signal that stopped the run (saved, and told)."""
-        config = self.config
+        config, self._task = self.config, task
         if self.sharded and not _works_together(task):
             raise ConfigError(f"sharding is {config.sharding}; this training runs unsharded only: use --sharding none")
         bar = ProgressBar(
@@ -235,7 +256,11 @@ class Trainer:
         """Write a checkpoint of the current step, if it has none yet."""
         if self._saved_step != self.step:
             skipped = (self.skipped, self._skipped_in_a_row)
-            self.checkpoints.save(self.step, {"seconds": self.seconds, "skipped": skipped})
+            progress: dict[str, Any] = {"seconds": self.seconds, "skipped": skipped}
+            tell = getattr(self._task, "position", None)
+            if tell is not None and (position := tell(self.step)) is not None:
+                progress["position"] = position
+            self.checkpoints.save(self.step, progress)
             self._saved_step = self.step
 
     def check_resume(self) -> None:
@@ -346,6 +371,10 @@ class Trainer:
         The checkpoint comes last: a run killed in between repeats what was due, and its log reads as if undisturbed.
         """
         config, last, worked = self.config, self.finished, False
+        if config.ema == "power" and (self.step % config.ema_snapshot_every == 0 or last):
+            with user_errors(OSError, SafetensorError):
+                self.state.write_snapshots(self.snapshots)
+            worked = True
         if config.eval_every and (self.step % config.eval_every == 0 or last):
             with self.state.averaged() as model:
                 figures = dict(task.evaluate(model, self.step))

@@ -123,16 +123,17 @@ def estimate_memory(
         weights = sum(p.numel() * p.element_size() for p in parameters)
     sharded = config.sharding != "none" and processes > 1
     share = processes if sharded else 1
+    averages = len(config.ema_sigma_rels) if config.ema == "power" else int(config.ema_decay > 0)
     state = {
         "weights": weights // (processes if config.sharding == "zero3" and sharded else 1),
         "gradients": weights // share,
         "optimizer": 2 * weights // share,
-        "average": weights // share if config.ema_decay > 0 else 0,
+        "average": averages * weights // share,
     }
     kept = state["weights"] + state["optimizer"] + state["average"]
     passes = live.peak - (weights - weights // share)  # the fake run held the gradients whole
     buckets = weights if processes > 1 and not sharded else 0  # in which DDP sends gradients
-    update = state["average"]  # a copy that taking the weights into the average makes
+    update = weights // share if averages else 0  # a copy that taking the weights into an average makes
     return Memory(**state, activations=activations, peak=kept + buckets + max(passes, update))
 
 
@@ -170,9 +171,6 @@ def _resident() -> int:
 
 class SyntheticLatents:
     """A `LatentSource` of noise, for planning: no images are needed."""
-
-    def __len__(self) -> int:
-        return 1 << 20
 
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
         """Noise, and label 0."""

@@ -69,7 +69,7 @@ def words(ground, output, *options):
 
 def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true",
-            "PYTHONPATH": str(ROOT)}  # fmt: skip
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}  # fmt: skip
 
 
 def launch(ground, output, *options, processes=1, script=SCRIPT, launcher=()):

@@ -69,6 +69,28 @@ def test_processes_may_change_between_stop_and_resumption(ground, reference):
 
 
 @pytest.mark.slow
+def test_processes_share_a_stream_and_resume_it_on_another_number(ground):
+    """Two processes, then four, then one: the losses and the averages of one process all along."""
+    options = ("--streaming", "--num_workers", 1, "--shuffle_block", 8, "--lr_schedule", "constant")
+    whole, folder = ground / "stream", ground / "stream-shared"
+    finish(launch(ground, whole, *options))
+    for steps, processes in ((10, 2), (20, 4), (STEPS, 1)):
+        output = finish(launch(ground, folder, *options, "--max_train_steps", steps, processes=processes))
+        assert "reading all that came before" not in output
+    assert_equal_to_rounding(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--sharding", "zero3")], ids=["whole", "sharded"])
+def test_processes_align_as_one(ground, options):
+    align = ("--align_target", "colours:Colours", "--align_hidden", 8, "--max_train_steps", 10)
+    one, two = ground / "align-one", ground / f"align-two-{len(options)}"
+    finish(launch(ground, one, *align))
+    finish(launch(ground, two, *align, *options, processes=2))
+    assert_equal_to_rounding(two, one)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_resume_after_a_signal_to_two_processes(ground, name):
     folder = ground / name
@@ -141,7 +163,7 @@ def test_fsdp_on_two_processes_gives_the_run_of_one_and_its_checkpoint(ground, r
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["full", "sharded"])
 def test_fsdp_checkpoints_resume_on_one_process_and_on_two(ground, form):
-    constant = ("--lr_schedule", "constant", "--checkpoint_every", 10)
+    constant = ("--lr_schedule", "constant", "--checkpoint_every", 10, "--ema", "power")
     sharding = ("--sharding", "zero3", "--sharded_checkpoints", str(form == "sharded").lower())
     whole, folder = ground / f"whole-{form}", ground / f"parts-{form}"
     finish(launch(ground, whole, *constant, "--max_train_steps", 30))

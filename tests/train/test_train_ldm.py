@@ -5,27 +5,34 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from ldm_runs import CHANNELS, ROOT, SCRIPT, SIZE, STEPS, TIMEOUT, environment, log, newest, words
+from ldm_runs import CHANNELS, ROOT, SCRIPT, SIZE, STEPS, TIMEOUT, environment, log, newest, tensors, words
 from PIL import Image
 from safetensors.torch import load_file
 
 from iptv2_diffusion import IPTV2Pipeline
+from iptv2_diffusion.data.images import load_image_dataset
 from iptv2_diffusion.training.errors import UserError
 
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "vae" not in path.name)
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_ldm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_ldm"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load(SCRIPT)
 
 
 @pytest.fixture
@@ -104,6 +111,32 @@ def test_on_the_fly_encoding_gives_the_cached_losses(main, tmp_path):
         assert left == pytest.approx(right, rel=1e-4)
 
 
+def streamed(ground, tmp_path, *options):
+    """Options of a run over the pictures of `ground` in parquet shards, which are held out too."""
+    if not (tmp_path / "shards").exists():
+        (tmp_path / "shards").mkdir()
+        data = load_image_dataset(ground / "images").cast_column("image", datasets.Image()).shuffle(seed=1)
+        for n in range(4):
+            data.shard(4, n).to_parquet(tmp_path / "shards" / f"{n}.parquet")
+    run = ("--streaming", "--data", tmp_path / "shards/*.parquet", "--heldout_split", "train", "--eval_every", 4)
+    return (*run, "--lr_schedule", "constant", "--checkpoint_every", 4, "--shuffle_block", 8, *options)
+
+
+def test_a_streamed_run_resumes_bit_for_bit(main, ground, tmp_path, capsys):
+    """Eleven steps of eight: nearly four epochs of 24 pictures; stopped at a checkpoint and in between."""
+    main(tmp_path / "whole", *streamed(ground, tmp_path, "--max_train_steps", 11))
+    assert "a stream of images to train on, 3 classes" in capsys.readouterr().out
+    for stop in (6, 8, 11):
+        main(tmp_path / "parts", *streamed(ground, tmp_path, "--max_train_steps", stop, "--num_workers", 2))
+    assert capsys.readouterr().out.count("resumed from") == 2
+    whole, parts = (tensors(tmp_path / name) for name in ("whole", "parts"))
+    for left, right in zip(whole, parts, strict=True):
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    steps = [[row for row in log(tmp_path / name) if "loss" in row] for name in ("whole", "parts")]
+    assert steps[0] == steps[1]
+    assert all(np.isfinite(row["heldout_loss"]) for row in log(tmp_path / "whole") if "heldout_loss" in row)
+
+
 def test_a_corrupt_image_is_left_out_or_fails_by_name(main, ground, tmp_path, capsys):
     images = shutil.copytree(ground / "images", tmp_path / "images")
     bad = images / "fish" / "fish-3.png"
@@ -167,6 +200,43 @@ def test_a_truncated_checkpoint_falls_back_and_another_configuration_is_refused(
     assert "resumed from" in text
     assert (tmp_path / "damaged-checkpoint-00000004").is_dir()
     assert newest(tmp_path).name == "checkpoint-00000004"
+
+
+def test_alignment_trains_resumes_and_leaves_the_pipeline_as_it_is(main, tmp_path):
+    options = ("--align_target", "colours:Colours", "--align_hidden", 8, "--lr_schedule", "constant", "--ema", "power")
+    main(tmp_path / "whole", *options, "--max_train_steps", 4)
+    for stop in (2, 4):
+        main(tmp_path / "parts", *options, "--max_train_steps", stop)
+    whole, parts = (tensors(tmp_path / name) for name in ("whole", "parts"))
+    assert "alignment.projection.0.weight" in whole[0]
+    assert all(torch.equal(whole[0][name], parts[0][name]) for name in whole[0])
+    main(tmp_path / "off", "--lr_schedule", "constant", "--ema", "power", "--max_train_steps", 4)
+    losses = [next(row["loss"] for row in log(tmp_path / name)) for name in ("whole", "off")]
+    assert 0 < abs(losses[0] - losses[1]) <= 0.5  # of equal weights: the alignment's part, 0.5 times a cosine
+    keys = [load_file(tmp_path / name / "pipeline" / WEIGHTS).keys() for name in ("whole", "off")]
+    assert keys[0] == keys[1]
+    assert load(ROOT / "eval" / "reconstruct_ema.py").main(["--run", str(tmp_path / "whole")]) == 0
+
+
+def test_averages_of_any_length_are_made_after_training(main, tmp_path, capsys):
+    power = ("--ema", "power", "--ema_snapshot_every", 2, "--eval_every", 0)
+    main(tmp_path, "--max_train_steps", 8, *power)
+    reconstruct_ema = load(ROOT / "eval" / "reconstruct_ema.py")
+    own = load_file(tmp_path / "pipeline" / WEIGHTS)
+    assert reconstruct_ema.main(["--run", str(tmp_path), "--sigma_rel", "0.05"]) == 0
+    again = load_file(tmp_path / "pipeline-0.05" / WEIGHTS)  # the run's own length: the run's own weights
+    assert all(torch.allclose(again[key], own[key], atol=1e-5) for key in own)
+    assert (
+        reconstruct_ema.main(["--run", str(tmp_path), "--sigma_rel", "0.2", "--output_dir", str(tmp_path / "o")]) == 0
+    )
+    assert '"snapshots": 8' in capsys.readouterr().out
+    pipeline = IPTV2Pipeline.from_pretrained(tmp_path / "o")
+    longer = pipeline.transformer.state_dict()
+    assert any(not torch.allclose(longer[key], own[key], atol=1e-5) for key in own)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("moth", num_inference_steps=2).images[0].size == (SIZE, SIZE)
+    with pytest.raises(UserError, match="holds no pipeline"):
+        reconstruct_ema.main(["--run", str(tmp_path / "ema")])
 
 
 # --------------------------------------------------------------------------------------------------------------------

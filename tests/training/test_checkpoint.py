@@ -62,7 +62,7 @@ def test_a_checkpoint_brings_everything_back_bit_for_bit(tmp_path):
     first.train(2)
     second.train(2)
     assert same(first.tensors(), second.tensors())
-    assert second.state.average.optimization_step == 5
+    assert second.state.averages[0].optimization_step == 5
 
 
 @pytest.mark.parametrize("reverse", [False, True])

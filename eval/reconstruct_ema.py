@@ -1,0 +1,78 @@
+"""Averaged weights of another length, after training: a pipeline of any sigma_rel from the snapshots of `--ema power`.
+
+    python eval/reconstruct_ema.py --run runs/mine --sigma_rel 0.075
+
+Karras et al. 2024 (arXiv 2312.02696, §3.2); see `iptv2_diffusion/training/power_ema.py`. The run's pipeline is copied,
+and the weights of its denoiser (or restorer) are replaced. The best length is found by trying several.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iptv2_diffusion.training.config import option, parse_config
+from iptv2_diffusion.training.errors import UserError, run_main, user_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class ReconstructConfig:
+    """Which average of which run."""
+
+    run: str = option("runs/run", "folder of a run that was trained with --ema power and has ended")
+    sigma_rel: float = option(0.075, "relative width of the average, in (0, 0.28); 0.05 to 0.15 is usual")
+    steps: int | None = option(None, "average as of this step; none: the last snapshot's")
+    output_dir: str | None = option(None, "folder of the new pipeline; none: RUN/pipeline-SIGMA_REL")
+
+
+def replace_weights(source: Path, target: Path, tensors: dict[str, Tensor]) -> None:
+    """Copy a pipeline folder, with `tensors` in the place of those of the same names, in the dtype of these."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    for path in source.glob("*/*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) >= tensors.keys():
+                break
+    else:
+        raise UserError(f"no part of {source} has the {len(tensors)} weights of the snapshots; is it of another run?")
+    weights = load_file(path)
+    weights |= {name: tensor.to(weights[name].dtype) for name, tensor in tensors.items()}
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    save_file(weights, temporary / path.relative_to(source), metadata={"format": "pt"})
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_config(ReconstructConfig, argv, description=__doc__)
+    from iptv2_diffusion.training.power_ema import find_snapshots, reconstruct
+
+    run = Path(config.run)
+    target = Path(config.output_dir or run / f"pipeline-{config.sigma_rel:g}")
+    if not (run / "pipeline" / "model_index.json").is_file():
+        raise UserError(f"{run / 'pipeline'} holds no pipeline; give the folder of a run that has ended")
+    with user_errors(OSError, ValueError):
+        snapshots = find_snapshots(run / "ema")
+        tensors, error = reconstruct(snapshots, config.sigma_rel, config.steps)
+        replace_weights(run / "pipeline", target, tensors)
+    result = {
+        "pipeline": str(target),
+        "sigma_rel": config.sigma_rel,
+        "snapshots": len(snapshots),
+        "profile_error": round(error, 5),
+    }
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,75 @@
+"""ImageNet as it is handed out: a tar of one tar per class, read in place.
+
+`ILSVRC2012_img_train.tar` holds n01440764.tar ..., each with its class's JPEG files. Tars are not compressed, so every
+image is a piece of the outer file; one pass over the headers finds where, and nothing is unpacked.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+
+_PIECE = re.compile(r"^(?P<file>.+\.tar)::(?P<offset>\d+)\+(?P<size>\d+)::.+$")
+
+
+def is_nested_tar(path: Path) -> bool:
+    """Whether the first file in a tar is a tar."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            first = next((member for member in archive if member.isfile()), None)
+    except tarfile.TarError:
+        return False
+    return first is not None and first.name.endswith(".tar")
+
+
+def load_nested_tar(path: Path, suffixes: set[str], cache_dir: str | None = None) -> datasets.Dataset:
+    """The images of a tar of tars: "image" (a piece of the file, undecoded) and "label", named by the inner tars.
+
+    `datasets` keeps the list in its cache, under the file's name, size and time.
+    """
+    state = path.stat()
+    with tarfile.open(path, "r:") as outer:
+        names = sorted(Path(member.name).stem for member in outer if member.name.endswith(".tar"))
+    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
+    return datasets.Dataset.from_generator(
+        _pieces,
+        features=datasets.Features(features),
+        gen_kwargs={"path": str(path), "suffixes": sorted(suffixes), "state": (state.st_size, state.st_mtime_ns)},
+        **({} if cache_dir is None else {"cache_dir": cache_dir}),
+    )
+
+
+def _pieces(path: str, suffixes: list[str], state: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    with tarfile.open(path, "r:") as outer:
+        for member in (m for m in outer if m.name.endswith(".tar")):
+            name = Path(member.name).stem
+            with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                for image in (i for i in inner if i.isfile() and Path(i.name).suffix.lower() in suffixes):
+                    offset = member.offset_data + image.offset_data
+                    piece = f"{path}::{offset}+{image.size}::{name}/{image.name}"
+                    yield {"image": {"bytes": None, "path": piece}, "label": name}
+
+
+def file_of(path: str) -> Path:
+    """The file on the disk that an image is, or is a piece of."""
+    match = _PIECE.match(path)
+    return Path(match["file"] if match else path)
+
+
+def read_bytes(path: str) -> bytes:
+    """The bytes of an image: a file, a piece of a tar, or what a URL of fsspec names (as of the Hub)."""
+    match = _PIECE.match(path)
+    if match is None and "://" in path:
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    if match is None:
+        return Path(path).read_bytes()
+    with open(match["file"], "rb") as file:
+        file.seek(int(match["offset"]))
+        return file.read(int(match["size"]))

@@ -1,0 +1,156 @@
+"""Averages by a power function of time, and averages of any other length made of them after training.
+
+Karras et al. 2024 (arXiv 2312.02696, §3.1, §3.2, appendix C). At step t the average of exponent gamma is
+
+    shadow(t) = (gamma + 1) / t^(gamma + 1)  ∫ tau^gamma weights(tau) dtau  over [0, t]                         (eq. 2)
+    shadow   <- b shadow + (1 - b) weights,   b(t) = (1 - 1/t)^(gamma + 1)                                      (eq. 4)
+
+so it looks back over the same share of the run however long that is. That share is told by the profile's standard
+deviation, relative to t:  sigma_rel = (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^-1/2.                       (eq. 3)
+
+Snapshots of two such averages, kept all through the run, span the averages of other lengths: the profile of any
+sigma_rel is their linear combination in the least-squares sense, and so are, nearly, the weights (§3.2).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SIGMA_REL_LIMIT = 12**-0.5  # that of the plain mean over all steps, gamma = 0
+_METADATA = "power_average"
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent gamma > 0 of a relative width in (0, 12^-1/2 = 0.289); ValueError outside.
+
+    The largest root of gamma^3 + 7 gamma^2 + (16 - s) gamma + 12 - s with s = sigma_rel^-2: eq. 3 solved for gamma.
+    """
+    if not 0 < sigma_rel < SIGMA_REL_LIMIT:
+        raise ValueError(f"sigma_rel is {sigma_rel:g}; it must lie in (0, {SIGMA_REL_LIMIT:.3f}), usually 0.05 to 0.15")
+    s = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
+
+
+class PowerEMA(EMAModel):
+    """diffusers' `EMAModel` with the decay of eq. 4. What it was made with is forgotten at the first step."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], sigma_rel: float) -> None:
+        super().__init__(parameters, foreach=True)
+        self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
+
+    def get_decay(self, optimization_step: int) -> float:
+        """b(t) at step t, counted from 1."""
+        return (1 - 1 / optimization_step) ** (self.gamma + 1)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A power-function average on the disk.
+
+    Attributes:
+        path: of a safetensors file with the averages under the parameters' names.
+        steps: t, how many steps it had taken in.
+        sigma_rel: its relative width.
+    """
+
+    path: Path
+    steps: int
+    sigma_rel: float
+
+
+def write_snapshot(folder: Path, steps: int, sigma_rel: float, tensors: dict[str, Tensor]) -> None:
+    """Write one, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{steps:08d}-{sigma_rel:.4f}.safetensors"
+    temporary = path.with_name(f".tmp-{path.name}")
+    metadata = {_METADATA: json.dumps({"steps": steps, "sigma_rel": sigma_rel})}
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_snapshots(folder: Path) -> list[Snapshot]:
+    """All of a folder, in the order of their steps; ValueError for a file that is none."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found.append(Snapshot(path, **json.loads(file.metadata()[_METADATA])))
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole snapshot of power-function averages; remove it") from error
+    return found
+
+
+def forget_snapshots_after(folder: Path, steps: int) -> None:
+    """Remove what a run wrote beyond the checkpoint that it goes on from."""
+    for path in folder.glob("*.safetensors"):
+        if int(path.name.split("-")[0]) > steps:
+            path.unlink()
+
+
+def coefficients(profiles: Sequence[tuple[int, float]], steps: int, sigma_rel: float) -> tuple[np.ndarray, float]:
+    """Factors, one a profile, whose combination is nearest to the profile of `sigma_rel` at `steps`.
+
+    Args:
+        profiles: (steps, sigma_rel) of each.
+        steps, sigma_rel: of the wanted one.
+
+    Returns:
+        The factors, and what they miss: the norm of the difference of the profiles over the norm of the wanted one.
+    """
+    wanted = _inner([(steps, sigma_rel)], [(steps, sigma_rel)])[0, 0]
+    gram, right = _inner(profiles, profiles), _inner(profiles, [(steps, sigma_rel)])[:, 0]
+    factors = np.linalg.lstsq(gram, right, rcond=None)[0]
+    missed = wanted - 2 * factors @ right + factors @ gram @ factors
+    return factors, math.sqrt(max(0.0, missed) / wanted)
+
+
+def _inner(rows: Sequence[tuple[int, float]], columns: Sequence[tuple[int, float]]) -> np.ndarray:
+    """Inner products of profiles, the integral of p_a p_b over time:
+
+    (g_a+1)(g_b+1)/(g_a+g_b+1) m^(g_a+g_b+1) / (t_a^(g_a+1) t_b^(g_b+1)),  m = min(t_a, t_b).    (appendix C)
+    """
+    ta, tb = (np.array([float(steps) for steps, _ in profiles]) for profiles in (rows, columns))
+    ga, gb = (np.array([gamma_of(sigma_rel) for _, sigma_rel in profiles]) for profiles in (rows, columns))
+    ta, ga = ta[:, None], ga[:, None]
+    m = np.minimum(ta, tb)
+    # Powers of ratios: those of the steps themselves would leave float64's range.
+    return (ga + 1) * (gb + 1) / (ga + gb + 1) * (m / ta) ** ga * (m / tb) ** gb * m / (ta * tb)
+
+
+def reconstruct(
+    snapshots: Sequence[Snapshot], sigma_rel: float, steps: int | None = None
+) -> tuple[dict[str, Tensor], float]:
+    """The average of relative width `sigma_rel` at `steps` (the last if None), from the snapshots up to there.
+
+    Returns float32 tensors by name, and the relative error of the profile (see `coefficients`): under 0.01 the result
+    cannot be told from an average that was there all along; more snapshots lower it.
+    """
+    if not snapshots:
+        raise ValueError("there are no snapshots; train with --ema power")
+    steps = steps or max(s.steps for s in snapshots)
+    used = [s for s in snapshots if s.steps <= steps]
+    if not used:
+        raise ValueError(f"there is no snapshot up to step {steps}; the first is of step {snapshots[0].steps}")
+    factors, error = coefficients([(s.steps, s.sigma_rel) for s in used], steps, sigma_rel)
+    total: dict[str, Tensor] = {}
+    for snapshot, factor in zip(used, factors, strict=True):
+        with safe_open(snapshot.path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_tensor(name).double() * factor
+                total[name] = total[name] + part if name in total else part
+    return {name: tensor.float() for name, tensor in total.items()}, error
