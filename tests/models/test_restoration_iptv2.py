@@ -131,10 +131,27 @@ def test_a_partial_match_is_reported_and_refused_when_strict():
     assert "only in the target" in str(report)
 
 
-def test_fused_and_unfused_backbones_are_not_mixed():
+@pytest.mark.parametrize("fused", ["source", "target"])
+def test_fused_and_unfused_backbones_are_converted(fused):
+    """The features of the backbone are those of the source, whatever form either has."""
     generator, restorer = pair()
-    with pytest.raises(ValueError, match="source is fused"):
-        load_backbone(restorer, generator.fuse())
+    for parameter in generator.parameters():  # adaLN-Zero would hide the feed-forwards
+        torch.nn.init.normal_(parameter, std=0.1)
+    target, source = (restorer, generator.fuse()) if fused == "source" else (restorer.fuse(), generator)
+    assert load_backbone(target, source, strict=True).complete
+    x, vector = torch.randn(1, 16, 8, 8), torch.randn(1, 32)
+    torch.testing.assert_close(target.backbone(x, vector), generator.backbone(x, vector), atol=1e-4, rtol=1e-4)
+
+
+def test_an_unfused_model_is_the_fused_one_and_trains_on():
+    fused = tiny().fuse()
+    model = fused.unfuse().train()
+    image = torch.rand(1, 3, 20, 24)
+    torch.testing.assert_close(model(image).sample, fused(image).sample, atol=1e-5, rtol=1e-4)
+    model(image).sample.square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "depthwise" in name or "expand" in name}
+    assert gradients
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
 
 
 def test_restoration_b_meets_the_specification():
