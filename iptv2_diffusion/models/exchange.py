@@ -49,8 +49,8 @@ def load_backbone(target: nn.Module, source: nn.Module, strict: bool = False) ->
     """Copy the weights of `source.backbone` into `target.backbone` where names and shapes agree.
 
     Args:
-        target, source: an `IPTV2Transformer2DModel` or `IPTV2RestorationModel` each. Where one is fused and the other is
-            not, the source is converted to what the target is (`fuse()`, `unfuse()`).
+        target, source: an `IPTV2Transformer2DModel` or `IPTV2RestorationModel` each. Where one is fused and the other
+            is not, the source is converted to what the target is (`fuse()`, `unfuse()`).
         strict: change nothing and raise unless every tensor has its partner.
 
     Raises:
