@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png, read_file
 
+from iptv2_diffusion.models.activations import activation_bytes_per_pixel
 from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
 
 __all__ = ["IPTV2RestorationPipeline", "RestorationPipelineOutput", "estimate_sigma"]
-
-AUTO_TILE = 512  # pixels; a tile of restoration-nano then takes about 0.5 GB
 
 
 @dataclass
@@ -73,6 +73,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         strength: float = 1.0,
         tile: int | Literal["auto"] | None = "auto",
         overlap: int | None = None,
+        memory: float = 1.0,
         self_ensemble: bool = False,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
@@ -88,9 +89,11 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
                 model that takes it.
             task: for a model of several tasks.
             strength: 0 returns the input, 1 the restored image, between them a mixture.
-            tile: side of the tiles in pixels; "auto": 512, or the whole image where it is not much larger; None: the
-                whole image. Out of memory, the tiles are halved.
+            tile: side of the tiles in pixels; "auto": the largest that `memory` has room for, or the whole image; None:
+                the whole image. Out of memory, the tiles are halved.
             overlap: pixels that neighbouring tiles share; None: an eighth of the tile, at least one window.
+            memory: gigabytes (10⁹ bytes) that the activations of a tile may take with tile="auto"; see
+                `activation_bytes_per_pixel`. Weights and the images themselves (12 bytes a pixel and copy) come on top.
             self_ensemble: mean over the eight flips and rotations; eight times the time.
             output_type: "pil" (8 bits), "np" or "pt".
             return_dict: return a `RestorationPipelineOutput` instead of a tuple.
@@ -106,7 +109,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         if not pictures:
             raise ValueError("the list of images is empty; give at least one")
         sigmas = self.noise_levels(sigma, pictures)
-        plans = [self.plan_tiles(*p.pixels.shape[1:], tile, overlap) for p in pictures]
+        plans = [self.plan_tiles(p.pixels.shape, tile, overlap, memory) for p in pictures]
         turns = range(8) if self_ensemble else (0,)
         restored = []
         with self.progress_bar(total=len(turns) * sum(len(tops) * len(lefts) for _, tops, lefts in plans)) as bar:
@@ -140,16 +143,24 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
     # Tiles
 
     def plan_tiles(
-        self, height: int, width: int, tile: int | Literal["auto"] | None, overlap: int | None
+        self,
+        shape: Sequence[int],
+        tile: int | Literal["auto"] | None,
+        overlap: int | None = None,
+        memory: float = 1.0,
     ) -> tuple[int, list[int], list[int]]:
-        """Side of the tiles, their tops and lefts: multiples of `granularity`, so that windows stay where they are."""
+        """Side of the tiles, their tops and lefts: multiples of `granularity`, so that windows stay where they are.
+
+        Args:
+            shape: (C, H, W) of the image.
+            tile, overlap, memory: as of `__call__`.
+        """
+        channels, height, width = shape
         step = self.model.granularity
+        if tile == "auto":
+            tile = self.largest_tile(channels, height, width, memory)
         if tile is None:
             return max(height, width), [0], [0]
-        if tile == "auto":
-            tile = max(AUTO_TILE, 2 * step)
-            if height * width <= 1.5 * tile * tile:
-                return max(height, width), [0], [0]
         if tile < 2 * step:
             raise ValueError(f"tile is {tile}; this model needs tiles of at least {2 * step} pixels")
         side = tile // step * step
@@ -157,6 +168,22 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         if shared >= side:
             raise ValueError(f"overlap is {shared}, the tile {side}; the overlap must be smaller")
         return side, starts(height, side, shared, step), starts(width, side, shared, step)
+
+    def largest_tile(self, channels: int, height: int, width: int, memory: float) -> int | None:
+        """Side of the largest square tile whose activations take no more than `memory` GB; None: the image does not."""
+        step = self.model.granularity
+        copies = channels if self.model.config.in_channels == 1 else 1  # colour goes through a gray model as a batch
+        needed = copies * activation_bytes_per_pixel(self.model) / 1e9  # GB a pixel
+        padded = -(-height // step) * step * -(-width // step) * step
+        if padded * needed <= memory:
+            return None
+        side = math.isqrt(int(memory / needed)) // step * step if memory > 0 else 0
+        if side < 2 * step:
+            raise ValueError(
+                f"memory is {memory:g} GB; the smallest tile of this model, {2 * step} pixels, takes "
+                f"{needed * (2 * step) ** 2:.3g} GB"
+            )
+        return side
 
     def restore(
         self,
@@ -177,7 +204,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
                 if not is_out_of_memory(error) or smaller < 2 * self.model.granularity:
                     raise
                 warnings.warn(f"out of memory with tiles of {plan[0]} pixels; going on with {smaller}", stacklevel=4)
-                plan = self.plan_tiles(*pixels.shape[1:], smaller, overlap)
+                plan = self.plan_tiles(pixels.shape, smaller, overlap)
 
     def restore_tiles(
         self,

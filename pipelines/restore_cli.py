@@ -76,6 +76,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--strength", type=float, default=1.0, help="0: the input, 1: fully restored [1]")
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto, or none [auto]")
     parser.add_argument("--overlap", type=int, help="pixels that tiles share [an eighth of the tile]")
+    parser.add_argument(
+        "--memory", type=float, default=1.0, help="GB for the activations of a tile with --tile auto [1]"
+    )
     parser.add_argument("--self-ensemble", action="store_true", help="mean over 8 flips and rotations; 8 x slower")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [cpu]")
     arguments = parser.parse_args(argv)
@@ -137,7 +140,9 @@ def load(arguments: argparse.Namespace):
 
 def restore(pipeline, source: Path, target: Path, arguments: argparse.Namespace) -> None:
     """One picture: restored, then written under its final name at once."""
-    options = {name: getattr(arguments, name) for name in ("task", "strength", "tile", "overlap", "self_ensemble")}
+    options = {
+        name: getattr(arguments, name) for name in ("task", "strength", "tile", "overlap", "memory", "self_ensemble")
+    }
     if pipeline.model.config.sigma_conditioning is not None or arguments.sigma is not None:
         options["sigma"] = arguments.sigma
     result = pipeline(source, output_type="pil", **options).images[0]
