@@ -17,10 +17,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_png, read_file
 
 from iptv2_diffusion.models.activations import activation_bytes_per_pixel
 from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
+from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit
 
 __all__ = ["IPTV2RestorationPipeline", "RestorationPipelineOutput", "estimate_sigma"]
 
@@ -41,10 +41,10 @@ class RestorationPipelineOutput(BaseOutput):
 
 @dataclass
 class Picture:
-    """An image in the pipeline's form: pixels (C, H, W) of float32 on [0, 1], alpha (H, W) of uint8 or None."""
+    """An image in the pipeline's form: pixels (C, H, W) and alpha (1, H, W) or None, float32 on [0, 1]."""
 
     pixels: Tensor
-    alpha: np.ndarray | None = None
+    alpha: Tensor | None = None
 
 
 class IPTV2RestorationPipeline(DiffusionPipeline):
@@ -325,22 +325,15 @@ def read_pictures(image: Any) -> Iterator[Picture]:
 
 
 def read_file_picture(path: Path) -> Picture:
-    """An image file; 16-bit PNGs keep their depth, and EXIF orientation is left to the viewer."""
+    """An image file; PNG and TIFF of 16 bits keep their depth, and EXIF orientation is left to the viewer."""
     try:
+        if is_16_bit(path):
+            return next(from_array(read_16_bit(path)))
         with Image.open(path) as file:
-            if file.format != "PNG" or not is_16_bit(path):
-                return from_pil(file)
-        # Pillow would keep 8 of the 16 bits of a colour image.
-        return next(from_array(decode_png(read_file(str(path)), mode=ImageReadMode.UNCHANGED)))
-    except (OSError, RuntimeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return from_pil(file)
+    except (OSError, RuntimeError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
-
-
-def is_16_bit(path: Path) -> bool:
-    """Whether a PNG file has 16 bits a channel: byte 24, in its header."""
-    with path.open("rb") as file:
-        return file.read(25)[24:] == b"\x10"
 
 
 def from_pil(image: Image.Image) -> Picture:
@@ -350,9 +343,15 @@ def from_pil(image: Image.Image) -> Picture:
         array = np.asarray(image).astype(np.float32)
         return Picture(torch.from_numpy(array / 65535 if image.mode != "F" else array)[None])
     gray = image.mode in ("1", "L", "LA")
-    alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
-    array = np.asarray(image.convert("L" if gray else "RGB"), dtype=np.float32) / 255
-    return Picture(torch.from_numpy(array).reshape(*array.shape[:2], -1).permute(2, 0, 1).contiguous(), alpha)
+    pixels = image.convert("L" if gray else "RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    pixels, alpha = (
+        None if part is None else torch.from_numpy(np.asarray(part, dtype=np.float32) / 255) for part in (pixels, alpha)
+    )
+    return Picture(
+        pixels.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous(),
+        None if alpha is None else alpha[None],
+    )
 
 
 def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
@@ -379,18 +378,16 @@ def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
     if not np.isfinite(values).all():
         raise ValueError("the image holds NaN or infinite values")
     colours = 1 if channels < 3 else 3
-    alpha = (values[..., -1].clip(0, 1) * 255).round().astype(np.uint8) if channels in (2, 4) else None
-    yield Picture(torch.from_numpy(np.ascontiguousarray(values[..., :colours])).permute(2, 0, 1).contiguous(), alpha)
+    planes = torch.from_numpy(values).permute(2, 0, 1)
+    alpha = planes[-1:].clamp(0, 1) if channels in (2, 4) else None
+    yield Picture(planes[:colours].contiguous(), alpha)
 
 
 def to_output(pictures: list[Picture], output_type: str) -> Any:
     """PIL images with their alpha; or arrays or tensors, with alpha as a last channel where there was one."""
     if output_type == "pil":
         return [to_pil(picture) for picture in pictures]
-    tensors = []
-    for picture in pictures:
-        alpha = [] if picture.alpha is None else [torch.from_numpy(picture.alpha.copy())[None].float() / 255]
-        tensors.append(torch.cat([picture.pixels, *alpha]))
+    tensors = [p.pixels if p.alpha is None else torch.cat((p.pixels, p.alpha)) for p in pictures]
     if output_type == "np":
         arrays = [tensor.permute(1, 2, 0).numpy() for tensor in tensors]
         return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
@@ -398,8 +395,10 @@ def to_output(pictures: list[Picture], output_type: str) -> Any:
 
 
 def to_pil(picture: Picture) -> Image.Image:
-    array = (picture.pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    """8 bits a channel."""
+    parts = [picture.pixels] if picture.alpha is None else [picture.pixels, picture.alpha]
+    arrays = [(part.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for part in parts]
+    images = [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array) for array in arrays]
     if picture.alpha is not None:
-        image.putalpha(Image.fromarray(picture.alpha))
-    return image
+        images[0].putalpha(images[1])
+    return images[0]
