@@ -78,7 +78,10 @@ class TrainingConfig:
     )
 
     learning_rate: float = option(1e-4, "peak learning rate", group="optimiser")
-    lr_schedule: Literal["constant", "cosine", "linear"] = option("constant", "after warm-up", group="optimiser")
+    lr_schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear"] = option(
+        "constant", "after warm-up", group="optimiser"
+    )
+    lr_cycles: int = option(4, "of cosine_with_restarts: equal cycles, each from the peak to 0", group="optimiser")
     lr_warmup_steps: int = option(0, "steps of linear warm-up", group="optimiser")
     adam_beta1: float = option(0.9, "AdamW beta 1", group="optimiser")
     adam_beta2: float = option(0.999, "AdamW beta 2", group="optimiser")
@@ -131,6 +134,7 @@ class TrainingConfig:
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work, naming them."""
         self.require_positive("max_train_steps", "batch_size", "gradient_accumulation_steps", "keep_last", "log_every")
+        self.require_positive("lr_cycles")
         counts = ("checkpoint_every", "eval_every", "preview_every", "max_skipped_steps")
         for name in (*counts, "lr_warmup_steps", "num_workers", *_RATES):
             if getattr(self, name) < 0:

@@ -1,11 +1,15 @@
 """The restorer: identity at first, any size, conditions, fusion, save and load, backbone exchange."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from iptv2_diffusion import IPTV2RestorationModel, create_model
 from iptv2_diffusion.models.exchange import load_backbone
 from iptv2_diffusion.models.presets import count_macs, count_parameters
+
+ASSETS = Path(__file__).parents[2] / "assets"
 
 
 def tiny(**overrides):
@@ -115,6 +119,23 @@ def test_a_pair_of_presets_exchanges_backbones_completely(direction):
     for name, value in source.backbone.state_dict().items():
         assert torch.equal(target.backbone.state_dict()[name], value)
     assert "100.0%" in str(report)
+
+
+def test_the_shipped_generator_fits_a_restorer_completely():
+    """Strict loading of assets/iptv2-emoji64 into its preset, also where images are unshuffled to its latents' size."""
+    generator = create_model(str(ASSETS / "iptv2-emoji64/transformer"))
+    restorer = create_model("restoration-emoji64", unshuffle=4, sample_size=64)
+    report = load_backbone(restorer, generator, strict=True)
+    assert report.complete
+    assert report.parameters[0] == count_parameters(restorer.backbone) == count_parameters(generator.backbone)
+    x, vector = torch.randn(1, 64, 16, 16), torch.randn(1, 128)
+    with torch.no_grad():
+        assert torch.equal(restorer.backbone(x, vector), generator.backbone(x, vector))
+    with torch.device("meta"):
+        backbone = create_model("restoration-emoji64").backbone
+    assert {k: v.shape for k, v in backbone.state_dict().items()} == {
+        k: v.shape for k, v in generator.backbone.state_dict().items()
+    }
 
 
 def test_a_partial_match_is_reported_and_refused_when_strict():
