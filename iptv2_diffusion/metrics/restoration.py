@@ -1,17 +1,25 @@
-"""PSNR and SSIM of restored images, with the protocol stated: colour or luma, border, clipping, rounding.
+"""PSNR, SSIM and LPIPS of restored images, with the protocol stated: colour or luma, border, clipping, rounding.
 
-In float64 (torchmetrics' own PSNR rounds to float32); `tests/metrics/` holds both to independent code.
+PSNR and SSIM in float64 (torchmetrics' own PSNR rounds to float32); `tests/metrics/` holds all to independent code.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-__all__ = ["Protocol", "luma", "psnr", "ssim"]
+__all__ = ["LPIPS", "Protocol", "luma", "psnr", "ssim"]
+
+LPIPS_NETWORKS = {
+    "alex": "AlexNet_Weights",
+    "vgg": "VGG16_Weights",
+    "squeeze": "SqueezeNet1_1_Weights",
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,37 @@ def ssim(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Te
         raise ValueError(f"images of {tuple(a.shape[-2:])} are smaller than SSIM's window of 11 pixels")
     _, similarity = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none", return_full_image=True)
     return similarity[..., 5:-5, 5:-5].flatten(1).mean(dim=1)
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018) of restored and clean images (B, 3, H, W): (B,), 0 if equal.
+
+    torchmetrics brings the weights that compare features; those of the network that makes them must lie where
+    torch.hub keeps its downloads. Nothing is downloaded here.
+
+    Args:
+        network: "alex", which papers report, "vgg" or "squeeze".
+
+    Raises:
+        FileNotFoundError: its weights are not there; the message names the file and where to get it.
+    """
+
+    def __init__(self, network: Literal["alex", "vgg", "squeeze"] = "alex") -> None:
+        super().__init__()
+        from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+        from torchvision.models import get_weight
+
+        url = get_weight(f"{LPIPS_NETWORKS[network]}.DEFAULT").url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        if not path.is_file():
+            raise FileNotFoundError(f"LPIPS needs {path}, which can be had at {url}")
+        torch.load(path, map_location="cpu", weights_only=True)  # torchvision would unpickle whatever lies there
+        self.metric = LearnedPerceptualImagePatchSimilarity(network, normalize=True)
+
+    def forward(self, restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Tensor:
+        """`protocol` crops and rounds; it must be in colour, and always clips."""
+        pairs = zip(protocol.prepare(restored).clamp(0, 1).float(), protocol.prepare(clean).float(), strict=True)
+        return torch.stack([self.metric(a[None], b[None]) for a, b in pairs])
 
 
 def luma(image: Tensor) -> Tensor:

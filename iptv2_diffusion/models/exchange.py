@@ -49,15 +49,15 @@ def load_backbone(target: nn.Module, source: nn.Module, strict: bool = False) ->
     """Copy the weights of `source.backbone` into `target.backbone` where names and shapes agree.
 
     Args:
-        target, source: an `IPTV2Transformer2DModel` or `IPTV2RestorationModel` each; both fused or both not.
+        target, source: an `IPTV2Transformer2DModel` or `IPTV2RestorationModel` each. Where one is fused and the other
+            is not, the source is converted to what the target is (`fuse()`, `unfuse()`).
         strict: change nothing and raise unless every tensor has its partner.
 
     Raises:
-        ValueError: `strict` and the backbones differ, one model is fused and the other is not, or nothing matches.
+        ValueError: `strict` and the backbones differ, nothing matches, or a fused source cannot be taken apart.
     """
     if source.config.fused != target.config.fused:
-        fused, other = ("source", "target") if source.config.fused else ("target", "source")
-        raise ValueError(f"the {fused} is fused and the {other} is not: a merged kernel cannot be taken apart")
+        source = source.fuse() if target.config.fused else source.unfuse()
     theirs, ours = source.backbone.state_dict(), target.backbone.state_dict()
     common = [name for name in ours if name in theirs]
     matched = [name for name in common if ours[name].shape == theirs[name].shape]

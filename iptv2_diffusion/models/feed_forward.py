@@ -89,6 +89,35 @@ class RepLeFFN(nn.Module):
                 layer.bias.copy_(bias)
         return deployed.to(parameter.device, parameter.dtype)
 
+    @torch.no_grad()
+    def unfuse(self) -> "RepLeFFN":
+        """A new, trainable module of the same function as this fused one; one that is not fused gives a copy.
+
+        Not the branches that were merged, which are lost, but a plain start for training on [ours]: of each pair of 1×1
+        one is the identity, the 5×5 is the merged kernel less δ, the 3×3 and the 1×1 are zero.
+
+        Raises:
+            ValueError: `ratio` is below 2, so that a pair's middle is narrower than C and holds no identity.
+        """
+        if not self.fused:
+            return copy.deepcopy(self)
+        trainable = RepLeFFN(self.channels, self.ratio, bias=self.bias)
+        if trainable.expand_in.out_features < self.channels:
+            raise ValueError(f"a feed-forward of ratio {self.ratio:g} cannot be taken apart; 2 or more is needed")
+        for parameter in trainable.parameters():
+            parameter.zero_()
+        nn.init.eye_(trainable.expand_in.weight)
+        nn.init.eye_(trainable.project_out.weight)
+        trainable.expand_out.weight[:, : self.channels] = self.expand.weight
+        trainable.project_in.weight[: self.channels] = self.project.weight
+        trainable.depthwise_5x5.weight.copy_(self.depthwise.weight)
+        trainable.depthwise_5x5.weight[:, :, 2, 2] -= 1
+        if self.bias:
+            trainable.expand_out.bias.copy_(self.expand.bias)
+            trainable.depthwise_5x5.bias.copy_(self.depthwise.bias)
+            trainable.project_out.bias.copy_(self.project.bias)
+        return trainable.to(self.expand.weight.device, self.expand.weight.dtype)
+
 
 def apply_pair(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     """second(first(x)) of a (B, H, W, C) map, in the order of fewer multiplications.

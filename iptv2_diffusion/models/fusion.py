@@ -26,17 +26,31 @@ class FusibleModelMixin:
         Raises:
             RuntimeError: a layer carries an adapter or an offloading or casting hook, whose part would be lost.
         """
+        return self._converted(True).requires_grad_(False)
+
+    @torch.no_grad()
+    def unfuse(self: Model) -> Model:
+        """A new, trainable model of the same function, to train a deployed one on; an unfused model gives a copy.
+
+        Raises:
+            RuntimeError: as `fuse()`.
+            ValueError: `ffn_ratio` is below 2, see `RepLeFFN.unfuse`.
+        """
+        return self._converted(False)
+
+    def _converted(self: Model, fused: bool) -> Model:
         self.check_weights_are_plain()
         state = self.state_dict()
         for name, module in self.named_modules():
-            if isinstance(module, RepLeFFN) and not module.fused:
+            if isinstance(module, RepLeFFN) and module.fused != fused:
                 for key in module.state_dict():
                     del state[f"{name}.{key}"]
-                state.update({f"{name}.{key}": value for key, value in module.fuse().state_dict().items()})
+                converted = module.fuse() if fused else module.unfuse()
+                state.update({f"{name}.{key}": value for key, value in converted.state_dict().items()})
         with torch.device("meta"):
-            deployed = type(self).from_config(self.config, fused=True)
-        deployed.load_state_dict({key: value.detach().clone() for key, value in state.items()}, assign=True)
-        return deployed.requires_grad_(False)
+            model = type(self).from_config(self.config, fused=fused)
+        model.load_state_dict({key: value.detach().clone() for key, value in state.items()}, assign=True)
+        return model
 
     def check_weights_are_plain(self) -> None:
         for name, module in self.named_modules():

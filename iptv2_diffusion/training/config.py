@@ -79,7 +79,10 @@ class TrainingConfig:
     )
 
     learning_rate: float = option(1e-4, "peak learning rate", group="optimiser")
-    lr_schedule: Literal["constant", "cosine", "linear"] = option("constant", "after warm-up", group="optimiser")
+    lr_schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear"] = option(
+        "constant", "after warm-up", group="optimiser"
+    )
+    lr_cycles: int = option(4, "of cosine_with_restarts: equal cycles, each from the peak to 0", group="optimiser")
     lr_warmup_steps: int = option(0, "steps of linear warm-up", group="optimiser")
     adam_beta1: float = option(0.9, "AdamW beta 1", group="optimiser")
     adam_beta2: float = option(0.999, "AdamW beta 2", group="optimiser")
@@ -141,7 +144,7 @@ class TrainingConfig:
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work, naming them."""
         self.require_positive("max_train_steps", "batch_size", "gradient_accumulation_steps", "keep_last", "log_every")
-        self.require_positive("ema_snapshot_every")
+        self.require_positive("ema_snapshot_every", "lr_cycles")
         if self.ema == "power" and not all(0 < width < 0.28 for width in self.ema_sigma_rels):
             raise ConfigError(f"ema_sigma_rels is {self.ema_sigma_rels}; each must lie in (0, 0.28)")
         if self.ema == "power" and len(set(self.ema_sigma_rels)) == 1:

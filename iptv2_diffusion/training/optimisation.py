@@ -32,7 +32,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, *, fused: bool = Tr
 
 
 class LearningRate:
-    """Warm-up, then constant, cosine or linear: diffusers' schedules, evaluated instead of stepped.
+    """Warm-up, then constant, linear, cosine or several cosines: diffusers' schedules, evaluated instead of stepped.
 
     `set(step, fraction)` writes the rate for optimiser step `step` (counted from 0) into the optimiser. Nothing is
     remembered, so a resumed run needs no schedule state. `fraction` (of a time budget, in [0, 1]) moves the schedule
@@ -42,7 +42,11 @@ class LearningRate:
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainingConfig) -> None:
         name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
         scheduler = get_scheduler(
-            name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+            name,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+            num_cycles=config.lr_cycles,
         )
         self._factor: Callable[[float], float] = scheduler.lr_lambdas[0]
         self._optimizer = optimizer

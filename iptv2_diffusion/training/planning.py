@@ -12,18 +12,16 @@ import resource
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from iptv2_diffusion.models.activations import LiveStorages
 from iptv2_diffusion.training.loop import Trainer
 from iptv2_diffusion.training.signals import StopSignal
 
@@ -53,38 +51,6 @@ class Memory:
     average: int
     activations: int
     peak: int
-
-
-class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of storages that operations made inside this mode and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._known: set[int] = set()
-
-    def ignore(self, tensors: Any) -> None:
-        """Leave these tensors' storages out."""
-        self._known.update(t.untyped_storage()._cdata for t in tensors)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.bytes += size
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.bytes -= size
 
 
 def estimate_memory(

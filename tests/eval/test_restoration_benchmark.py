@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("restoration_benchmark", ROOT / "eval/restoration_benchmark.py")
@@ -31,28 +32,54 @@ def setting(tmp_path):
     torch.set_num_threads(threads)
 
 
-def test_a_run_writes_what_the_definition_gives(setting):
+def test_a_run_writes_what_the_definition_gives(setting, monkeypatch, capsys):
     folder, words = setting
-    assert benchmark.main([*words, "--sigmas", "10", "20"]) == 0
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    assert benchmark.main([*words, "--levels", "10", "20"]) == 0
     rows = json.loads((folder / "out/results.json").read_text())["rows"]
-    assert len(rows) == 2 * 2 * 2  # σ, pictures, input and model
+    assert len(rows) == 2 * 2 * 2  # levels, pictures, input and model
     for row in rows:
         clean = np.asarray(Image.open(folder / f"photos/{row['image']}.png"), np.float64)
-        seed = 1000 * int(row["sigma"]) + int(row["image"])
-        noisy = clean + np.random.default_rng(seed).normal(0, row["sigma"], clean.shape)
+        seed = 1000 * int(row["level"]) + int(row["image"])
+        noisy = clean + np.random.default_rng(seed).normal(0, row["level"], clean.shape)
         error = ((noisy.clip(0, 255) - clean) ** 2).mean()
         assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-4)
-    assert (folder / "out/0-sigma20.png").is_file()
+    assert "LPIPS is left out" in capsys.readouterr().out
+    assert (folder / "out/0-noise20.png").is_file()
     table = (folder / "out/results.md").read_text()
     assert "RGB, border 0, clipped, not rounded" in table
     assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + 4
+
+
+@pytest.mark.parametrize(("kind", "level"), [("motion_blur", 9), ("rain", 0.01)])
+def test_a_degradation_is_that_of_training_and_leaves_its_border_out(kind, level):
+    clean = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
+    degraded, inner = benchmark.degrade(clean, kind, level, index=3)
+    kernel = {"motion_blur": MotionBlur, "rain": RainStreaks}[kind](level, level)
+    margin = kernel.margin
+    assert degraded.shape == inner.shape == (60 - 2 * margin, 70 - 2 * margin, 3)
+    assert np.array_equal(inner, clean[margin : 60 - margin, margin : 70 - margin])
+    assert np.array_equal(degraded, degraded.round())
+    image = torch.from_numpy(clean / np.float32(255)).permute(2, 0, 1)[None]
+    expected, _ = kernel(image, torch.Generator().manual_seed(int(1000 * level) + 3))
+    assert np.abs(degraded / 255 - expected[0].permute(1, 2, 0).numpy()).max() < 0.6 / 255
+    again, _ = benchmark.degrade(clean, kind, level, index=3)
+    other, _ = benchmark.degrade(clean, kind, level, index=4)
+    assert np.array_equal(degraded, again)
+    assert not np.array_equal(degraded, other)
 
 
 def test_ffdnet_has_the_published_number_of_parameters():
     assert sum(p.numel() for p in benchmark.FFDNet().parameters()) == 852_108
 
 
-@pytest.mark.parametrize(("words", "message"), [(["--images", "absent"], "absent is not a folder")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--images", "absent"], "absent is not a folder"),
+        (["--degradation", "rain", "--peers", "nlm"], "nlm remove noise, not rain"),
+    ],
+)
 def test_errors_are_one_line(setting, words, message):
     with pytest.raises(benchmark.UserError, match=message):
         benchmark.main([*setting[1], *words])

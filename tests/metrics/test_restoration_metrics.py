@@ -1,13 +1,16 @@
-"""PSNR and SSIM against independent code."""
+"""PSNR, SSIM and LPIPS against independent code."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
+import torchvision
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from iptv2_diffusion.metrics.restoration import Protocol, luma, psnr, ssim
+from iptv2_diffusion.metrics.restoration import LPIPS, Protocol, luma, psnr, ssim
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +76,48 @@ def test_the_protocol_matters(images):
         psnr(restored, clean, Protocol(crop=12))
     with pytest.raises(ValueError, match="smaller than SSIM's window"):
         ssim(restored[..., :8], clean[..., :8])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LPIPS
+
+
+@pytest.fixture
+def squeezenet(tmp_path, monkeypatch):
+    """A SqueezeNet of random weights where torchvision looks for the trained one."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    network = torchvision.models.squeezenet1_1(weights=None)
+    path = tmp_path / "hub/checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), path)
+    return network.features.eval()
+
+
+@torch.no_grad()
+def test_lpips_is_the_weighted_distance_of_normalised_features(squeezenet):
+    clean = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    restored = (clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    lins = Path(torchmetrics.functional.image.lpips.__file__).parent / "lpips_models/squeeze.pth"
+    weights = torch.load(lins, map_location="cpu", weights_only=True)
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    a, b = ((2 * i - 1 - shift[:, None, None]) / scale[:, None, None] for i in (restored, clean))
+    expected, last = torch.zeros(2), (1, 4, 7, 9, 10, 11, 12)
+    for index, layer in enumerate(squeezenet):
+        a, b = layer(a), layer(b)
+        if index in last:
+            weight = weights[f"lin{last.index(index)}.model.1.weight"][0]
+            difference = a / (a**2).sum(1, keepdim=True).sqrt() - b / (b**2).sum(1, keepdim=True).sqrt()
+            expected += (difference**2 * weight).sum(1).mean((1, 2))
+    measured = LPIPS("squeeze")(restored, clean)
+    assert measured.min() > 1e-4
+    torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(LPIPS("squeeze")(clean, clean), torch.zeros(2))
+
+
+def test_lpips_without_its_weights_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=r"LPIPS needs .*alexnet-owt-7be5be79.pth, which can be had at https://"
+    ):
+        LPIPS()

@@ -1,11 +1,15 @@
 """The restorer: identity at first, any size, conditions, fusion, save and load, backbone exchange."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from iptv2_diffusion import IPTV2RestorationModel, create_model
 from iptv2_diffusion.models.exchange import load_backbone
 from iptv2_diffusion.models.presets import count_macs, count_parameters
+
+ASSETS = Path(__file__).parents[2] / "assets"
 
 
 def tiny(**overrides):
@@ -86,6 +90,31 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.parametrize("overrides", [{}, {"sigma_conditioning": "vector", "unshuffle": 1}])
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_to_one_graph(overrides, fused):
+    torch._dynamo.reset()
+    model = tiny(layers_per_stage=(1,), grid_size=4, **overrides)
+    model = model.fuse() if fused else model
+    image, sigma = torch.rand(2, 3, 18, 25), 25.0 if overrides else None
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image, sigma).sample, model(image, sigma).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_training_step_gives_the_same_gradients():
+    torch._dynamo.reset()
+    image, gradients = torch.rand(1, 3, 16, 16), []
+    for compiled in (False, True):
+        model = tiny().train()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        run(image).sample.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="unshuffle is 3"):
         IPTV2RestorationModel(unshuffle=3)
@@ -117,6 +146,23 @@ def test_a_pair_of_presets_exchanges_backbones_completely(direction):
     assert "100.0%" in str(report)
 
 
+def test_the_shipped_generator_fits_a_restorer_completely():
+    """Strict loading of assets/iptv2-emoji64 into its preset, also where images are unshuffled to its latents' size."""
+    generator = create_model(str(ASSETS / "iptv2-emoji64/transformer"))
+    restorer = create_model("restoration-emoji64", unshuffle=4, sample_size=64)
+    report = load_backbone(restorer, generator, strict=True)
+    assert report.complete
+    assert report.parameters[0] == count_parameters(restorer.backbone) == count_parameters(generator.backbone)
+    x, vector = torch.randn(1, 64, 16, 16), torch.randn(1, 128)
+    with torch.no_grad():
+        assert torch.equal(restorer.backbone(x, vector), generator.backbone(x, vector))
+    with torch.device("meta"):
+        backbone = create_model("restoration-emoji64").backbone
+    assert {k: v.shape for k, v in backbone.state_dict().items()} == {
+        k: v.shape for k, v in generator.backbone.state_dict().items()
+    }
+
+
 def test_a_partial_match_is_reported_and_refused_when_strict():
     generator, _ = pair()
     restorer = create_model("restoration-tiny")
@@ -131,10 +177,27 @@ def test_a_partial_match_is_reported_and_refused_when_strict():
     assert "only in the target" in str(report)
 
 
-def test_fused_and_unfused_backbones_are_not_mixed():
+@pytest.mark.parametrize("fused", ["source", "target"])
+def test_fused_and_unfused_backbones_are_converted(fused):
+    """The features of the backbone are those of the source, whatever form either has."""
     generator, restorer = pair()
-    with pytest.raises(ValueError, match="source is fused"):
-        load_backbone(restorer, generator.fuse())
+    for parameter in generator.parameters():  # adaLN-Zero would hide the feed-forwards
+        torch.nn.init.normal_(parameter, std=0.1)
+    target, source = (restorer, generator.fuse()) if fused == "source" else (restorer.fuse(), generator)
+    assert load_backbone(target, source, strict=True).complete
+    x, vector = torch.randn(1, 16, 8, 8), torch.randn(1, 32)
+    torch.testing.assert_close(target.backbone(x, vector), generator.backbone(x, vector), atol=1e-4, rtol=1e-4)
+
+
+def test_an_unfused_model_is_the_fused_one_and_trains_on():
+    fused = tiny().fuse()
+    model = fused.unfuse().train()
+    image = torch.rand(1, 3, 20, 24)
+    torch.testing.assert_close(model(image).sample, fused(image).sample, atol=1e-5, rtol=1e-4)
+    model(image).sample.square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "depthwise" in name or "expand" in name}
+    assert gradients
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
 
 
 def test_restoration_b_meets_the_specification():

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from iptv2_diffusion.models.activations import activation_bytes_per_pixel
 from pipelines.pipeline_iptv2_restoration import blending, estimate_sigma, starts
 
 
@@ -69,6 +70,35 @@ def test_tiles_cover_and_weights_sum_to_one(length, side, overlap):
         total[begin : begin + side] += weight
     torch.testing.assert_close(total, torch.ones(length))
     assert all(b + side - e >= overlap for b, e in itertools.pairwise(begins))
+
+
+def test_the_automatic_tile_is_the_largest_within_the_memory_bound(pipe):
+    step, needed = pipe.model.granularity, activation_bytes_per_pixel(pipe.model) / 1e9
+    for side in (2 * step, 3 * step, 7 * step):
+        bound = needed * side**2
+        assert pipe.plan_tiles((3, 400, 300), "auto", memory=bound * 1.001)[0] == side
+        assert pipe.plan_tiles((3, side, side), "auto", memory=bound * 1.001)[1:] == ([0], [0])
+    with pytest.raises(ValueError, match=rf"memory is 1e-05 GB; the smallest tile of this model, {2 * step} pixels"):
+        pipe(photograph(64, 64), sigma=25, memory=1e-5)
+    image = photograph(100, 120)
+    bounded = pipe(image, sigma=25, memory=needed * 64**2 * 1.001, output_type="np").images[0]
+    assert np.array_equal(bounded, pipe(image, sigma=25, tile=64, output_type="np").images[0])
+
+
+@pytest.mark.parametrize("config", [{"attention_pattern": ("focal",), "sigma_conditioning": "map"}, {"unshuffle": 1}])
+def test_the_predicted_memory_is_what_the_allocator_gives_out(config):
+    model = create_model("restoration-tiny", **config).fuse()
+    image = torch.rand(1, 3, *2 * [4 * model.granularity])
+    sigma = None if model.config.sigma_conditioning is None else 25
+    with torch.no_grad():
+        model(image, sigma)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            model(image, sigma)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    assert len(live) > 100
+    peak = live.max() + image.nbytes
+    assert activation_bytes_per_pixel(model) * image[0, 0].numel() == pytest.approx(peak, rel=0.1)
 
 
 def test_out_of_memory_falls_back_to_smaller_tiles(pipe, monkeypatch):

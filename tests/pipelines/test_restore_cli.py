@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageCms
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit, write_16_bit
 from pipelines.restore_cli import CommandError, main
 
 
@@ -53,6 +54,47 @@ def test_metadata_is_kept(model, tmp_path):
     with Image.open(tmp_path / "out/a.jpg") as result:
         assert result.getexif()[0x010F] == "a camera"
         assert result.info["icc_profile"] == profile
+
+
+@pytest.mark.parametrize(("suffix", "channels"), [(".png", 1), (".png", 4), (".tif", 2), (".tif", 3)])
+def test_16_bits_are_kept(model, tmp_path, suffix, channels):
+    """With --strength 0 the picture comes back, all of its 65,536 levels."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif.update({0x010F: "a camera", 0x0112: 6})
+    image = np.random.default_rng(0).integers(0, 65536, (20, 24, channels), np.uint16)
+    write_16_bit(image, tmp_path / f"a{suffix}", profile, exif.tobytes())
+    command = [str(tmp_path / f"a{suffix}"), "--model", model, "--sigma", "25", "-o"]
+    assert main([*command, str(tmp_path / "same"), "--strength", "0"]) == 0
+    assert np.array_equal(read_16_bit(tmp_path / f"same/a{suffix}"), image)
+    if channels != 2:  # which Pillow does not open
+        with Image.open(tmp_path / f"same/a{suffix}") as result:
+            assert result.getexif()[0x010F] == "a camera"
+            assert result.getexif()[0x0112] == 6
+            assert result.info["icc_profile"] == profile
+
+    assert main([*command, str(tmp_path / "restored")]) == 0
+    restored = read_16_bit(tmp_path / f"restored/a{suffix}")
+    assert not np.array_equal(restored, image)
+    assert np.any(restored % 257)  # not 8 bits stretched
+    assert main([*command, str(tmp_path / "short"), "--bits", "8"]) == 0
+    assert not is_16_bit(tmp_path / f"short/a{suffix}")
+
+
+def test_an_8_bit_tiff_keeps_its_texts(model, tmp_path):
+    exif = Image.Exif()
+    exif.update({0x010F: "a camera", 0x0112: 6})
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.tif", exif=exif, compression="tiff_lzw")
+    assert main([str(tmp_path / "a.tif"), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]) == 0
+    with Image.open(tmp_path / "out/a.tif") as result:
+        assert (result.mode, result.size) == ("RGB", (16, 16))
+        assert (result.getexif()[0x010F], result.getexif()[0x0112]) == ("a camera", 6)
+
+
+def test_jpeg_cannot_have_16_bits(model, pictures, tmp_path, capsys):
+    assert main([str(pictures), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "9", "--bits", "16"]) == 1
+    assert "b.jpg cannot have 16 bits" in capsys.readouterr().err
+    assert is_16_bit(tmp_path / "out/a.png")
 
 
 def test_inputs_are_never_overwritten(model, pictures):

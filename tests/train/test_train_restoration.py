@@ -1,5 +1,6 @@
 """The training script: it learns, resumes bit for bit, takes pairs, tasks, stages and a generator's backbone."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -154,10 +155,12 @@ def test_bad_options_are_named(photos, words, message):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/restoration").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_configurations_are_valid(path):
+def test_shipped_configurations_are_valid(path, monkeypatch, capsys):
     from iptv2_diffusion.training.config import parse_config
 
+    monkeypatch.chdir(ROOT)  # backbones to start from are named from there
     config = parse_config(train_restoration.RestorationConfig, ["--config", str(path)])
-    with torch.device("meta"):
+    with torch.device("meta") if config.backbone_from is None else contextlib.nullcontext():
         model = train_restoration.make_model(config)
     assert model.config.in_channels == config.channels
+    assert ("(100.0%)" in capsys.readouterr().out) == (config.backbone_from is not None)

@@ -1,5 +1,8 @@
 """Learning rate, AdamW groups and averaged weights."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -14,7 +17,7 @@ def schedule(**options):
     return LearningRate(make_optimizer(torch.nn.Linear(2, 2), config), config)
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "cosine_with_restarts", "linear"])
 def test_warm_up_is_linear_and_starts_above_zero(name):
     rates = [schedule(lr_schedule=name, lr_warmup_steps=4).at(step) for step in range(5)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
@@ -27,6 +30,18 @@ def test_ends():
     assert schedule(lr_schedule="cosine").at(99) == pytest.approx(0.0, abs=1e-3)
     assert schedule(lr_schedule="linear").at(75) == pytest.approx(0.25)
     assert schedule(lr_schedule="cosine").at(500) == pytest.approx(0.0)
+
+
+def test_cosine_restarts_are_equal_cosines():
+    rate = schedule(lr_schedule="cosine_with_restarts", lr_cycles=4)
+    first = [rate.at(step) for step in range(25)]
+    assert first[0] == 1.0
+    assert all(low < high for high, low in itertools.pairwise(first))
+    assert first[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 24 / 25)))
+    for cycle in (1, 2, 3):
+        assert [rate.at(25 * cycle + step) for step in range(25)] == pytest.approx(first)
+    assert rate.at(10, 0.5) == pytest.approx(1.0)  # a time budget moves on to the third cycle
+    assert rate.at(100) == 0.0
 
 
 def test_a_time_budget_moves_the_schedule_on_but_not_the_warm_up():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from iptv2_diffusion.models.activations import LiveStorages
 from iptv2_diffusion.training.config import TrainingConfig
-from iptv2_diffusion.training.planning import LiveStorages, estimate_memory
+from iptv2_diffusion.training.planning import estimate_memory
 
 ROOT = Path(__file__).parents[2]
 
