@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d, add_depthwise
+from .linear import Linear
 from .operators import channel_attention, rotate_normalised, window_partition
 
 __all__ = ["FocalContextAttention", "GlobalGridAttention"]
@@ -95,13 +96,13 @@ class FocalContextAttention(nn.Module):
         self.num_heads, self.window_size, self.shifted = num_heads, window_size, shifted
         branches, positions = 2 if shifted else 1, window_size**2
 
-        self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
+        self.qkv = Linear(channels, 3 * channels, bias=bias)
         self.qkv_depthwise = DepthwiseConv2d(3 * channels, 3, bias=bias)
         self.temperature = nn.Parameter(torch.full((branches, num_heads), float(temperature_init)))
         self.spatial_affine = nn.Parameter(torch.ones(branches, num_heads, positions))
         if shifted:
             self.merge_logits = nn.Parameter(torch.zeros(branches, num_heads, positions))
-        self.out_proj = nn.Linear(channels, channels, bias=bias)
+        self.out_proj = Linear(channels, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), any H and W."""
@@ -187,9 +188,9 @@ class GlobalGridAttention(nn.Module):
         self.num_heads, self.stride, self.grid_size = num_heads, stride, grid_size
 
         self.depthwise = DepthwiseConv2d(channels, 5, bias=bias)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
+        self.qkv = Linear(channels, 3 * channels, bias=bias)
         self.logit_scale = nn.Parameter(torch.full((num_heads,), math.log(10.0)))
-        self.out_proj = nn.Linear(channels, channels, bias=bias)
+        self.out_proj = Linear(channels, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), any H and W."""

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .linear import Linear
+
 __all__ = ["DepthwiseConv2d", "add_depthwise", "depthwise_conv2d", "is_plain", "merge_depthwise"]
 
 
@@ -53,7 +55,7 @@ def is_plain(layer: nn.Module) -> bool:
 
     Not so for one that an adapter wraps (LoRA), or that a hook gives its weights only during its forward.
     """
-    return type(layer) in (nn.Linear, DepthwiseConv2d) and not is_hooked(layer)
+    return type(layer) in (Linear, DepthwiseConv2d) and not is_hooked(layer)
 
 
 def is_hooked(module: nn.Module) -> bool:
