@@ -7,6 +7,7 @@ Xeon with AVX-512, torch 2.14.1). Everywhere else `F.conv2d` runs.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .linear import Linear
+from .operators import wants_gradient
 
 __all__ = ["DepthwiseConv2d", "add_depthwise", "depthwise_conv2d", "is_plain", "merge_depthwise"]
 
@@ -65,14 +67,38 @@ def is_hooked(module: nn.Module) -> bool:
 
 def merge_depthwise(*branches: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     """5×5 kernel (C, 1, 5, 5) and bias of the sum of depthwise branches and the identity; biases add."""
-    kernels = []
-    for branch in branches:
-        margin = 2 - branch.kernel_size[0] // 2
-        kernels.append(F.pad(branch.weight, (margin, margin, margin, margin)))
-    identity = torch.zeros_like(kernels[0])
-    identity[..., 2, 2] = 1
-    bias = None if branches[0].bias is None else sum(branch.bias for branch in branches)
-    return sum(kernels, identity), bias
+    kernels = [branch.weight for branch in branches]
+    kernel = MergeKernels.apply(*kernels) if wants_gradient(*kernels) else merge_kernels(*kernels)
+    return kernel, None if branches[0].bias is None else reduce(torch.add, (branch.bias for branch in branches))
+
+
+def merge_kernels(*kernels: Tensor) -> Tensor:
+    """Sum of kernels of at most 5×5, each around the centre, and the identity."""
+    merged = torch.zeros(len(kernels[0]), 1, 5, 5, dtype=kernels[0].dtype, device=kernels[0].device)
+    for kernel in kernels:
+        centre(merged, kernel.shape[-1]).add_(kernel)
+    centre(merged, 1).add_(1)
+    return merged
+
+
+def centre(kernel: Tensor, size: int) -> Tensor:
+    """The size×size taps in the middle of a 5×5 kernel."""
+    margin = (5 - size) // 2
+    return kernel[..., margin : margin + size, margin : margin + size]
+
+
+class MergeKernels(torch.autograd.Function):
+    """`merge_kernels`, a tenth of the nodes that autograd would make of it."""
+
+    @staticmethod
+    def forward(ctx, *kernels: Tensor) -> Tensor:
+        ctx.sizes = [kernel.shape[-1] for kernel in kernels]
+        return merge_kernels(*kernels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(centre(grad, size).clone() for size in ctx.sizes)
 
 
 class Depthwise5x5(torch.autograd.Function):
