@@ -19,12 +19,14 @@ import gc
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from iptv2_diffusion.training.config import option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, user_errors
@@ -32,6 +34,7 @@ from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, us
 if TYPE_CHECKING:
     from torch import nn
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CHOICES = {
     "modes": ("inference", "training"),
     "forms": ("fused", "unfused", "compiled"),
@@ -53,6 +56,9 @@ class ThroughputConfig:
     precisions: tuple[str, ...] = option(("float32", "bfloat16"), "of autocast; float32 is none")
     num_threads: tuple[int, ...] = option((2,), "CPU threads")
     rounds: int = option(7, "counted rounds after one warm-up")
+    clock: Literal["wall", "cpu"] = option(
+        "wall", "cpu: seconds of the CPU, all threads together, where others use the machine too; with one thread"
+    )
     memory: bool = option(False, "the peak of each row as well, each in a process of its own")
     memory_only: bool = option(False, "time nothing: the first row's peak")
     operators: bool = option(False, "a table by kind of operator instead")
@@ -63,6 +69,10 @@ class ThroughputConfig:
         False,
         "iptv2-s beside dit-s-2 (inference, batch 4) and emoji64 beside dit-emoji64 (training, batch 64), float32",
     )
+
+    @property
+    def names(self) -> list[str]:
+        return re.split(r",(?![^\[]*\])", self.models)  # not at the commas inside of brackets
 
     def validate(self) -> None:
         for name in ("batch_size", "latent_size", "num_threads", "rounds", "megapixels"):
@@ -171,8 +181,8 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
     threads, size, mode, form, precision, batch = group
     torch.set_num_threads(threads)
     if (threads, precision) not in rates:
-        rates[threads, precision] = matmul_rate(config.rounds, precision)
-    models = {spec: make_model(spec, size) for spec in config.models.split(",")}
+        rates[threads, precision] = matmul_rate(config.rounds, precision, CLOCKS[config.clock])
+    models = {spec: make_model(spec, size) for spec in config.names}
     costs = {}
     for spec, model in models.items():
         counted = model.fuse() if mode == "inference" and form != "unfused" and hasattr(model, "fuse") else model
@@ -180,7 +190,7 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
     if mode == "inference":
         models = {spec: deploy(model, form) for spec, model in models.items()}
     steps = {spec: make_step(model, batch, precision, mode == "training") for spec, model in models.items()}
-    seconds = time_interleaved(steps, config.rounds)
+    seconds = time_interleaved(steps, config.rounds, CLOCKS[config.clock])
     rows = []
     for spec, (macs, parameters, side) in costs.items():
         row = {"model": spec, "what": mode, "form": form, "precision": precision, "latent": side, "batch": batch}
@@ -225,7 +235,7 @@ def own_peak(config: ThroughputConfig) -> float:
 
     from iptv2_diffusion.metrics.speed import peak_bytes
 
-    spec = config.models.split(",")[0]
+    spec = config.names[0]
     if config.megapixels:
         restore, _ = make_restoration(spec, config.megapixels[0], config.tiles[0])
         before = psutil.Process().memory_info().rss
@@ -252,7 +262,7 @@ def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
     for threads, size, mode, form, precision, batch in settings(config):
         torch.set_num_threads(threads)
         times = {}
-        for spec in config.models.split(","):
+        for spec in config.names:
             model = make_model(spec, size)
             model = deploy(model, form) if mode == "inference" else model
             times[spec] = operator_times(make_step(model, batch, precision, mode == "training"), config.rounds)
@@ -292,10 +302,10 @@ def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
     rows = []
     for threads, megapixels in itertools.product(config.num_threads, config.megapixels):
         torch.set_num_threads(threads)
-        for spec, tile in itertools.product(config.models.split(","), config.tiles):
+        for spec, tile in itertools.product(config.names, config.tiles):
             restore, pixels = make_restoration(spec, megapixels, tile)
             row = {"model": spec, "what": "restoration", "megapixels": megapixels, "tile": tile, "threads": threads}
-            row |= summary(time_interleaved({spec: restore}, config.rounds)[spec])
+            row |= summary(time_interleaved({spec: restore}, config.rounds, CLOCKS[config.clock])[spec])
             row["s_per_megapixel"] = row["median_s"] / (pixels / 1e6)
             if config.memory:
                 options = (f"--models={spec}", f"--megapixels={megapixels}", f"--tiles={tile}")
@@ -318,12 +328,13 @@ def quick(config: ThroughputConfig) -> dict[str, float]:
     fused = trainable.fuse()
     models = {"iptv2-s": fused, "unfused": trainable, "dit-s-2": dit}
     steps = {name: make_step(model, 4, "float32", training=False) for name, model in models.items()}
-    inference = time_interleaved(steps, config.rounds)
-    rate = matmul_rate(config.rounds)
+    clock = CLOCKS[config.clock]
+    inference = time_interleaved(steps, config.rounds, clock)
+    rate = matmul_rate(config.rounds, clock=clock)
 
     models = {name: make_model(name) for name in ("emoji64", "dit-emoji64")}
     steps = {name: make_step(model, 64, "float32", training=True) for name, model in models.items()}
-    training = time_interleaved(steps, config.rounds)
+    training = time_interleaved(steps, config.rounds, clock)
     for what, seconds in (("inference", inference), ("training", training)):
         for name, values in seconds.items():
             show({"what": what, "model": name, **summary(values)})

@@ -32,15 +32,20 @@ OPERATOR_KINDS = {
 }
 
 
-def time_interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each counted round, after one round of warm-up; the functions take turns."""
+def time_interleaved(
+    steps: dict[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each function in each counted round, after one round of warm-up; the functions take turns.
+
+    `time.process_time` as `clock` counts the CPU's seconds, of all threads together: for a core shared with others.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if number > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -54,10 +59,10 @@ def summary(values: Sequence[float]) -> Row:
     return {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
 
 
-def matmul_rate(rounds: int, precision: str = "float32") -> float:
+def matmul_rate(rounds: int, precision: str = "float32", clock: Callable[[], float] = time.perf_counter) -> float:
     """GFLOP/s of matrix products (2048×1024 by 1024×1024), the best of the rounds: the machine's limit."""
     a, b = (torch.randn(size, 1024).to(getattr(torch, precision)) for size in (2048, 1024))
-    seconds = time_interleaved({"matmul": lambda: [torch.mm(a, b) for _ in range(10)]}, rounds)["matmul"]
+    seconds = time_interleaved({"matmul": lambda: [torch.mm(a, b) for _ in range(10)]}, rounds, clock)["matmul"]
     return 10 * 2 * 2048 * 1024 * 1024 / min(seconds) / 1e9
 
 
