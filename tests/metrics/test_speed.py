@@ -32,7 +32,6 @@ def test_operator_times_name_what_runs():
         times = speed.operator_times(lambda: (a @ a, conv(x), torch.nn.functional.gelu(x)), rounds=2)
     assert {"matrix products", "convolutions", "GELU, SiLU, softmax"} <= set(times)
     assert list(times.values()) == sorted(times.values(), reverse=True)
-    assert next(iter(times)) == "matrix products"
 
 
 def test_matmul_rate_is_that_of_the_clock():
