@@ -1,51 +1,138 @@
-"""Seconds of a training step and of a forward: models side by side in one process, interleaved round by round.
+"""Seconds, memory and arithmetic of a forward and of a training step, models side by side.
 
     python eval/throughput.py --quick                      # the ratios to DiT in a minute
     python eval/throughput.py --models emoji64,dit-emoji64 --batch_size 32 --num_threads 2
+    python eval/throughput.py --models iptv2-s,unet-s,dit-s-2 --latent_size 32,64,128 --batch_size 1,4,32 \\
+        --num_threads 1,2 --forms fused,unfused,compiled --memory --output_dir runs/throughput
+    python eval/throughput.py --models restoration-s --megapixels 0.25,1,4,16 --tiles none,512
+    python eval/throughput.py --operators --modes inference --batch_size 4 --num_threads 1
 
-Each model runs at its own sample size. Reported are the median over the rounds after a warm-up, with minimum and
-maximum, and the ratio to the last model named, round by round; the last line is the same as JSON. `--quick`
-sets the achieved GFLOP/s beside the machine's own rate of matrix products, measured in the same run: the limit.
+A model is a preset, `unet-s` (diffusers' UNet2DModel of about DiT-S/2's MACs), or one of these with other arguments:
+`iptv2-s:conditioning_dim=64`. Models take turns in one process, round by round; reported are the median over the rounds
+after a warm-up, with minimum and maximum, and the ratio to the last model, round by round. The machine's own rate of
+matrix products is measured in the same run: the limit. The last line is the rows as JSON.
 """
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
-import statistics
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from iptv2_diffusion.training.config import option, parse_config
-from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, user_errors
 
 if TYPE_CHECKING:
     from torch import nn
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CHOICES = {
+    "modes": ("inference", "training"),
+    "forms": ("fused", "unfused", "compiled"),
+    "precisions": ("float32", "bfloat16", "float16"),
+}
+
 
 @dataclass(kw_only=True)
 class ThroughputConfig:
-    """What is timed, and how."""
+    """What is timed, and how. Lists are separated by commas; every combination is a row."""
 
-    models: str = option("emoji64,dit-emoji64", "presets, separated by commas; the last is what the others are held to")
-    batch_size: int = option(32, "samples a step")
-    precisions: str = option("float32,bfloat16", "of autocast; float32 is none")
-    num_threads: int = option(2, "CPU threads")
+    models: str = option("emoji64,dit-emoji64", "names, separated by commas; the last is what the others are held to")
+    modes: tuple[str, ...] = option(("training", "inference"), "training (a forward and a backward), inference")
+    forms: tuple[str, ...] = option(
+        ("fused",), "of inference: fused, unfused (branch by branch), compiled (fused, by torch.compile)"
+    )
+    batch_size: tuple[int, ...] = option((32,), "samples a step")
+    latent_size: tuple[int, ...] = option((), "sides of the latent; empty: each model's own")
+    precisions: tuple[str, ...] = option(("float32", "bfloat16"), "of autocast; float32 is none")
+    num_threads: tuple[int, ...] = option((2,), "CPU threads")
     rounds: int = option(7, "counted rounds after one warm-up")
+    clock: Literal["wall", "cpu"] = option(
+        "wall", "cpu: seconds of the CPU, all threads together, where others use the machine too; with one thread"
+    )
+    memory: bool = option(False, "the peak of each row as well, each in a process of its own")
+    memory_only: bool = option(False, "time nothing: the first row's peak")
+    operators: bool = option(False, "a table by kind of operator instead")
+    megapixels: tuple[float, ...] = option((), "restore images of so many megapixels instead")
+    tiles: tuple[str, ...] = option(("none", "512"), "with megapixels: sides of the tiles, none: the whole image")
+    output_dir: str | None = option(None, "for rows.csv, rows.md and plots")
     quick: bool = option(
         False,
         "iptv2-s beside dit-s-2 (inference, batch 4) and emoji64 beside dit-emoji64 (training, batch 64), float32",
     )
 
+    @property
+    def names(self) -> list[str]:
+        return re.split(r",(?![^\[]*\])", self.models)  # not at the commas inside of brackets
+
     def validate(self) -> None:
-        for name in ("batch_size", "num_threads", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for precision in self.precisions.split(","):
-            if precision not in ("float32", "bfloat16", "float16"):
-                raise ConfigError(f"precision {precision!r}: use float32, bfloat16 or float16")
+        for name in ("batch_size", "latent_size", "num_threads", "rounds", "megapixels"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,), default=1) <= 0:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        for name, known in CHOICES.items():
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ConfigError(f"{name} names {value!r}; use {', '.join(known)}")
+        for tile in self.tiles:
+            if tile != "none" and not tile.isdecimal():
+                raise ConfigError(f"tiles names {tile!r}; use none or a number of pixels")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def make_model(spec: str, sample_size: int | None = None) -> nn.Module:
+    """A fresh model of a name such as `iptv2-s` or `iptv2-s:conditioning_dim=64:window_size=4`, channels-last."""
+    import torch
+    import yaml
+
+    from iptv2_diffusion.models.presets import create_model
+
+    name, *arguments = spec.split(":")
+    overrides = {key: yaml.safe_load(value) for key, _, value in (argument.partition("=") for argument in arguments)}
+    overrides |= {} if sample_size is None else {"sample_size": sample_size}
+    with user_errors(ValueError):
+        model = make_unet(**overrides) if name == "unet-s" else create_model(name, **overrides)
+    return model.to(memory_format=torch.channels_last)
+
+
+def make_unet(**overrides: Any) -> nn.Module:
+    """diffusers' class-conditional UNet with attention at the two lower resolutions."""
+    from diffusers import UNet2DModel
+
+    config = {
+        "sample_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_class_embeds": 1001,
+        "block_out_channels": (128, 256, 224),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 32,
+    }
+    return UNet2DModel(**{**config, **overrides})
+
+
+def deploy(model: nn.Module, form: str) -> nn.Module:
+    """The model as it is used for inference, in one of the `forms`."""
+    import torch
+
+    if form != "unfused" and hasattr(model, "fuse"):
+        model = model.fuse()
+    model = model.eval().requires_grad_(False)
+    return torch.compile(model) if form == "compiled" else model
 
 
 def make_step(model: nn.Module, batch_size: int, precision: str, training: bool) -> Callable[[], None]:
@@ -72,55 +159,186 @@ def make_step(model: nn.Module, batch_size: int, precision: str, training: bool)
     return run
 
 
-def time_interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each counted round; the functions take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if number > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+# --------------------------------------------------------------------------------------------------------------------
+# Rows
 
 
-def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> float:
-    """Median over the rounds of the seconds of one to those of another."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
+def settings(config: ThroughputConfig) -> Iterator[tuple[int, int | None, str, str, str, int]]:
+    """Threads, latent size, mode, form, precision and batch size of every group of rows."""
+    for threads, size, mode in itertools.product(config.num_threads, config.latent_size or (None,), config.modes):
+        forms = config.forms if mode == "inference" else ("unfused",)
+        for form, precision, batch in itertools.product(forms, config.precisions, config.batch_size):
+            yield threads, size, mode, form, precision, batch
 
 
-def matmul_rate(rounds: int) -> float:
-    """GFLOP/s of float32 matrix products (2048×1024 by 1024×1024), the best of the rounds: the machine's limit."""
+def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int, str], float]) -> list[dict[str, Any]]:
+    """One row per model: all models in turn, at one setting."""
     import torch
 
-    a, b = torch.randn(2048, 1024), torch.randn(1024, 1024)
-    seconds = time_interleaved({"matmul": lambda: [torch.mm(a, b) for _ in range(20)]}, rounds)["matmul"]
-    return 20 * 2 * 2048 * 1024 * 1024 / min(seconds) / 1e9
+    from iptv2_diffusion.metrics.speed import matmul_rate, ratio, summary, time_interleaved
+    from iptv2_diffusion.models.presets import count_macs, count_parameters
+
+    threads, size, mode, form, precision, batch = group
+    torch.set_num_threads(threads)
+    if (threads, precision) not in rates:
+        rates[threads, precision] = matmul_rate(config.rounds, precision, CLOCKS[config.clock])
+    models = {spec: make_model(spec, size) for spec in config.names}
+    costs = {}
+    for spec, model in models.items():
+        counted = model.fuse() if mode == "inference" and form != "unfused" and hasattr(model, "fuse") else model
+        costs[spec] = count_macs(counted, batch_size=batch), count_parameters(counted), model.config.sample_size
+    if mode == "inference":
+        models = {spec: deploy(model, form) for spec, model in models.items()}
+    steps = {spec: make_step(model, batch, precision, mode == "training") for spec, model in models.items()}
+    seconds = time_interleaved(steps, config.rounds, CLOCKS[config.clock])
+    rows = []
+    for spec, (macs, parameters, side) in costs.items():
+        row = {"model": spec, "what": mode, "form": form, "precision": precision, "latent": side, "batch": batch}
+        row |= {"threads": threads, "gmacs": macs / 1e9, "parameters": parameters, **summary(seconds[spec])}
+        row["ratio"] = ratio(seconds, spec, list(costs)[-1])
+        passes = 3 if mode == "training" else 1  # a backward has twice the products of its forward
+        row["gflops"] = passes * 2 * macs * batch / row["median_s"] / 1e9
+        row["of_matmul_rate"] = row["gflops"] / rates[threads, precision]
+        if config.memory:
+            row["peak_mb"] = peak_of(f"--models={spec}", *as_options(group))
+        rows.append(row)
+        show(row)
+    return rows
+
+
+def as_options(group: tuple) -> list[str]:
+    threads, size, mode, form, precision, batch = group
+    options = [f"--num_threads={threads}", f"--modes={mode}", f"--forms={form}", f"--precisions={precision}"]
+    return [*options, f"--batch_size={batch}", *([] if size is None else [f"--latent_size={size}"])]
+
+
+def show(row: dict[str, Any]) -> None:
+    told_apart = ("what", "form", "precision", "latent", "batch", "megapixels", "tile", "threads", "model")
+    name = " ".join(str(row[key]) for key in told_apart if key in row)
+    times = f"{1e3 * row['median_s']:8.0f} ms ({1e3 * row['min_s']:.0f} to {1e3 * row['max_s']:.0f})"
+    rest = "".join(f"  {key} {row[key]:.3g}" for key in ("ratio", "of_matmul_rate", "peak_mb") if key in row)
+    print(f"{name:64} {times}{rest}", flush=True)
+
+
+def peak_of(*options: str) -> float:
+    """MB of memory that a row takes beyond the libraries, in a process of its own."""
+    command = [sys.executable, __file__, "--memory_only", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command[2:])} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+
+
+def own_peak(config: ThroughputConfig) -> float:
+    """MB that this process holds at most in two steps of its first row, less what it holds before."""
+    import psutil
+
+    from iptv2_diffusion.metrics.speed import peak_bytes
+
+    spec = config.names[0]
+    if config.megapixels:
+        restore, _ = make_restoration(spec, config.megapixels[0], config.tiles[0])
+        before = psutil.Process().memory_info().rss
+        restore()
+        return (peak_bytes() - before) / 1e6
+    _, size, mode, form, precision, batch = next(settings(config))
+    before = psutil.Process().memory_info().rss
+    model = make_model(spec, size)
+    model = deploy(model, form) if mode == "inference" else model
+    gc.collect()
+    step = make_step(model, batch, precision, mode == "training")
+    step()
+    step()
+    return (peak_bytes() - before) / 1e6
+
+
+def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
+    """Milliseconds by kind of operator, one row per kind, a column per model."""
+    import torch
+
+    from iptv2_diffusion.metrics.speed import operator_times, to_markdown
+
+    rows = []
+    for threads, size, mode, form, precision, batch in settings(config):
+        torch.set_num_threads(threads)
+        times = {}
+        for spec in config.names:
+            model = make_model(spec, size)
+            model = deploy(model, form) if mode == "inference" else model
+            times[spec] = operator_times(make_step(model, batch, precision, mode == "training"), config.rounds)
+        kinds = dict.fromkeys(kind for table in times.values() for kind in table)
+        table = [{"operators": k, **{spec: 1e3 * t.get(k, 0.0) for spec, t in times.items()}} for k in kinds]
+        print(f"ms of a step: {mode}, {form}, {precision}, batch {batch}, {threads} threads\n")
+        print(to_markdown(table, ["operators", *times]))
+        rows += [{"what": mode, "form": form, "precision": precision, "batch": batch, **row} for row in table]
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Restoration
+
+
+def make_restoration(spec: str, megapixels: float, tile: str) -> tuple[Callable[[], Any], int]:
+    """A function that restores one square colour image, and the image's pixels."""
+    import torch
+
+    from iptv2_diffusion import IPTV2RestorationPipeline
+
+    pipeline = IPTV2RestorationPipeline(make_model(spec).fuse())
+    pipeline.set_progress_bar_config(disable=True)
+    side = round((megapixels * 1e6) ** 0.5)
+    image = torch.rand(3, side, side)
+    given = {"sigma": 25.0} if pipeline.model.config.sigma_conditioning is not None else {}
+    size = None if tile == "none" else int(tile)
+    return lambda: pipeline(image, tile=size, output_type="pt", **given), side * side
+
+
+def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
+    """Seconds per megapixel, whole and tiled."""
+    import torch
+
+    from iptv2_diffusion.metrics.speed import summary, time_interleaved
+
+    rows = []
+    for threads, megapixels in itertools.product(config.num_threads, config.megapixels):
+        torch.set_num_threads(threads)
+        for spec, tile in itertools.product(config.names, config.tiles):
+            restore, pixels = make_restoration(spec, megapixels, tile)
+            row = {"model": spec, "what": "restoration", "megapixels": megapixels, "tile": tile, "threads": threads}
+            row |= summary(time_interleaved({spec: restore}, config.rounds, CLOCKS[config.clock])[spec])
+            row["s_per_megapixel"] = row["median_s"] / (pixels / 1e6)
+            if config.memory:
+                options = (f"--models={spec}", f"--megapixels={megapixels}", f"--tiles={tile}")
+                row["peak_mb"] = peak_of(*options, f"--num_threads={threads}")
+            rows.append(row)
+            show(row)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The short benchmark
 
 
 def quick(config: ThroughputConfig) -> dict[str, float]:
     """The figures that matter most, under a minute on two cores: S for inference, the demo's size for training."""
-    import torch
+    from iptv2_diffusion.metrics.speed import matmul_rate, ratio, summary, time_interleaved
+    from iptv2_diffusion.models.presets import count_macs
 
-    from iptv2_diffusion.models.presets import count_macs, create_model
-
-    def channels_last(name: str) -> nn.Module:
-        return create_model(name).to(memory_format=torch.channels_last)
-
-    trainable, dit = channels_last("iptv2-s").eval(), channels_last("dit-s-2").eval()
+    trainable, dit = make_model("iptv2-s").eval(), make_model("dit-s-2").eval()
     fused = trainable.fuse()
     models = {"iptv2-s": fused, "unfused": trainable, "dit-s-2": dit}
     steps = {name: make_step(model, 4, "float32", training=False) for name, model in models.items()}
-    inference = time_interleaved(steps, config.rounds)
-    rate = matmul_rate(config.rounds)
+    clock = CLOCKS[config.clock]
+    inference = time_interleaved(steps, config.rounds, clock)
+    rate = matmul_rate(config.rounds, clock=clock)
 
-    models = {name: channels_last(name) for name in ("emoji64", "dit-emoji64")}
+    models = {name: make_model(name) for name in ("emoji64", "dit-emoji64")}
     steps = {name: make_step(model, 64, "float32", training=True) for name, model in models.items()}
-    training = time_interleaved(steps, config.rounds)
-    for what, seconds in (("inference", inference), ("training step", training)):
+    training = time_interleaved(steps, config.rounds, clock)
+    for what, seconds in (("inference", inference), ("training", training)):
         for name, values in seconds.items():
-            print(f"{what:13} {name:12} {1e3 * statistics.median(values):6.0f} ms ({show_range(values)})")
-    achieved = 2 * 4 * count_macs(fused) / statistics.median(inference["iptv2-s"]) / 1e9
+            show({"what": what, "model": name, **summary(values)})
+    achieved = 2 * 4 * count_macs(fused) / summary(inference["iptv2-s"])["median_s"] / 1e9
     print(f"matrix products {rate:.0f} GFLOP/s, iptv2-s {achieved:.0f} GFLOP/s")
     return {
         "inference_ratio_to_dit": ratio(inference, "iptv2-s", "dit-s-2"),
@@ -130,8 +348,16 @@ def quick(config: ThroughputConfig) -> dict[str, float]:
     }
 
 
-def show_range(seconds: list[float]) -> str:
-    return f"{1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f}"
+def save(rows: list[dict[str, Any]], folder: Path) -> None:
+    from iptv2_diffusion.metrics.speed import save_plot, save_rows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_rows(rows, folder)
+    for what in dict.fromkeys(row["what"] for row in rows):
+        own = [row for row in rows if row["what"] == what]
+        for x, label in (("latent", "side of the latent"), ("gmacs", "GMACs a sample"), ("megapixels", "megapixels")):
+            save_plot(own, x, "median_s", (label, "seconds a step"), folder / f"{what}_time_over_{x}.png")
+            save_plot(own, x, "peak_mb", (label, "peak MB"), folder / f"{what}_memory_over_{x}.png")
 
 
 def main() -> int:
@@ -139,43 +365,28 @@ def main() -> int:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # a CPU benchmark
     import torch
 
-    from iptv2_diffusion.models.presets import count_macs, count_parameters, create_model
     from iptv2_diffusion.training.memory import keep_freed_memory
 
-    torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(config.num_threads[0])
     keep_freed_memory()
+    if config.memory_only:
+        print(json.dumps({"peak_mb": own_peak(config)}))
+        return 0
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, threads {', '.join(map(str, config.num_threads))}")
     if config.quick:
-        print(f"{config.num_threads} threads, torch {torch.__version__}")
         print(json.dumps(quick(config)))
         return 0
-    names = config.models.split(",")
-    with user_errors(ValueError):
-        models = {name: create_model(name).to(memory_format=torch.channels_last) for name in names}
-    print(f"{config.num_threads} threads, batch {config.batch_size}, torch {torch.__version__}")
-    costs = {}
-    for name, model in models.items():
-        macs = {"gmacs_training": count_macs(model, batch_size=config.batch_size) / 1e9}
-        if hasattr(model, "fuse"):
-            macs["gmacs_fused"] = count_macs(model.fuse()) / 1e9
-        costs[name] = {"parameters": count_parameters(model), **macs}
-        print(f"{name}: {costs[name]['parameters'] / 1e6:.2f} M, " + ", ".join(f"{k} {v:.3f}" for k, v in macs.items()))
-
-    rows = []
-    for training in (True, False):
-        shown = models if training else {n: m.fuse() if hasattr(m, "fuse") else m.eval() for n, m in models.items()}
-        for precision in config.precisions.split(","):
-            steps = {name: make_step(model, config.batch_size, precision, training) for name, model in shown.items()}
-            seconds = time_interleaved(steps, config.rounds)
-            for name, values in seconds.items():
-                to_last = ratio(seconds, name, names[-1])
-                what = "training step" if training else "inference"
-                row = {"model": name, "what": what, "precision": precision, "median_s": statistics.median(values)}
-                rows.append({**row, "min_s": min(values), "max_s": max(values), "ratio": to_last})
-                print(
-                    f"{what:13} {precision:8} {name:12} {1e3 * row['median_s']:6.0f} ms "
-                    f"({show_range(values)})  x {to_last:.2f}"
-                )
-    print(json.dumps({"costs": costs, "rows": rows}))
+    rates: dict[tuple[int, str], float] = {}
+    if config.megapixels:
+        rows = restoration_rows(config)
+    elif config.operators:
+        rows = operator_tables(config)
+    else:
+        rows = [row for group in settings(config) for row in measure_group(config, group, rates)]
+    if config.output_dir:
+        save(rows, Path(config.output_dir))
+    matmul = [{"threads": t, "precision": p, "gflops": rate} for (t, p), rate in rates.items()]
+    print(json.dumps({"matmul": matmul, "rows": rows}))
     return 0
 
 

@@ -6,7 +6,8 @@
     pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
     image = pipe("food_drink", generator=torch.Generator().manual_seed(0)).images[0]
 
-Importing this package costs little more than ``import torch, diffusers``: each public name is loaded when first used.
+Importing this package costs milliseconds, and imports neither torch nor diffusers: each public name is loaded when
+first used, and diffusers hears of us when it is imported, before or after.
 
 Living in diffusers. A saved pipeline records each component as (module, class). Our classes say that their module is
 ``iptv2_diffusion``, whatever file they are in, so that files may move without breaking saved pipelines; diffusers then
@@ -15,12 +16,13 @@ it: hence they are public names too. :func:`_register_with_diffusers` does what 
 ``DiffusionPipeline.from_pretrained``.
 """
 
-import importlib
+import importlib.util
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-import diffusers
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
@@ -83,15 +85,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _DiffusersWithOurPipelines(type(diffusers)):
-    """The class of the ``diffusers`` module once ours is imported: when asked, it finds our pipelines too."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.modules[__name__], name) if name in _PIPELINES else super().__getattr__(name)
-
-
 def _register_with_diffusers() -> None:
-    """Let plain ``DiffusionPipeline.from_pretrained(folder)`` load our pipelines.
+    """Let plain ``DiffusionPipeline.from_pretrained(folder)`` load our pipelines; diffusers has been imported.
 
     diffusers looks for the pipeline class as an attribute of ``diffusers``, and takes a component's module to be its
     own if it is an attribute of ``diffusers.pipelines`` (for a repository on the Hub it accepts no other). Neither has
@@ -99,13 +94,44 @@ def _register_with_diffusers() -> None:
     should define itself one day are left alone, and so is a diffusers built in another way:
     ``IPTV2Pipeline.from_pretrained`` of a folder needs none of this.
     """
+    diffusers = sys.modules["diffusers"]
+
+    class DiffusersWithOurPipelines(type(diffusers)):
+        finds_iptv2_pipelines = True
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sys.modules[__name__], name) if name in _PIPELINES else super().__getattr__(name)
+
     try:
         if not hasattr(diffusers.pipelines, __name__):
             setattr(diffusers.pipelines, __name__, sys.modules[__name__])
-        if not any(name in dir(diffusers) for name in _PIPELINES):
-            diffusers.__class__ = _DiffusersWithOurPipelines
+        known = hasattr(type(diffusers), "finds_iptv2_pipelines") or any(name in dir(diffusers) for name in _PIPELINES)
+        if not known:
+            diffusers.__class__ = DiffusersWithOurPipelines
     except (AttributeError, TypeError):
         return
 
 
-_register_with_diffusers()
+class _RegisterOnImport(MetaPathFinder):
+    """Registers us as soon as diffusers has been imported, by whomever."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "diffusers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register_with_diffusers()
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if "diffusers" in sys.modules:
+    _register_with_diffusers()
+else:
+    sys.meta_path.insert(0, _RegisterOnImport())

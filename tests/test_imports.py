@@ -35,6 +35,41 @@ def test_import_loads_nothing_but_itself():
     assert others <= sys.stdlib_module_names
 
 
+# Imported before diffusers: loads neither it nor torch, and diffusers knows us all the same once it is there
+FIRST = """
+import sys
+import iptv2_diffusion
+assert not {"torch", "diffusers"} & set(sys.modules)
+import diffusers
+assert diffusers.pipelines.iptv2_diffusion is iptv2_diffusion
+assert diffusers.IPTV2Pipeline is iptv2_diffusion.IPTV2Pipeline
+assert diffusers.IPTV2Pipeline.__module__ == "iptv2_diffusion"
+print(sum(type(finder).__name__ == "_RegisterOnImport" for finder in sys.meta_path))
+"""
+
+
+def test_imported_before_diffusers():
+    result = subprocess.run([sys.executable, "-c", FIRST], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.split() == ["0"]
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "train").glob("*.py") if p.name != "__init__.py"))
+def test_help_needs_neither_torch_nor_diffusers(script):
+    """Hence `--help` answers at once."""
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'train' / script)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert end.code in (0, None)\n"
+        "print('loaded:', *{'torch', 'diffusers', 'datasets', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "loaded:"
+
+
 @pytest.mark.parametrize("name", iptv2_diffusion.__all__)
 def test_public_names(name):
     value = getattr(iptv2_diffusion, name)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d, add_depthwise
+from .linear import Linear
 from .operators import channel_attention, rotate_normalised, window_partition
 
 __all__ = ["FocalContextAttention", "GlobalGridAttention"]
@@ -95,13 +96,13 @@ class FocalContextAttention(nn.Module):
         self.num_heads, self.window_size, self.shifted = num_heads, window_size, shifted
         branches, positions = 2 if shifted else 1, window_size**2
 
-        self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
+        self.qkv = Linear(channels, 3 * channels, bias=bias)
         self.qkv_depthwise = DepthwiseConv2d(3 * channels, 3, bias=bias)
         self.temperature = nn.Parameter(torch.full((branches, num_heads), float(temperature_init)))
         self.spatial_affine = nn.Parameter(torch.ones(branches, num_heads, positions))
         if shifted:
             self.merge_logits = nn.Parameter(torch.zeros(branches, num_heads, positions))
-        self.out_proj = nn.Linear(channels, channels, bias=bias)
+        self.out_proj = Linear(channels, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), any H and W."""
@@ -115,9 +116,9 @@ class FocalContextAttention(nn.Module):
 
         if self.shifted and padded_height > window and padded_width > window:
             parts = window_partition(qkv, window, self.num_heads, margins=(None, window // 2))
-            shifted_size = (padded_height - window, padded_width - window)
             out = self.attend(*parts[:3], branch=0, size=(padded_height, padded_width))
-            out = self.merge(out, self.attend(*parts[3:], branch=1, size=shifted_size))
+            inner = self.attend(*parts[3:], branch=1, size=(padded_height - window, padded_width - window))
+            out = self.merge(out, inner)
         else:
             parts = window_partition(qkv, window, self.num_heads)
             out = self.attend(*parts, branch=0, size=(padded_height, padded_width))  # (B, H', W', C)
@@ -129,22 +130,25 @@ class FocalContextAttention(nn.Module):
         out = channel_attention(q, k, v, self.spatial_affine[branch], self.temperature[branch])
         return window_merge(out, self.window_size, *size)
 
-    def merge(self, base: Tensor, shifted: Tensor) -> Tensor:
-        """Weighted mean of the base map (B, H, W, C) and the shifted branch's interior (B, H-w, W-w, C)."""
-        batch, height, width, channels = base.shape
+    def merge(self, base: Tensor, inner: Tensor) -> Tensor:
+        """Weighted mean of the base map (B, H, W, C) and the shifted branch's interior (B, H-w, W-w, C).
+
+        The base map is overwritten.
+        """
+        _, height, width, channels = inner.shape
         window, heads = self.window_size, self.num_heads
-        start, end = window // 2, window - window // 2
-        rows, columns = height // window, width // window
+        start = window // 2
 
         logits = self.merge_logits.float().view(2, heads, window, window).permute(0, 2, 3, 1)  # (2, w, w, h)
-        logit1 = logits[0].repeat(rows, columns, 1)  # (H, W, h)
-        logit2 = F.pad(logits[1].repeat(rows - 1, columns - 1, 1), (0, 0, start, end, start, end), value=-math.inf)
-        # s₂ / (s₁ + s₂) as a sigmoid cannot overflow; it is 0 in the border.
-        share = (logit2 - logit1).sigmoid().to(base.dtype)[..., None]  # (H, W, h, 1)
+        # s₂ / (s₁ + s₂) as a sigmoid cannot overflow. The interior's first position is that of (w/2, w/2) in a base
+        # window. In the border s₂ is 0: the base map stays.
+        share = (logits[1] - logits[0].roll((-start, -start), dims=(0, 1))).sigmoid().to(base.dtype)
+        share = share.repeat(height // window, width // window, 1)[..., None]  # (H-w, W-w, h, 1)
 
-        base = base.view(batch, height, width, heads, channels // heads)
-        shifted = F.pad(shifted, (0, 0, start, end, start, end)).view_as(base)
-        return torch.lerp(base, shifted, share).view(batch, height, width, channels)
+        split = (heads, channels // heads)
+        interior = base[:, start : start + height, start : start + width].unflatten(-1, split)
+        interior.lerp_(inner.unflatten(-1, split), share)
+        return base
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,28 +191,26 @@ class GlobalGridAttention(nn.Module):
         self.num_heads, self.stride, self.grid_size = num_heads, stride, grid_size
 
         self.depthwise = DepthwiseConv2d(channels, 5, bias=bias)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
+        self.qkv = Linear(channels, 3 * channels, bias=bias)
         self.logit_scale = nn.Parameter(torch.full((num_heads,), math.log(10.0)))
-        self.out_proj = nn.Linear(channels, channels, bias=bias)
+        self.out_proj = Linear(channels, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), any H and W."""
         batch, _, height, width = x.shape
         stride = self.strides(height, width)
-        x = add_depthwise((self.depthwise,), x).permute(0, 2, 3, 1)  # (B, H, W, C)
-        qkv = pad_to_multiple(self.qkv(x), *stride)  # (B, H', W', 3C)
-        _, padded_height, padded_width, _ = qkv.shape
-        tokens = grid_partition(qkv, stride).unflatten(-1, (3, self.num_heads, -1))  # (B·p·p, T, 3, h, d)
-        qk, v = tokens.split((2, 1), dim=2)
+        x = pad_to_multiple(add_depthwise((self.depthwise,), x).permute(0, 2, 3, 1), *stride)  # (B, H', W', C)
+        _, padded_height, padded_width, _ = x.shape
+        tokens = self.qkv(grid_partition(x, stride)).unflatten(-1, (3, self.num_heads, -1))  # (B·p·p, T, 3, h, d)
 
         scale = self.logit_scale.float().exp().clamp(max=self.max_logit_scale)
-        scale = torch.stack((scale, torch.ones_like(scale)))[..., None]  # (2, h, 1): q's, and 1 for k
-        cos, sin = rotary_embedding(padded_height // stride[0], padded_width // stride[1], v.shape[-1], v.device)
-        qk = rotate_normalised(qk, scale, cos, sin)
+        cos, sin = rotary_embedding(
+            padded_height // stride[0], padded_width // stride[1], tokens.shape[-1], tokens.device
+        )
+        q, k, v = (part.transpose(1, 2) for part in rotate_normalised(tokens, scale, cos, sin))  # (B·p·p, h, T, d)
         mask = None
         if (padded_height, padded_width) != (height, width):
             mask = key_mask(height, width, stride, x.device).repeat(batch, 1, 1, 1)  # (B·p·p, 1, 1, T)
-        q, k, v = (part.transpose(1, 2) for part in (qk[:, :, 0], qk[:, :, 1], v[:, :, 0]))  # (B·p·p, h, T, d)
         out = attend_tokens(q, k, v, mask).transpose(1, 2).flatten(-2)  # (B·p·p, T, C)
 
         out = grid_merge(out, stride, batch, padded_height, padded_width)[:, :height, :width]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .attention import FocalContextAttention, GlobalGridAttention
 from .feed_forward import RepLeFFN
+from .linear import Linear
 from .operators import scale_add
 
 __all__ = ["AdaLayerNormZero2d", "Downsample", "FGBlock", "LayerNorm2d", "SkipConnection", "Upsample"]
@@ -144,7 +145,7 @@ class SkipConnection(nn.Module):
 
     def __init__(self, upsampled_channels: int, encoder_channels: int, out_channels: int):
         super().__init__()
-        self.proj = nn.Linear(upsampled_channels + encoder_channels, out_channels)
+        self.proj = Linear(upsampled_channels + encoder_channels, out_channels)
 
     def forward(self, upsampled: Tensor, encoded: Tensor) -> Tensor:
         x = torch.cat((upsampled, encoded), dim=1)  # (B, C₁ + C₂, H, W)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d, add_depthwise, is_plain, merge_depthwise
+from .linear import Linear, linear
 from .operators import without_autocast
 
 __all__ = ["RepLeFFN"]
@@ -41,29 +42,29 @@ class RepLeFFN(nn.Module):
         self.channels, self.ratio, self.fused, self.bias = channels, ratio, fused, bias
 
         if fused:
-            self.expand = nn.Linear(channels, hidden, bias=bias)
+            self.expand = Linear(channels, hidden, bias=bias)
             self.depthwise = DepthwiseConv2d(hidden, 5, bias=bias)
-            self.project = nn.Linear(hidden, channels, bias=bias)
+            self.project = Linear(hidden, channels, bias=bias)
         else:
-            self.expand_in = nn.Linear(channels, middle, bias=bias)
-            self.expand_out = nn.Linear(middle, hidden, bias=bias)
+            self.expand_in = Linear(channels, middle, bias=bias)
+            self.expand_out = Linear(middle, hidden, bias=bias)
             self.depthwise_5x5 = DepthwiseConv2d(hidden, 5, bias=bias)
             self.depthwise_3x3 = DepthwiseConv2d(hidden, 3, bias=bias)
             self.depthwise_1x1 = DepthwiseConv2d(hidden, 1, bias=bias)
-            self.project_in = nn.Linear(hidden, middle, bias=bias)
-            self.project_out = nn.Linear(middle, channels, bias=bias)
+            self.project_in = Linear(hidden, middle, bias=bias)
+            self.project_out = Linear(middle, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
         if self.fused:
-            x = F.gelu(self.expand(x)).permute(0, 3, 1, 2)  # (B, rC, H, W)
+            x = apply_linear(x, self.expand, gelu=True).permute(0, 3, 1, 2)  # (B, rC, H, W)
             x = self.depthwise(x).permute(0, 2, 3, 1)
             x = self.project(x)
         else:
-            x = F.gelu(apply_pair(self.expand_in, self.expand_out, x)).permute(0, 3, 1, 2)  # (B, rC, H, W)
+            x = apply_pair(x, self.expand_in, self.expand_out, gelu=True).permute(0, 3, 1, 2)  # (B, rC, H, W)
             x = add_depthwise((self.depthwise_5x5, self.depthwise_3x3, self.depthwise_1x1), x).permute(0, 2, 3, 1)
-            x = apply_pair(self.project_in, self.project_out, x)
+            x = apply_pair(x, self.project_in, self.project_out)
         return x.permute(0, 3, 1, 2)
 
     @torch.no_grad()
@@ -119,8 +120,15 @@ class RepLeFFN(nn.Module):
         return trainable.to(self.expand.weight.device, self.expand.weight.dtype)
 
 
-def apply_pair(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
-    """second(first(x)) of a (B, H, W, C) map, in the order of fewer multiplications.
+def apply_linear(x: Tensor, layer: nn.Linear, gelu: bool = False) -> Tensor:
+    """layer(x), or GELU of it."""
+    if is_plain(layer):
+        return linear(x, layer.weight, layer.bias, gelu)
+    return F.gelu(layer(x)) if gelu else layer(x)
+
+
+def apply_pair(x: Tensor, first: nn.Linear, second: nn.Linear, gelu: bool = False) -> Tensor:
+    """second(first(x)) of a (B, H, W, C) map, or GELU of it, in the order of fewer multiplications.
 
     Merging costs in·middle·out once and saves middle·(in + out) - in·out at each position.
     """
@@ -128,8 +136,8 @@ def apply_pair(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
         inner, middle, outer = first.in_features, first.out_features, second.out_features
         positions = x.numel() // inner
         if positions * (middle * (inner + outer) - inner * outer) > inner * middle * outer:
-            return F.linear(x, *merge_pair(first, second))
-    return second(first(x))
+            return linear(x, *merge_pair(first, second), gelu)
+    return apply_linear(first(x), second, gelu)
 
 
 def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -182,7 +182,7 @@ class ChannelAttention(torch.autograd.Function):
             decay_k = energy.sum(dim=-2).unsqueeze(-2) * -tau * inverse_k.square()
             grad_q = add_product(q * decay_q, k, grad_products.transpose(-2, -1))
             grad_k = add_product(k * decay_k, q, grad_products)
-            grad_affine = (q * grad_q).sum(dim=(0, 3)) + (k * grad_k).sum(dim=(0, 3))  # Σ (q·dq + k·dk) / a²
+            grad_affine = torch.addcmul(q * grad_q, k, grad_k).sum(dim=0).sum(dim=-1)  # Σ (q·dq + k·dk) / a²
             grad_affine = grad_affine * affine.float()
             grad_q, grad_k = grad_q.mul_(weight).to(dtype), grad_k.mul_(weight).to(dtype)
         return grad_q, grad_k, grad_v, grad_affine.to(affine.dtype), grad_temperature.to(temperature.dtype)
@@ -198,20 +198,23 @@ def add_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 # GGSA: rope(q̂), rope(k̂)
 
 
-def rotate_normalised(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """scale · rope(x / ‖x‖): tokens of unit norm, turned by their position (SPEC §4).
+def rotate_normalised(tokens: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s · rope(q/‖q‖), rope(k/‖k‖) and v: q and k of unit norm, turned by their token's position (SPEC §4).
 
     Args:
-        x: (G, T, 2, h, d): q and k of a token beside each other.
-        scale: (2, h, 1).
+        tokens: (G, T, 3, h, d): q, k and v of a token beside each other.
+        scale: s, (h,).
         cos, sin: (T, d/2) of the angle of each pair of adjacent channels.
 
     Returns:
-        (G, T, 2, h, d) in x's dtype.
+        Three (G, T, h, d) in the tokens' dtype.
     """
-    if wants_gradient(x, scale):
-        return RotateNormalised.apply(x, scale, cos, sin)
-    return (rotate(x.float(), cos, sin) * (scale / token_norm(x))).to(x.dtype)
+    scale = torch.stack((scale, torch.ones_like(scale)))[..., None]  # (2, h, 1): q's, and 1 for k
+    if wants_gradient(tokens, scale):
+        return RotateNormalised.apply(tokens, scale, cos, sin)
+    qk, v = tokens.split((2, 1), dim=2)
+    q, k = (rotate(qk.float(), cos, sin) * (scale / token_norm(qk))).to(tokens.dtype).unbind(2)
+    return q, k, v.squeeze(2)
 
 
 def token_norm(x: Tensor) -> Tensor:
@@ -227,23 +230,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         even, odd = pairs.unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
+    turn = torch.complex(cos, sin).expand(pairs.shape[1:-1]).contiguous()  # long rows: a faster product
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
 
 
 class RotateNormalised(torch.autograd.Function):
-    """`rotate_normalised`; with u = x/‖x‖ and g the gradient turned back: dx = s/‖x‖·(g - u·(u·g)), ds = Σ u·g."""
+    """`rotate_normalised`; with u = x/‖x‖ and g the gradient turned back: dx = s/‖x‖·(g - u·(u·g)), ds = Σ u·g.
+
+    The gradients of q, k and v go into one tensor, without stacking or adding.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        norm = token_norm(x)
-        ctx.save_for_backward(x, scale, cos, sin, norm)
-        return rotate(x.float(), cos, sin).mul_(scale / norm).to(x.dtype)
+    def forward(ctx, tokens: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qk = tokens[:, :, :2]
+        norm = token_norm(qk)
+        ctx.save_for_backward(tokens, scale, cos, sin, norm)
+        q, k = rotate(qk.float(), cos, sin).mul_(scale / norm).to(tokens.dtype).unbind(2)
+        return q, k, tokens[:, :, 2]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, scale, cos, sin, norm = ctx.saved_tensors
-        grad = rotate(grad.float().contiguous(), cos, -sin)
-        aligned = (grad * x).sum(dim=-1, keepdim=True) / norm  # u·g, (G, T, 2, h, 1)
-        grad_x = torch.addcmul(grad, x.float(), aligned / norm, value=-1).mul_(scale / norm)
-        return grad_x.to(x.dtype), aligned.sum(dim=(0, 1)), None, None
+    def backward(ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        tokens, scale, cos, sin, norm = ctx.saved_tensors
+        qk = tokens[:, :, :2].float()
+        turned = rotate(torch.stack((grad_q, grad_k), dim=2).float(), cos, -sin)
+        aligned = (turned * qk).sum(dim=-1, keepdim=True) / norm  # u·g, (G, T, 2, h, 1)
+        grad = torch.empty_like(tokens)
+        grad[:, :, :2] = turned.addcmul_(qk, aligned / norm, value=-1).mul_(scale / norm)
+        grad[:, :, 2] = grad_v
+        return grad, aligned.sum(dim=(0, 1)), None, None

@@ -27,6 +27,55 @@ def test_last_line_holds_every_row():
         assert row["ratio"] == pytest.approx(1.0) or row["model"] == "tiny"
 
 
+def test_every_form_memory_and_files(tmp_path):
+    done = run(
+        *("--models", "tiny:layers_per_stage=[1]:grid_stride=1,unet-s:block_out_channels=[32,32,32]"),
+        *("--modes", "inference", "--forms", "fused,unfused", "--precisions", "float32", "--latent_size", "8"),
+        *("--batch_size", "1,2", "--rounds", "1", "--num_threads", "1", "--clock", "cpu", "--memory"),
+        *("--output_dir", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert {(row["model"].split(":")[0], row["form"], row["batch"]) for row in rows} == {
+        (model, form, batch) for model in ("tiny", "unet-s") for form in ("fused", "unfused") for batch in (1, 2)
+    }
+    assert all(row["peak_mb"] > 0 and row["latent"] == 8 and row["of_matmul_rate"] > 0 for row in rows)
+    fewer, more = (next(row["gmacs"] for row in rows if row["form"] == form) for form in ("fused", "unfused"))
+    assert fewer < more
+    assert len((tmp_path / "rows.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(rows)
+    assert (tmp_path / "inference_memory_over_latent.png").stat().st_size > 1000
+
+
+def test_restoration_whole_and_tiled():
+    done = run(
+        *("--models", "restoration-nano", "--megapixels", "0.02", "--tiles", "none,64", "--rounds", "1"),
+        *("--num_threads", "1"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["tile"] for row in rows] == ["none", "64"]
+    assert rows[0]["s_per_megapixel"] < rows[1]["s_per_megapixel"]  # tiles overlap
+
+
+def test_operators():
+    done = run("--operators", "--models", "tiny", "--rounds", "1", "--num_threads", "1", "--precisions", "float32")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert {"training", "inference"} == {row["what"] for row in rows}
+    assert sum(row["tiny"] for row in rows if row["operators"] == "attention") > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"),
+    [("forms", "fussed", "unfused"), ("modes", "train", "training"), ("tiles", "a", "none")],
+)
+def test_a_wrong_word_is_one_line(option, value, known):
+    done = run(f"--{option}", value)
+    assert done.returncode != 0
+    assert known in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_unknown_preset_is_one_line():
     done = run("--models", "emojy64", "--num_threads", "1")
     assert done.returncode == 1

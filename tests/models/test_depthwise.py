@@ -1,4 +1,4 @@
-"""The depthwise convolution whose 5×5 weight gradient on a CPU is put together from one of 5×3 and one of 5×2."""
+"""The depthwise convolution whose 5×5 weight gradient on a CPU is put together from two of 5×3."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import references
 import torch
 import torch.nn.functional as F
 
-from iptv2_diffusion.models.depthwise import DepthwiseConv2d, depthwise_conv2d
+from iptv2_diffusion.models.depthwise import DepthwiseConv2d, MergeKernels, depthwise_conv2d, merge_kernels
 
-SIZES = [(16, 16), (7, 5), (2, 3), (1, 6), (1, 1)]
+SIZES = [(16, 16), (7, 5), (6, 8), (2, 3), (1, 6), (1, 1)]
 
 
 def convolution(kernel_size=5, bias=True) -> DepthwiseConv2d:
@@ -89,3 +89,16 @@ class TestOwnGradient:
         compiled(x).float().square().sum().backward()
         torch._dynamo.reset()
         torch.testing.assert_close(layer.weight.grad, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+class TestMergedKernels:
+    @pytest.mark.parametrize("sizes", [(5, 3, 1), (5,), (3,)], ids=str)
+    def test_sum_of_the_branches_and_the_identity(self, sizes):
+        x = references.random_map(2, 4, 9, 7).double()
+        kernels = [references.random_map(4, 1, size, size, seed=size).double() for size in sizes]
+        expected = sum((plain(x, kernel, None) for kernel in kernels), x)
+        torch.testing.assert_close(plain(x, merge_kernels(*kernels), None), expected)
+
+    def test_gradient(self):
+        kernels = [references.random_map(4, 1, size, size, seed=size).double().requires_grad_() for size in (5, 3, 1)]
+        assert torch.autograd.gradcheck(MergeKernels.apply, kernels)

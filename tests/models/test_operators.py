@@ -35,10 +35,15 @@ def plain_channel_attention(q, k, v, affine, temperature):
     return v @ logits.softmax(dim=-1).transpose(-2, -1)
 
 
-def plain_rotate_normalised(x, scale, cos, sin):
-    even, odd = torch.nn.functional.normalize(x, dim=-1).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None, None], sin[:, None, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2) * scale
+def plain_rotate_normalised(tokens, scale, cos, sin):
+    q, k, v = tokens.unbind(2)
+
+    def turn(x):
+        even, odd = torch.nn.functional.normalize(x, dim=-1).unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos[:, None], sin[:, None]
+        return torch.stack((even * c - odd * s, even * s + odd * c), dim=-1).flatten(-2)
+
+    return turn(q) * scale[:, None], turn(k), v
 
 
 def channel_attention_inputs() -> tuple[Tensor, ...]:
@@ -64,8 +69,14 @@ class TestGradients:
 
     def test_rotate_normalised(self):
         angle = random(TOKENS, DIM // 2, seed=5).detach()
-        inputs = random(GROUPS, TOKENS, 2, HEADS, DIM), random(2, HEADS, 1, low=1.0)
-        assert_same_gradients(operators.rotate_normalised, plain_rotate_normalised, inputs, angle.cos(), angle.sin())
+        inputs = random(GROUPS, TOKENS, 3, HEADS, DIM), random(HEADS, low=1.0)
+
+        def joined(function):
+            return lambda *given: torch.stack(function(*given))
+
+        assert_same_gradients(
+            joined(operators.rotate_normalised), joined(plain_rotate_normalised), inputs, angle.cos(), angle.sin()
+        )
 
     @pytest.mark.parametrize("base_shape", [(2, 3, 1, 1), (2, 3, 4, 5)], ids=["shift", "residual"])
     def test_scale_add(self, base_shape):

@@ -1,0 +1,133 @@
+"""Seconds, memory and operators of a function, and the tables and plots made of them.
+
+Functions that are compared take turns in one process, so that a machine that others use too slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+Row = dict[str, Any]
+
+# Kinds of operators by what an ATen name contains; the first match counts.
+OPERATOR_KINDS = {
+    "attention": ("scaled_dot_product", "flash_attention"),
+    "convolutions": ("convolution", "conv2d"),
+    "matrix products": ("addmm", "::mm", "bmm", "linear_pointwise", "addmv", "::dot"),
+    "norms": ("layer_norm", "group_norm", "batch_norm", "vector_norm"),
+    "GELU, SiLU, softmax": ("gelu", "silu", "softmax", "sigmoid"),
+    "copies": ("copy_", "cat", "clone", "contiguous", "pad", "fill_", "zero_", "pixel_", "roll", "repeat"),
+    "sums": ("sum", "mean"),
+    "products and sums by element": ("mul", "add", "sub", "div", "lerp", "pow", "sqrt", "neg", "exp", "clamp"),
+}
+
+
+def time_interleaved(
+    steps: dict[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each function in each counted round, after one round of warm-up; the functions take turns.
+
+    `time.process_time` as `clock` counts the CPU's seconds, of all threads together: for a core shared with others.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if number > 0:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> float:
+    """Median over the rounds of the seconds of one to those of another."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
+
+
+def summary(values: Sequence[float]) -> Row:
+    """Median, least and greatest."""
+    return {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
+
+
+def matmul_rate(rounds: int, precision: str = "float32", clock: Callable[[], float] = time.perf_counter) -> float:
+    """GFLOP/s of matrix products (2048×1024 by 1024×1024), the best of the rounds: the machine's limit."""
+    a, b = (torch.randn(size, 1024).to(getattr(torch, precision)) for size in (2048, 1024))
+    seconds = time_interleaved({"matmul": lambda: [torch.mm(a, b) for _ in range(10)]}, rounds, clock)["matmul"]
+    return 10 * 2 * 2048 * 1024 * 1024 / min(seconds) / 1e9
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def operator_times(step: Step, rounds: int) -> dict[str, float]:
+    """Seconds of one call by kind of operator, after a warm-up; what is no operator (Python) is not in it."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(rounds):
+            step()
+    totals: dict[str, float] = {}
+    for event in profile.key_averages():
+        name = event.key if "::" in event.key else ""
+        kind = next((k for k, parts in OPERATOR_KINDS.items() if any(part in name for part in parts)), "other")
+        totals[kind] = totals.get(kind, 0.0) + event.self_cpu_time_total / 1e6 / rounds
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+def format_cell(value: Any) -> str:
+    """A number to three or four figures; nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def to_markdown(rows: Iterable[Row], columns: Sequence[str]) -> str:
+    """A Markdown table of these columns."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(format_cell(row.get(column)) for column in columns)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def save_rows(rows: Sequence[Row], folder: Path) -> None:
+    """rows.csv and rows.md, with every column that any row has."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "rows.md").write_text(to_markdown(rows, columns), encoding="utf-8")
+
+
+def save_plot(rows: Sequence[Row], x: str, y: str, labels: tuple[str, str], path: Path) -> None:
+    """One line per model and whatever else tells rows apart: `y` over `x`, both logarithmic."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get(x) and row.get(y):
+            told_apart = ("model", "what", "form", "precision", "threads", "batch", "tile")
+            name = ", ".join(str(row[key]) for key in told_apart if key in row and (key != "batch" or x != "gmacs"))
+            lines.setdefault(name, []).append((row[x], row[y]))
+    if not lines:
+        return
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
