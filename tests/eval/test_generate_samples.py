@@ -194,6 +194,15 @@ class TestLabelsAndFormats:
         assert ((counts - 500) ** 2 / 500).sum() < 27.9  # the 0.1 % quantile of chi-squared with 9 degrees
         assert labels != [script.label_of(script.SamplesConfig(labels="random", seed=4), i, 10) for i in range(5000)]
 
+    def test_class_counts_set_the_shares_of_any_number_of_images(self, script):
+        config = script.SamplesConfig(class_counts=[1, 2, 7])
+        labels = [script.label_of(config, i, 3) for i in range(40)]
+        for start in range(0, 40, 10):
+            assert np.bincount(labels[start : start + 10]).tolist() == [1, 2, 7]
+        assert labels[:5].count(2) in (3, 4)  # spread, not one class after another
+        with pytest.raises(ConfigError, match="a positive count for each class"):
+            script.SamplesConfig(class_counts=[1, 0, 7]).validate()
+
     def test_images_follow_their_labels(self, run, reference):
         null, random = pixels(run("null", "--labels", "none")), pixels(run("random", "--labels", "random"))
         with np.load(run("random", "--labels", "random") / f"samples_{COUNT}x16x16x3.npz") as archive:

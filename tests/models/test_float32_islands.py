@@ -80,13 +80,16 @@ def test_normalisation_of_q_and_k_and_softmax_of_channel_attention(dtype, gradie
 @pytest.mark.parametrize("gradient", [False, True])
 def test_normalisation_of_q_and_k_of_grid_attention(dtype, gradient):
     """GGSA: tokens of norm 3000 (whose square leaves float16) turned by their place."""
-    x = normal(2, 64, 2, 2, 32, std=500).to(dtype).requires_grad_(gradient)
-    scale = torch.tensor([[10.0, 90.0], [1.0, 1.0]])[..., None]
+    x = normal(2, 64, 3, 2, 32, std=500).to(dtype).requires_grad_(gradient)
+    scale = torch.tensor([10.0, 90.0])
     cos, sin = rotary_embedding(8, 8, 32, torch.device("cpu"))
-    made = under_autocast(rotate_normalised, x, scale, cos, sin, dtype=dtype, gradient=gradient).detach()
+    *made, v = under_autocast(rotate_normalised, x, scale, cos, sin, dtype=dtype, gradient=gradient)
+    made = torch.stack(made, dim=2).detach()
+    assert torch.equal(v, x[:, :, 2])
 
     def formula(kind):
-        y, s, c, n = x.detach().to(kind), scale.to(kind), cos.to(kind)[:, None, None], sin.to(kind)[:, None, None]
+        s = torch.stack((scale, torch.ones(2)))[..., None].to(kind)
+        y, c, n = x.detach()[:, :, :2].to(kind), cos.to(kind)[:, None, None], sin.to(kind)[:, None, None]
         y = y * y.square().sum(-1, keepdim=True).rsqrt() * s
         even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((even * c - odd * n, even * n + odd * c), dim=-1).flatten(-2)
