@@ -265,7 +265,8 @@ def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
         for spec in config.names:
             model = make_model(spec, size)
             model = deploy(model, form) if mode == "inference" else model
-            times[spec] = operator_times(make_step(model, batch, precision, mode == "training"), config.rounds)
+            step = make_step(model, batch, precision, mode == "training")
+            times[spec] = operator_times(step, config.rounds, CLOCKS[config.clock])
         kinds = dict.fromkeys(kind for table in times.values() for kind in table)
         table = [{"operators": k, **{spec: 1e3 * t.get(k, 0.0) for spec, t in times.items()}} for k in kinds]
         print(f"ms of a step: {mode}, {form}, {precision}, batch {batch}, {threads} threads\n")

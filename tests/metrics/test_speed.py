@@ -2,6 +2,8 @@
 
 import csv
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +47,14 @@ def test_peak_grows_by_what_is_held():
     held = torch.ones(before // 4 + (64 << 20) // 4)  # more than the process ever held
     assert speed.peak_bytes() - before >= 60 << 20
     assert held[-1] == 1
+
+
+def test_peak_is_not_that_of_the_parent():
+    """Which a child process inherits in ru_maxrss."""
+    held = torch.ones(150 << 20)  # 600 MB
+    program = "from iptv2_diffusion.metrics.speed import peak_bytes; print(peak_bytes())"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < held.nbytes < speed.peak_bytes()
 
 
 def test_rows_are_written_with_every_column(tmp_path):
