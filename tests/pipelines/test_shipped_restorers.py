@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from iptv2_diffusion import IPTV2RestorationPipeline
-from iptv2_diffusion.data.degradations import GaussianNoise, RainStreaks
+from iptv2_diffusion.data.degradations import GaussianNoise, MotionBlur, RainStreaks
 from iptv2_diffusion.metrics.restoration import psnr
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -15,6 +15,7 @@ ASSETS = Path(__file__).parents[2] / "assets"
 SHIPPED = {
     "iptv2-denoise-color": (GaussianNoise(25, 25), 6.0),
     "iptv2-derain-color": (RainStreaks(0.006, 0.006), 3.0),
+    "iptv2-deblur-color": (MotionBlur(6, 6), 0.5),
 }
 
 
