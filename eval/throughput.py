@@ -306,7 +306,8 @@ def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
         for spec, tile in itertools.product(config.names, config.tiles):
             restore, pixels = make_restoration(spec, megapixels, tile)
             row = {"model": spec, "what": "restoration", "megapixels": megapixels, "tile": tile, "threads": threads}
-            row |= summary(time_interleaved({spec: restore}, config.rounds, CLOCKS[config.clock])[spec])
+            with user_errors(ValueError):  # a tile too small
+                row |= summary(time_interleaved({spec: restore}, config.rounds, CLOCKS[config.clock])[spec])
             row["s_per_megapixel"] = row["median_s"] / (pixels / 1e6)
             if config.memory:
                 options = (f"--models={spec}", f"--megapixels={megapixels}", f"--tiles={tile}")

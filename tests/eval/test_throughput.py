@@ -49,12 +49,12 @@ def test_every_form_memory_and_files(tmp_path):
 
 def test_restoration_whole_and_tiled():
     done = run(
-        *("--models", "restoration-nano", "--megapixels", "0.02", "--tiles", "none,64", "--rounds", "1"),
+        *("--models", "restoration-nano", "--megapixels", "0.06", "--tiles", "none,128", "--rounds", "1"),
         *("--num_threads", "1"),
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert [row["tile"] for row in rows] == ["none", "64"]
+    assert [row["tile"] for row in rows] == ["none", "128"]
     assert rows[0]["s_per_megapixel"] < rows[1]["s_per_megapixel"]  # tiles overlap
 
 
