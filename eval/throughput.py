@@ -15,7 +15,6 @@ matrix products is measured in the same run: the limit. The last line is the row
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import os
@@ -232,6 +231,7 @@ def peak_of(*options: str) -> float:
 def own_peak(config: ThroughputConfig) -> float:
     """MB that this process holds at most in two steps of its first row, less what it holds before."""
     import psutil
+    import torch
 
     from iptv2_diffusion.metrics.speed import peak_bytes
 
@@ -242,10 +242,13 @@ def own_peak(config: ThroughputConfig) -> float:
         restore()
         return (peak_bytes() - before) / 1e6
     _, size, mode, form, precision, batch = next(settings(config))
+    with torch.device("meta"):
+        fusible = hasattr(make_model(spec), "fuse")
     before = psutil.Process().memory_info().rss
+    if mode == "inference" and form != "unfused" and fusible:
+        spec += ":fused=true"  # from the start: fuse() holds both forms for a moment
     model = make_model(spec, size)
-    model = deploy(model, form) if mode == "inference" else model
-    gc.collect()
+    model = deploy(model, "unfused" if form == "fused" else form) if mode == "inference" else model
     step = make_step(model, batch, precision, mode == "training")
     step()
     step()
