@@ -285,13 +285,15 @@ def _fsync(path: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The plainest words for why a write failed: torch hides the operating system's error in a chain."""
+    """The plainest words for why a write failed: torch hides the operating system's error, or loses it."""
     cause: BaseException | None = error
     while cause is not None:
         number = system_error(cause)
         if number is not None:
             return os.strerror(number)
         cause = cause.__cause__ or cause.__context__
+    if "inline_container" in str(error):  # torch.save, which keeps no more than where in its own code it noticed
+        return "a file could not be written to its end"
     return " ".join(str(error).split()) or type(error).__name__
 
 

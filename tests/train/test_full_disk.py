@@ -54,7 +54,8 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(
                 process = launch(ground, folder)
             output, _ = process.communicate(timeout=TIMEOUT)
             assert process.returncode == 1
-            reason = "No space left on device" if form == "disk" else "File too large"
+            # The disk fills in a safetensors file, the limit is met in torch's of the optimiser.
+            reason = "No space left on device" if form == "disk" else "a file could not be written to its end"
             (line,) = [line for line in output.splitlines() if "error:" in line.lower()]
             assert f"error: cannot save checkpoint 30 in {folder}: {reason}" in line
             assert "older checkpoints are whole (checkpoint-00000020): make room" in line
