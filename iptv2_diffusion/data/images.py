@@ -17,7 +17,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from iptv2_diffusion.data.archives import is_nested_tar, load_nested_tar, read_bytes
 from iptv2_diffusion.data.sampling import generator_for
@@ -341,7 +341,10 @@ def decode_image(record: Mapping[str, Any], name: str) -> Image.Image:
     # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG) and struct or zlib errors, and
     # refuses pictures of over 179 megapixels (`Image.MAX_IMAGE_PIXELS`), which may be decompression bombs.
     except Exception as error:
-        raise ValueError(f"{name}: cannot be read as an image ({_first_line(error)})") from error
+        # Pillow's words would hold an address in memory, and the files of a cache would then differ from run to run
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "cannot identify image file" if unknown else _first_line(error)
+        raise ValueError(f"{name}: cannot be read as an image ({reason})") from error
 
 
 def view_of(image: Image.Image, size: tuple[int, int], index: int, flip: bool = False, crop: int = 0) -> torch.Tensor:
