@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from iptv2_diffusion.training.config import option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+from iptv2_diffusion.training.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,8 +78,7 @@ class Run:
     @property
     def log(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl so far."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def curve(self) -> list[dict[str, float]]:
@@ -228,7 +228,6 @@ def load_reference(config: ArenaConfig) -> Reference:
 def load_split(config: ArenaConfig, recipe: dict[str, Any], split: str) -> tuple[Any, list[int]]:
     """uint8 images (N, 3, H, W) and labels, without the variants."""
     import datasets
-    import torch
 
     from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 
@@ -238,14 +237,12 @@ def load_split(config: ArenaConfig, recipe: dict[str, Any], split: str) -> tuple
         if config.variant_column:
             variants = datasets.load_dataset(recipe["data"], split=split)[config.variant_column]
             indices = [i for i in indices if not variants[i]]
-        pixels = torch.stack([images[i]["pixel_values"] for i in indices])
-    return (pixels * 127.5 + 127.5).round().byte(), [images.labels[i] for i in indices]
+        return images.pixels(indices), [images.labels[i] for i in indices]
 
 
 def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, float]:
     """Samples of a full run (drawn once) against both splits; kept in scores.json beside them."""
     import torch
-    from accelerate import Accelerator
 
     from iptv2_diffusion.metrics.generation import (
         extract_features,
@@ -255,7 +252,7 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
         kid,
         nearest_neighbour_distance,
     )
-    from iptv2_diffusion.training.generation import GenerationConfig, generate
+    from iptv2_diffusion.training.generation import GenerationConfig, generate, start_accelerator
 
     path = run.folder / "samples" / "scores.json"
     if path.is_file():
@@ -268,8 +265,7 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
         guidance_scale=config.guidance_scale,
         num_threads=config.num_threads,
     )
-    torch.set_num_threads(config.num_threads)
-    folder = generate(generation, Accelerator(), run.folder / "samples")
+    folder = generate(generation, start_accelerator(config.num_threads), run.folder / "samples")
     samples = torch.cat(list(folder.batches(config.num_samples)))
     features = extract_features(reference.extractor, samples.split(64))["pool"]
     distance, _ = nearest_neighbour_distance(samples, reference.train)
@@ -334,7 +330,7 @@ def make_row(config: ArenaConfig, run: Run, cost: dict[str, Any], *, chosen: boo
 
 def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, Any]) -> Path:
     """Replace this size's rows in the file of results; the machine and the recipe stand beside them."""
-    from iptv2_diffusion.training.planning import describe_machine
+    from iptv2_diffusion.metrics.speed import describe_machine
 
     path = Path(config.results)
     saved = json.loads(path.read_text()) if path.is_file() else {"rows": [], "sizes": {}}

@@ -78,22 +78,22 @@ def spread(values: list[float]) -> str:
 
 def table(groups: Group) -> str:
     """Markdown: a row for each size and model."""
-    head = ["size", "model", "seeds", "parameters", "MACs fused / trained", "steps", "ms a step", *METRICS.values()]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    from iptv2_diffusion.metrics.speed import to_markdown
+
+    lines = []
     for (size, model), rows in groups.items():
         first = rows[0]
-        cells = [
-            size,
-            f"{model} ({first['shape']}, lr {first['learning_rate']:g})",
-            str(len(rows)),
-            f"{first['parameters'] / 1e6:.2f} M",
-            f"{first['macs_fused'] / 1e6:.1f} / {first['macs_train'] / 1e6:.1f} M",
-            str(first["steps"]),
-            f"{1e3 * step_seconds(rows):.0f}",
-            *(spread([row[name] for row in rows]) for name in METRICS),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        line = {
+            "size": size,
+            "model": f"{model} ({first['shape']}, lr {first['learning_rate']:g})",
+            "seeds": len(rows),
+            "parameters": f"{first['parameters'] / 1e6:.2f} M",
+            "MACs fused / trained": f"{first['macs_fused'] / 1e6:.1f} / {first['macs_train'] / 1e6:.1f} M",
+            "steps": first["steps"],
+            "ms a step": f"{1e3 * step_seconds(rows):.0f}",
+        }
+        lines.append(line | {title: spread([row[name] for row in rows]) for name, title in METRICS.items()})
+    return to_markdown(lines, list(lines[0]))
 
 
 def equal_time(groups: Group) -> str:
@@ -168,7 +168,7 @@ def main() -> int:
         raise ConfigError(f"{path} has no full runs yet; run eval/arena.py to its end first")
     curves = path.with_name(path.stem + "-curves.png")
     plot(groups, curves)
-    text = table(groups) + "\n\n" + equal_time(groups)
+    text = table(groups) + "\n" + equal_time(groups)
     print(text)
     for written in (curves, *sheets(groups, config, path.parent)):
         print(f"wrote {written}")

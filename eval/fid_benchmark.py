@@ -23,15 +23,13 @@ from torch import Tensor
 
 from iptv2_diffusion.metrics.generation import (
     FeatureExtractor,
-    dinov2,
-    efficientnet_lite0,
     extract_features,
     frechet_distance,
     half_half_floor,
     half_sample_error,
     inception_score,
-    inception_v3,
     kid,
+    make_extractor,
     mean_kernel,
     precision_recall,
     principal_axes,
@@ -125,20 +123,6 @@ class Entry:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Encoders, and whether there are enough images for them
-
-
-def make_extractor(name: str, config: BenchmarkConfig) -> FeatureExtractor:
-    """An encoder by its name in `extractors`."""
-    with user_errors(OSError, ValueError, ModuleNotFoundError):
-        if name == "inception":
-            return inception_v3(config.inception_weights)
-        kind, _, size = name.partition("@")
-        if kind == "efficientnet-lite0":
-            return efficientnet_lite0(int(size or 224))
-        kind, _, source = name.partition(":")
-        if kind == "dinov2":
-            return dinov2(source or "facebook/dinov2-large")
-    raise ConfigError(f"extractor {name!r}: use inception, efficientnet-lite0, efficientnet-lite0@SIZE, or dinov2:NAME")
 
 
 def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: ReferenceImages) -> None:
@@ -332,9 +316,10 @@ def main(argv: list[str] | None = None) -> int:
     """Generate with all processes, score with the first, write."""
     config = parse_config(BenchmarkConfig, argv, description=__doc__, examples=EXAMPLES)
     accelerator = start_accelerator(config.num_threads)
-    extractors = [make_extractor(name, config).to(accelerator.device) for name in config.extractors]
-    with user_errors(OSError, ValueError):
+    with user_errors(OSError, ValueError, ModuleNotFoundError):
+        extractors = [make_extractor(name, config.inception_weights) for name in config.extractors]
         reference = ReferenceImages(config.reference, split=config.reference_split, size=config.resolution)
+    extractors = [extractor.to(accelerator.device) for extractor in extractors]
     check_numbers(config, extractors, reference)
     output_dir, folders = Path(config.output_dir), []
     for entry in config.entries():

@@ -46,13 +46,12 @@ class NeighbourConfig:
 
 def load_split(config: NeighbourConfig, split: str) -> Tensor:
     """All images of a split: (N, 3, H, W) in [0, 255]."""
-    import torch
 
     from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 
     with user_errors(OSError, ValueError):
         images = ImageTensors(load_image_dataset(config.data, split=split), size=config.resolution)
-        return torch.stack([images[i]["pixel_values"] for i in images.valid_indices()]) * 127.5 + 127.5
+        return images.pixels(images.valid_indices()).float()
 
 
 def draw_samples(pipeline: IPTV2Pipeline, config: NeighbourConfig) -> Tensor:

@@ -182,12 +182,12 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
     if (threads, precision) not in rates:
         rates[threads, precision] = matmul_rate(config.rounds, precision, CLOCKS[config.clock])
     models = {spec: make_model(spec, size) for spec in config.names}
-    costs = {}
-    for spec, model in models.items():
-        counted = model.fuse() if mode == "inference" and form != "unfused" and hasattr(model, "fuse") else model
-        costs[spec] = count_macs(counted, batch_size=batch), count_parameters(counted), model.config.sample_size
     if mode == "inference":
         models = {spec: deploy(model, form) for spec, model in models.items()}
+    costs = {}
+    for spec, model in models.items():
+        counted = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        costs[spec] = count_macs(counted, batch_size=batch), count_parameters(counted), model.config.sample_size
     steps = {spec: make_step(model, batch, precision, mode == "training") for spec, model in models.items()}
     seconds = time_interleaved(steps, config.rounds, CLOCKS[config.clock])
     rows = []

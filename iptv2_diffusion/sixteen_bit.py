@@ -47,7 +47,9 @@ def read_16_bit(path: str | Path) -> np.ndarray:
     Raises:
         OSError, ValueError, RuntimeError: the file is damaged, or a TIFF of another layout or compression.
     """
-    if Path(path).read_bytes()[:4] == _PNG:
+    with Path(path).open("rb") as file:
+        is_png = file.read(4) == _PNG
+    if is_png:
         from torchvision.io import ImageReadMode, decode_png, read_file
 
         return decode_png(read_file(str(path)), mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).contiguous().numpy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -405,6 +405,10 @@ class ImageTensors(torch.utils.data.Dataset):
         """Item `index` of the data set in one of its forms, see `view_of`; the same in every epoch."""
         pixels = view_of(self._decode(index), self.size, index, flip, crop)
         return {"pixel_values": pixels, "class_labels": self.labels[index], "index": index}
+
+    def pixels(self, indices: Sequence[int]) -> torch.Tensor:
+        """These items as 8-bit RGB: (N, 3, H, W) uint8."""
+        return (torch.stack([self[i]["pixel_values"] for i in indices]) * 127.5 + 127.5).round().byte()
 
     def name(self, index: int) -> str:
         """What to call an image in a message: its file, else its row."""

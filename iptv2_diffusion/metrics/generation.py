@@ -18,7 +18,6 @@ each to independent code.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import urllib.error
@@ -36,6 +35,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from iptv2_diffusion.data.files import file_sha256
+
 __all__ = [
     "FeatureExtractor",
     "Statistics",
@@ -49,6 +50,7 @@ __all__ = [
     "inception_score",
     "inception_v3",
     "kid",
+    "make_extractor",
     "mean_kernel",
     "nearest_neighbour_distance",
     "precision_recall",
@@ -227,18 +229,26 @@ def dinov2(name: str = "facebook/dinov2-large") -> FeatureExtractor:
     return _DINOv2(network, f"{Path(name).name}@224", sha256, network.config.hidden_size, words)
 
 
+def make_extractor(name: str, inception_weights: str | Path | None = None) -> FeatureExtractor:
+    """An encoder by its name: inception, efficientnet-lite0 (or ...@SIZE), dinov2 (or dinov2:NAME_OR_FOLDER).
+
+    Raises:
+        ValueError: another name; and what the encoder raises.
+    """
+    kind, _, size = name.partition("@")
+    if name == "inception":
+        return inception_v3(inception_weights)
+    if kind == "efficientnet-lite0" and (not size or size.isdecimal()):
+        return efficientnet_lite0(int(size or 224))
+    kind, _, source = name.partition(":")
+    if kind == "dinov2":
+        return dinov2(source or "facebook/dinov2-large")
+    raise ValueError(f"extractor {name!r}: use inception, efficientnet-lite0, efficientnet-lite0@SIZE, or dinov2:NAME")
+
+
 def _resize(images: Tensor, size: int, mode: str) -> Tensor:
     """uint8 (N, 3, H, W) -> float32 (N, 3, size, size) on [0, 255]."""
     return F.interpolate(images.float(), size=(size, size), mode=mode, align_corners=False, antialias=True)
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def extract_features(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iptv2_diffusion.data.files import file_sha256
 from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
-from iptv2_diffusion.metrics.generation import Statistics, file_sha256
+from iptv2_diffusion.metrics.generation import Statistics
 
 __all__ = ["ReferenceImages"]
 
@@ -67,8 +68,7 @@ class ReferenceImages:
             if self._array is not None:
                 yield torch.from_numpy(self._array[start:stop]).permute(0, 3, 1, 2)
             else:
-                items = [self._images[i]["pixel_values"] for i in self._indices[start:stop]]
-                yield (torch.stack(items) * 127.5 + 127.5).round().byte()
+                yield self._images.pixels(self._indices[start:stop])
 
     def sha256(self) -> str:
         """Of the .npz file, or of the cropped pixels of a data set."""

@@ -6,6 +6,8 @@ Functions that are compared take turns in one process, so that a machine that ot
 from __future__ import annotations
 
 import csv
+import os
+import platform
 import resource
 import statistics
 import sys
@@ -74,6 +76,15 @@ def peak_bytes() -> int:
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def describe_machine() -> dict[str, str]:
+    """Processor, Python and torch, for what stands beside a figure."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    name = next(names, platform.processor() or platform.machine())
+    return {"machine": f"{os.cpu_count()} x {name}", "python": platform.python_version(), "torch": torch.__version__}
 
 
 class OperatorClock(TorchDispatchMode):

@@ -13,7 +13,6 @@ that differ. What a full disk interrupts is removed; older checkpoints are not t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from iptv2_diffusion.data.files import file_sha256
 from iptv2_diffusion.training.errors import UserError, system_error
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 SHARDED = "sharded"
 _NAME = re.compile(r"^checkpoint-(\d{8,})$")
-_CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class CheckpointManager:
         """Hash and flush every file, write the manifest, and give the folder its name."""
         files = {}
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            files[path.relative_to(temporary).as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+            files[path.relative_to(temporary).as_posix()] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
             _fsync(path)
         manifest = {"format": 1, "step": step, "progress": progress, "config": self.config, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -250,7 +249,7 @@ def verify(path: Path) -> dict[str, Any]:
             raise DamagedCheckpointError(f"{name} is missing")
         if file.stat().st_size != expected["bytes"]:
             raise DamagedCheckpointError(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-        if sha256(file) != expected["sha256"]:
+        if file_sha256(file) != expected["sha256"]:
             raise DamagedCheckpointError(f"the SHA-256 of {name} does not match")
     return manifest
 
@@ -263,15 +262,6 @@ def differing_fields(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
         for name in names
         if saved.get(name) != wanted.get(name)
     ]
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

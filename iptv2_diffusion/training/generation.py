@@ -28,8 +28,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from iptv2_diffusion.data.files import file_sha256
 from iptv2_diffusion.data.sampling import derive_seed, generator_for
-from iptv2_diffusion.metrics.generation import file_sha256
 from iptv2_diffusion.models.presets import count_macs, count_parameters
 from iptv2_diffusion.training.checkpoint import differing_fields
 from iptv2_diffusion.training.config import frozen_fields, option

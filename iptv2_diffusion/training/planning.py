@@ -6,15 +6,12 @@ contents, and following which storages are alive. State is weights, AdamW's two 
 
 from __future__ import annotations
 
-import os
-import platform
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -161,12 +158,3 @@ def plan_text(memory: Mapping[str, Memory], speed: Speed, config: TrainingConfig
         steps = int(60 * config.max_train_minutes / speed.seconds)
         lines.append(f"but max_train_minutes {config.max_train_minutes:g} ends the run after some {steps:,} steps")
     return "\n".join(lines)
-
-
-def describe_machine() -> dict[str, str]:
-    """Processor, Python and torch, for what stands beside a figure."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    name = next(names, platform.processor() or platform.machine())
-    return {"machine": f"{os.cpu_count()} x {name}", "python": platform.python_version(), "torch": torch.__version__}

@@ -26,9 +26,7 @@ def fastest_precision() -> Literal["no", "bf16"]:
         answer = ["bf16" if state.is_main_process and measured_gain() >= WORTH_IT else "no"]
     else:
         answer = ["bf16" if state.device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "no"]
-    if state.num_processes > 1:
-        broadcast_object_list(answer)
-    return answer[0]
+    return broadcast_object_list(answer)[0]
 
 
 def measured_gain(rounds: int = 50) -> float:

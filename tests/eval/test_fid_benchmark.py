@@ -1,8 +1,6 @@
 """fid_benchmark.py end to end on tiny pipelines, with EfficientNet-Lite0 and with an Inception of random weights."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 import torchvision
 import yaml
 from PIL import Image
+from script_loading import load_script
 from tiny_pipelines import save_pipeline
 
 from iptv2_diffusion.metrics.generation import (
@@ -36,11 +35,7 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("fid_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fid_benchmark"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("eval/fid_benchmark.py")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +192,7 @@ class TestRefusals:
     def test_unknown_options_encoders_and_equal_names(self, script, ground, tmp_path):
         with pytest.raises(ConfigError, match="unknown option 'guidance' in models; did you mean guidance_scale"):
             self.run(script, ground, tmp_path, models=[{"guidance": 2}])
-        with pytest.raises(ConfigError, match="extractor 'vgg': use inception"):
+        with pytest.raises(UserError, match="extractor 'vgg': use inception"):
             self.run(script, ground, tmp_path, "--extractors", "vgg")
         with pytest.raises(ConfigError, match="models of one name: a, a"):
             self.run(script, ground, tmp_path, models=[{"name": "a"}, {"name": "a"}])

@@ -1,6 +1,5 @@
 """generate_samples.py: what an image depends on, resumption, formats, and every kind of pipeline."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from diffusers import DiTPipeline
 from PIL import Image
+from script_loading import load_script
 from tiny_pipelines import KINDS, save_pipeline
 
 from iptv2_diffusion import IPTV2Pipeline
@@ -26,11 +26,7 @@ COUNT, STEPS = 21, 3
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("generate_samples", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generate_samples"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("eval/generate_samples.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """nearest_neighbours.py on a tiny pipeline and a folder of images; its distances: tests/metrics/."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from script_loading import load_script
 
 from iptv2_diffusion import IPTV2Pipeline, create_model
 from iptv2_diffusion.training.errors import UserError
@@ -18,11 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "eval" / "nearest_neighbours.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("nearest_neighbours", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nearest_neighbours"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("eval/nearest_neighbours.py")
 
 
 def test_the_script_writes_its_figures_and_picture(script, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """The benchmark: the protocol's noise, files written, pictures of a folder."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("restoration_benchmark", ROOT / "eval/restoration_benchmark.py")
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
+benchmark = load_script("eval/restoration_benchmark.py")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from transformers import Dinov2Config, Dinov2Model
 
+from iptv2_diffusion.data.files import file_sha256
 from iptv2_diffusion.metrics import generation
 from iptv2_diffusion.metrics.generation import (
     Statistics,
@@ -327,7 +328,7 @@ class TestOtherEncoders:
             pixels = (large / 255 - mean[:, None, None]) / std[:, None, None]
             expected = model(pixels).last_hidden_state[:, 0]
         assert torch.allclose(extractor(large), expected, atol=1e-5)
-        assert extractor.sha256 == generation.file_sha256(tmp_path / "model.safetensors")
+        assert extractor.sha256 == file_sha256(tmp_path / "model.safetensors")
         assert extractor.dimensions == 16
 
 

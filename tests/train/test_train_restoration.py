@@ -1,9 +1,7 @@
 """The training script: it learns, resumes bit for bit, takes pairs, tasks, stages and a generator's backbone."""
 
 import contextlib
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +10,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
+from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.training.errors import UserError
 from iptv2_diffusion.training.logging import read_metrics
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("train_restoration", ROOT / "train/train_restoration.py")
-train_restoration = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = train_restoration  # where dataclasses looks
-spec.loader.exec_module(train_restoration)
+train_restoration = load_script("train/train_restoration.py")
 
 
 @pytest.fixture(autouse=True)
