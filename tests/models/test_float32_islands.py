@@ -106,14 +106,17 @@ def test_normalisation_of_q_and_k_of_grid_attention(dtype, gradient):
 
 
 def test_softmax_of_grid_attention(dtype):
-    """With a gradient, where the CPU takes the written-out products: the softmax over 4096 keys is float32."""
+    """With a gradient, where the CPU takes the written-out products: logits and softmax of 4096 keys are float32."""
     q, k, v = (normal(1, 1, n, 4, seed=i).to(dtype) for i, n in enumerate((4, 4096, 4096)))
+    q *= 4  # logits to 30, of which bfloat16 keeps an eighth
     recorder = Recorder()
     with torch.autocast("cpu", dtype), recorder:
         made = attend_tokens(q.requires_grad_(), k, v, None).detach()
     assert recorder.dtypes("_softmax") == {torch.float32}
-    reference = (q.detach() @ k.transpose(-2, -1)).double().softmax(-1) @ v.double()
+    reference = (q.detach().double() @ k.double().transpose(-2, -1)).softmax(-1) @ v.double()
+    naive = (q.detach() @ k.transpose(-2, -1)).double().softmax(-1) @ v.double()
     assert error(made, reference) <= 2 * torch.finfo(dtype).eps
+    assert error(naive, reference) > error(made, reference)
 
 
 def test_timestep_embedding(dtype):
