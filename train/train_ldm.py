@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
 
+    from iptv2_diffusion.data.images import ImageTensors
     from iptv2_diffusion.latents import LatentCodec
     from iptv2_diffusion.objectives import DiffusionObjective
     from iptv2_diffusion.training.alignment import TargetFeatures
     from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask
     from iptv2_diffusion.training.loop import Trainer
+    from iptv2_diffusion.training.sample_quality import KernelDistance
 
 EXAMPLES = """
 examples:
@@ -129,6 +131,24 @@ def align(config: LDMConfig, codec: LatentCodec, model: nn.Module) -> TargetFeat
     return target
 
 
+def make_distance(
+    config: LDMConfig, accelerator: Accelerator, heldout: ImageTensors | None, labelled: bool
+) -> KernelDistance | None:
+    """What measures samples in training; None if nothing does."""
+    if not config.kid_samples:
+        return None
+    if heldout is None:
+        raise ConfigError("kid_samples needs held-out images: set heldout_split or heldout_fraction, or kid_samples 0")
+    from iptv2_diffusion.metrics.generation import make_extractor
+    from iptv2_diffusion.training.sample_quality import KernelDistance
+
+    with user_errors(OSError, ValueError, ModuleNotFoundError):
+        extractor = make_extractor(config.kid_extractor, config.inception_weights).to(accelerator.device)
+    return KernelDistance(
+        heldout, extractor, accelerator, count=config.kid_samples, seed=config.seed, labelled=labelled
+    )
+
+
 def make_task(
     config: LDMConfig,
     trainer: Trainer,
@@ -138,7 +158,7 @@ def make_task(
     target_features: TargetFeatures | None,
 ) -> LatentDiffusionTask:
     """Latents (cached or on the fly) and all that a step needs, ready to go on from `step`."""
-    from iptv2_diffusion.data.sampling import DataOrder, own_slices
+    from iptv2_diffusion.data.sampling import DataOrder, class_balanced_weights, own_slices
     from iptv2_diffusion.training.latent_diffusion import LatentDiffusionTask, null_label
     from iptv2_diffusion.training.ldm_data import encode_on_the_fly, open_caches
 
@@ -150,7 +170,8 @@ def make_task(
     cached = train if config.cache_latents else None
     latents, heldout_latents = open_caches(config, accelerator, codec, cached, heldout)
     if latents is not None:
-        source, order = latents, DataOrder(len(latents), config.seed)
+        weights = class_balanced_weights(latents.class_labels, config.class_balance)
+        source, order = latents, DataOrder(len(latents), config.seed, weights)
     else:
         known = null_label(trainer.state.module)
         source, order = encode_on_the_fly(
@@ -170,6 +191,7 @@ def make_task(
         slices=slices,
         latent_shape=(codec.latent_channels, *codec.latent_size(*config.size)),
         names=names,
+        distance=make_distance(config, accelerator, heldout, labelled=null_label(trainer.state.module) is not None),
         target_features=target_features,
     )
 
@@ -188,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.dry_run:
         prepare_dry_run(config)
         config.heldout_samples, config.preview_classes, config.preview_per_class, config.sample_steps = 16, 2, 2, 2
+        config.kid_samples, config.kid_every = min(config.kid_samples, 8), 1
     accelerator = make_accelerator(config)
     images = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)

@@ -1,7 +1,7 @@
 """Randomness without state: everything random in training is a pure function of (seed, step, position in the batch).
 
 * Data order: position i of the endless stream is epoch i // N, item perm(seed, epoch)[i % N]. Every item is seen once
-  an epoch, whatever the number of processes.
+  an epoch, whatever the number of processes; with weights, as often as its weight says, up to one time.
 * Everything else of optimiser step n (flips, noise, timesteps, label drops) is drawn for the *whole* global batch from
   one CPU generator seeded with (seed, n); each process and micro-batch takes its slice.
 
@@ -41,18 +41,26 @@ class DataOrder:
     Args:
         num_items: N, the size of an epoch.
         seed: of the run.
+        weights: (N,), not negative: how often each item comes, in proportion (see `class_balanced_weights`). None:
+            all alike. Of w N / sum(w) expected times an item comes the whole ones, and once more by chance.
     """
 
-    def __init__(self, num_items: int, seed: int) -> None:
+    def __init__(self, num_items: int, seed: int, weights: Tensor | None = None) -> None:
         if num_items < 1:
             raise ValueError("the data set is empty: there is nothing to train on")
         self.num_items, self.seed = num_items, seed
+        self._shares = None if weights is None else (weights.double() / weights.double().sum()).cumsum(0)
         self._epochs: dict[int, Tensor] = {}
 
     def permutation(self, epoch: int) -> Tensor:
         """Item numbers (N,) of an epoch; the last two asked for are remembered."""
         if epoch not in self._epochs:
-            order = torch.randperm(self.num_items, generator=generator_for(self.seed, "order", epoch))
+            generator = generator_for(self.seed, "order", epoch)
+            order = torch.randperm(self.num_items, generator=generator)
+            if self._shares is not None:  # systematic resampling: N points at equal distances over the weights
+                offset = torch.rand((), generator=generator, dtype=torch.float64)
+                points = (torch.arange(self.num_items) + offset) / self.num_items
+                order = torch.searchsorted(self._shares, points).clamp_(max=self.num_items - 1)[order]
             self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: order}
         return self._epochs[epoch]
 
@@ -65,6 +73,16 @@ class DataOrder:
             pieces.append(self.permutation(epoch)[offset : offset + take])
             start += take
         return torch.cat(pieces)
+
+
+def class_balanced_weights(labels: Tensor, balance: float) -> Tensor | None:
+    """Weights (N,) for `DataOrder` by which a class of n images comes in proportion to n^(1 - balance).
+
+    Args:
+        labels: (N,) int64.
+        balance: 0: as often as the data has it (None is returned); 1: every class as often as any other.
+    """
+    return labels.bincount().double()[labels] ** -balance if balance else None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from iptv2_diffusion.objectives import DiffusionObjective
 from iptv2_diffusion.training.alignment import Alignment, TargetFeatures
 from iptv2_diffusion.training.errors import LocalError, user_errors
 from iptv2_diffusion.training.pictures import picture_sheet
+from iptv2_diffusion.training.sample_quality import KernelDistance
 
 NOISE_BANDS = 4  # the held-out loss is also told for each quarter of the timesteps
 
@@ -44,6 +45,7 @@ class LatentDiffusionTask:
         slices: this process's micro-batches within the global batch.
         latent_shape: (C, h, w).
         names: of the classes; empty if unknown.
+        distance: measures samples at `kid_every`, or None.
         target_features: what the model's `alignment` (see `alignment.py`) is aligned with, if it has one.
     """
 
@@ -63,11 +65,12 @@ class LatentDiffusionTask:
         slices: list[slice],
         latent_shape: tuple[int, int, int],
         names: list[str],
+        distance: KernelDistance | None = None,
         target_features: TargetFeatures | None = None,
     ) -> None:
         self.config, self.accelerator, self.codec, self.objective = config, accelerator, codec, objective
         self.source, self.heldout, self.order, self.slices = source, heldout, order, slices
-        self.latent_shape = latent_shape
+        self.latent_shape, self.distance = latent_shape, distance
         self.null_label = null_label(model)
         self.id2label = dict(enumerate(names))
         self.target_features = target_features
@@ -116,10 +119,18 @@ class LatentDiffusionTask:
         return self.objective.loss(model, latents, noise, timesteps, None if self.null_label is None else labels)
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Held-out loss
+    # Held-out loss, KID
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Held-out loss, and KID when it is due."""
+        config, figures = self.config, self.heldout_loss(model)
+        if self.distance is not None and (step % config.kid_every == 0 or step >= config.max_train_steps):
+            sampling = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
+            figures |= self.distance(self.pipeline(model), **sampling)
+        return figures
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+    def heldout_loss(self, model: nn.Module) -> dict[str, float]:
         """Held-out loss, with the same images, noise and timesteps each time; in all and by quarter of the timesteps.
 
         Timesteps are drawn like in training. Each process takes its share of the images.

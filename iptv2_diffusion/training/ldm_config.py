@@ -27,6 +27,9 @@ class LDMConfig(TrainingConfig):
     revision: str | None = option(None, "of a data set on the Hub", group="data")
     resolution: int | tuple[int, int] = option(64, "image size: one number, or height,width", group="data")
     random_flip: bool = option(True, "mirror half of the images", group="data")
+    class_balance: float = option(
+        0.0, "0: classes as often as the data has them; 1: all equally often; between: by n^(1 - balance)", group="data"
+    )
     crops: int = option(1, "views of an image: 1: the centre crop; more: random crops beside it", group="data")
     streaming: bool = option(
         False, "read images from the Hub or from shards as they are needed, without copying them", group="data"
@@ -73,8 +76,20 @@ class LDMConfig(TrainingConfig):
     heldout_samples: int = option(512, "at most, for the held-out loss", group="results", free=True)
     preview_classes: int = option(10, "rows of a sheet, at most", group="results", free=True)
     preview_per_class: int = option(8, "pictures in a row", group="results", free=True)
-    sample_steps: int = option(30, "sampling steps of sheets", group="results", free=True)
-    guidance_scale: float = option(3.0, "classifier-free guidance of sheets; 1: none", group="results", free=True)
+    sample_steps: int = option(30, "sampling steps of sheets and KID", group="results", free=True)
+    guidance_scale: float = option(
+        3.0, "classifier-free guidance of sheets and KID; 1: none", group="results", free=True
+    )
+    kid_samples: int = option(0, "samples for KID against the held-out images; 0: none", group="results", free=True)
+    kid_every: int = option(
+        5000, "steps between KIDs, a multiple of eval_every; also after max_train_steps", group="results", free=True
+    )
+    kid_extractor: str = option(
+        "efficientnet-lite0", "its encoder; or inception, efficientnet-lite0@64, dinov2", group="results", free=True
+    )
+    inception_weights: str | None = option(
+        None, "local copy of Inception's weights; none: downloaded", group="results", free=True
+    )
     save_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "of the denoiser in the saved pipeline", group="results", free=True
     )
@@ -83,6 +98,10 @@ class LDMConfig(TrainingConfig):
         super().validate()
         if not 0 <= self.label_dropout < 1:
             raise ConfigError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+        if not 0 <= self.class_balance <= 1:
+            raise ConfigError(f"class_balance is {self.class_balance}; it must lie in [0, 1]")
+        if self.class_balance and self.streaming:
+            raise ConfigError("class_balance needs the labels of all images beforehand: leave out streaming")
         if not 0 <= self.heldout_fraction < 1:
             raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1)")
         self.require_positive("align_hidden", "crops", "encode_batch_size", "shuffle_block")
@@ -91,6 +110,11 @@ class LDMConfig(TrainingConfig):
         self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")
         if not self.align_weight > 0:
             raise ConfigError(f"align_weight is {self.align_weight}; it must be positive (align_target none: off)")
+        if self.kid_samples and (self.kid_samples < 4 or not self.eval_every or self.kid_every % self.eval_every):
+            raise ConfigError(
+                f"kid_samples is {self.kid_samples}, kid_every {self.kid_every}, eval_every {self.eval_every}: give at "
+                "least 4 samples and a kid_every that is a multiple of eval_every; kid_samples 0: none"
+            )
         if self.learned_variance and self.objective == "flow":
             raise ConfigError("learned_variance goes with epsilon or v_prediction; set objective or leave it out")
 

@@ -12,7 +12,7 @@ import torch
 from iptv2_diffusion.data.images import ImageTensors, class_names, load_image_dataset, load_train_and_heldout
 from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource, cached_latents
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
-from iptv2_diffusion.data.sampling import DataOrder
+from iptv2_diffusion.data.sampling import DataOrder, class_balanced_weights
 from iptv2_diffusion.data.streaming import ImageStream, StreamedLatents, StreamOrder
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
@@ -169,7 +169,8 @@ def encode_on_the_fly(
         )
         return stream, StreamOrder(config.seed)
     with user_errors(OSError, ValueError):
-        order = DataOrder(len(images.valid_indices()), config.seed)
+        labels = torch.tensor(images.labels)[images.valid_indices()]
+        order = DataOrder(len(labels), config.seed, class_balanced_weights(labels, config.class_balance))
         options: dict[str, Any] = {"order": order, "batch_size": config.batch_size, "slices": slices, "start": step}
         source = EncodedLatents(images, codec, encoding=encoding, num_workers=config.num_workers, **options)
     return source, order

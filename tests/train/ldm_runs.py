@@ -47,6 +47,9 @@ def lay_ground(folder):
         "preview_every": 0,
         "checkpoint_every": 10,
         "sample_steps": 2,
+        "kid_samples": 40,  # two batches: each of two processes draws one
+        "kid_every": 20,
+        "kid_extractor": "efficientnet-lite0@32",
         "preview_per_class": 2,
         "report_to": "none",
     }

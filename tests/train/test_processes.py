@@ -19,8 +19,11 @@ def assert_equal_to_rounding(left, right):
     """Losses at every step, and the averaged weights at the end."""
     ours, theirs = log(left), log(right)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    assert [step for step, row in enumerate(ours, 1) if "kid" in row]
     for one, other in zip(ours, theirs, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+        for name, value in one.items():  # KID: a pixel may round to the next grey level
+            assert value == pytest.approx(other.pop(name), rel=1e-2 if name.startswith("kid") else 1e-4), name
+        assert not other
     for name, value in tensors(left)[1].items():
         assert torch.allclose(value, tensors(right)[1][name], atol=2e-5), name
 

@@ -1,6 +1,5 @@
 """train_ldm.py end to end: real `accelerate launch` where processes matter, `main()` itself for the rest."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from ldm_runs import CHANNELS, ROOT, SCRIPT, SIZE, STEPS, TIMEOUT, environment, log, newest, tensors, words
 from PIL import Image
 from safetensors.torch import load_file
+from script_loading import load_script
 
 from iptv2_diffusion import IPTV2Pipeline
 from iptv2_diffusion.data.images import load_image_dataset
@@ -22,17 +22,9 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "vae" not in path.name)
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def script():
-    return load(SCRIPT)
+    return load_script(SCRIPT)
 
 
 @pytest.fixture
@@ -215,13 +207,13 @@ def test_alignment_trains_resumes_and_leaves_the_pipeline_as_it_is(main, tmp_pat
     assert 0 < abs(losses[0] - losses[1]) <= 0.5  # of equal weights: the alignment's part, 0.5 times a cosine
     keys = [load_file(tmp_path / name / "pipeline" / WEIGHTS).keys() for name in ("whole", "off")]
     assert keys[0] == keys[1]
-    assert load(ROOT / "eval" / "reconstruct_ema.py").main(["--run", str(tmp_path / "whole")]) == 0
+    assert load_script("eval/reconstruct_ema.py").main(["--run", str(tmp_path / "whole")]) == 0
 
 
 def test_averages_of_any_length_are_made_after_training(main, tmp_path, capsys):
     power = ("--ema", "power", "--ema_snapshot_every", 2, "--eval_every", 0)
     main(tmp_path, "--max_train_steps", 8, *power)
-    reconstruct_ema = load(ROOT / "eval" / "reconstruct_ema.py")
+    reconstruct_ema = load_script("eval/reconstruct_ema.py")
     own = load_file(tmp_path / "pipeline" / WEIGHTS)
     assert reconstruct_ema.main(["--run", str(tmp_path), "--sigma_rel", "0.05"]) == 0
     again = load_file(tmp_path / "pipeline-0.05" / WEIGHTS)  # the run's own length: the run's own weights
@@ -300,6 +292,11 @@ def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path
         (["--model", "dit-s-2", "--resolution", 36], "latents of 9 x 9 do not divide into this DiT's patches of 2"),
         (["--objective", "flow", "--learned_variance"], "learned_variance goes with epsilon"),
         (["--label_dropout", 1], r"label_dropout is 1.0; it must lie in \[0, 1\)"),
+        (["--class_balance", 1.5], r"class_balance is 1.5; it must lie in \[0, 1\]"),
+        (["--class_balance", 0.5, "--streaming", "true"], "needs the labels of all images beforehand"),
+        (["--kid_every", 15], "kid_samples is 40, kid_every 15, eval_every 10: give .* a multiple of eval_every"),
+        (["--kid_extractor", "vgg"], "extractor 'vgg': use inception"),
+        (["--heldout_fraction", 0], "kid_samples needs held-out images"),
         (["--report_to", "paper"], "report_to is 'paper'; choose"),
         (["--batch_size", 8, "--gradient_accumulation_steps", 3], "does not divide over"),
     ],

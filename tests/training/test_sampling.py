@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from iptv2_diffusion.data.sampling import DataOrder, StepBatches, derive_seed, draw_step, own_slices
+from iptv2_diffusion.data.sampling import (
+    DataOrder,
+    StepBatches,
+    class_balanced_weights,
+    derive_seed,
+    draw_step,
+    own_slices,
+)
 
 
 def test_every_item_once_an_epoch_and_epochs_differ():
@@ -22,6 +29,35 @@ def test_the_stream_does_not_depend_on_how_it_is_cut():
 
 def test_batches_larger_than_the_data_set_wrap_around():
     assert DataOrder(3, seed=0).items(1, 100).bincount().tolist() == pytest.approx([33, 33, 33], abs=1)
+
+
+@pytest.mark.parametrize("balance", [0.25, 0.5, 1.0])
+def test_a_balanced_epoch_has_each_class_by_its_power_and_each_image_of_it_alike(balance):
+    sizes = torch.tensor([600, 0, 90, 7])
+    labels = torch.repeat_interleave(torch.arange(4), sizes)[torch.randperm(697, generator=torch.manual_seed(0))]
+    order = DataOrder(697, 5, class_balanced_weights(labels, balance))
+    expected = 697 * sizes.double() ** (1 - balance) * (sizes > 0) / (sizes[sizes > 0].double() ** (1 - balance)).sum()
+    times = torch.stack([order.permutation(epoch).bincount(minlength=697) for epoch in range(3)])
+    assert not torch.equal(times[0], times[1])
+    for seen in times:
+        assert seen.sum() == 697
+        for label, share in enumerate(expected.tolist()):
+            each = seen[labels == label]
+            assert each.sum().item() == pytest.approx(share, rel=0.15, abs=3)
+            assert not len(each) or each.max() - each.min() <= 1  # of w expected times the whole ones, perhaps one more
+    assert times.double().mean(0)[labels == 0].mean() == pytest.approx(float(expected[0]) / 600, rel=0.05)
+
+
+def test_a_balanced_stream_does_not_depend_on_how_it_is_cut():
+    weights = class_balanced_weights(torch.tensor([0, 0, 0, 0, 1, 1, 2]), 0.5)
+    whole = DataOrder(7, 0, weights).items(0, 50)
+    order = DataOrder(7, 0, weights)
+    pieces = [order.items(start, 5) for start in range(45, -1, -5)][::-1]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_no_balance_leaves_the_order_as_it_was():
+    assert class_balanced_weights(torch.tensor([0, 0, 1]), 0.0) is None
 
 
 def test_an_empty_data_set_is_an_error():
