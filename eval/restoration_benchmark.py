@@ -21,7 +21,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +61,21 @@ def test_photographs() -> dict[str, np.ndarray]:
 
 
 def folder_photographs(folder: str) -> dict[str, np.ndarray]:
-    """All images of a folder."""
-    return {path.stem: read_image(path) for path in find_images(folder)}
+    """All images of a folder and its sub-folders on 0–255, by their path inside it without the suffix."""
+    root = Path(folder).expanduser()
+    files = by_name(find_images(root), lambda path: path.relative_to(root).with_suffix("").as_posix())
+    images = {name: read_image(path) for name, path in files.items()}
+    return {name: image / 257 if image.dtype == np.uint16 else image for name, image in images.items()}
+
+
+def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Path]:
+    """Paths by name; refuses two of the same."""
+    named: dict[str, Path] = {}
+    for path in paths:
+        if name(path) in named:
+            raise UserError(f"{named[name(path)]} and {path} would both be {name(path)!r} in the results; rename one")
+        named[name(path)] = path
+    return named
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -85,6 +98,12 @@ def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.
 
 # --------------------------------------------------------------------------------------------------------------------
 # Restorers
+
+
+def run_name(folder: Path) -> str:
+    """A model's name in the results: its folder's, or that of the run whose folder "pipeline" it is."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "pipeline" else folder.name
 
 
 def our_model(folder: str, degradation: str, self_ensemble: bool) -> Restorer:
@@ -264,7 +283,7 @@ def side_by_side(shown: dict[str, np.ndarray], size: int = 192) -> Image.Image:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=[], help="pipeline folders")
+    parser.add_argument("--models", nargs="*", type=Path, default=[], help="pipeline folders")
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="to measure beside them")
     parser.add_argument("--images", help="folder of clean photographs [six of scikit-image and scikit-learn]")
     parser.add_argument("--first", type=int, help="only the first so many photographs")
@@ -287,8 +306,8 @@ def main(argv: list[str] | None = None) -> int:
         photographs = folder_photographs(options.images) if options.images else test_photographs()
         photographs = dict(list(photographs.items())[: options.first])
         restorers = {
-            Path(folder).resolve().name: our_model(folder, options.degradation, options.self_ensemble)
-            for folder in options.models
+            name: our_model(str(folder), options.degradation, options.self_ensemble)
+            for name, folder in by_name(options.models, run_name).items()
         }
         restorers |= {name: peer(name) for name in options.peers}
         options.output.mkdir(parents=True, exist_ok=True)
@@ -303,7 +322,9 @@ def main(argv: list[str] | None = None) -> int:
     described["rows"] = rows
     (options.output / "results.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     for (level, name), shown in pictures.items():
-        side_by_side(shown).save(options.output / f"{name}-{options.degradation}{level:g}.png")
+        path = options.output / f"{name}-{options.degradation}{level:g}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        side_by_side(shown).save(path)
     print(text)
     return 0
 

@@ -1,6 +1,7 @@
 """The benchmark: the protocol's noise, files written, pictures of a folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
+from iptv2_diffusion.sixteen_bit import write_16_bit
 
 ROOT = Path(__file__).parents[2]
 benchmark = load_script("eval/restoration_benchmark.py")
@@ -47,6 +49,29 @@ def test_a_run_writes_what_the_definition_gives(setting, monkeypatch, capsys):
     table = (folder / "out/results.md").read_text()
     assert "RGB, border 0, clipped, not rounded" in table
     assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + 4
+
+
+def test_runs_and_pictures_of_one_last_name_stay_apart(setting):
+    """Two runs' folders "pipeline", two pictures "0.png"; the 16-bit copy of a picture measures as the picture."""
+    folder, words = setting
+    for run in ("a", "b"):
+        shutil.copytree(folder / "model", folder / f"runs/{run}/pipeline")
+    (folder / "photos/sub").mkdir()
+    pixels = np.asarray(Image.open(folder / "photos/0.png"))
+    write_16_bit(pixels.astype(np.uint16) * 257, folder / "photos/sub/0.png")
+    models = [str(folder / f"runs/{run}/pipeline") for run in ("a", "b")]
+    assert benchmark.main([*words, "--models", *models, "--levels", "10", "--lpips", "none"]) == 0
+    rows = json.loads((folder / "out/results.json").read_text())["rows"]
+    assert [(row["image"], row["method"]) for row in rows] == [
+        (image, method) for image in ("0", "1", "sub/0") for method in ("input", "a", "b")
+    ]
+    assert (folder / "out/sub/0-noise10.png").is_file()
+    images = benchmark.folder_photographs(folder / "photos")
+    assert np.array_equal(images["sub/0"], images["0"])
+    assert all(28 < row["psnr"] < 28.3 for row in rows)  # 28.13 dB is σ 10
+
+    with pytest.raises(benchmark.UserError, match=r"runs/a/pipeline and .*b/a would both be 'a' in the results"):
+        benchmark.main([*words, "--models", models[0], str(folder / "b/a")])
 
 
 @pytest.mark.parametrize(("kind", "level"), [("motion_blur", 9), ("rain", 0.01)])
