@@ -108,6 +108,10 @@ class RestorationConfig(TrainingConfig):
             raise ConfigError(
                 f"patch_batch_sizes has {len(self.patch_batch_sizes)} numbers for {stages} patch_sizes; give as many"
             )
+        if self.tasks and self.layout != "clean":
+            raise ConfigError(
+                f"tasks degrade clean images, but layout {self.layout} has pairs of its own; leave one out"
+            )
         unknown = set(self.losses) - set(LOSSES)
         if unknown or not self.losses:
             raise ConfigError(f"losses names {', '.join(sorted(unknown)) or 'nothing'}; choose of {', '.join(LOSSES)}")
@@ -231,12 +235,14 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, build, train, save."""
     config = parse_config(RestorationConfig, argv, description=__doc__, examples=EXAMPLES)
 
-    from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry_run
+    from iptv2_diffusion.training.loop import Trainer, check_batch_size, make_accelerator, prepare_dry_run
 
     if config.dry_run:
         prepare_dry_run(config)
         config.heldout_images, config.heldout_size = 1, 64
     accelerator = make_accelerator(config)
+    for stage, size in enumerate(config.patch_batch_sizes, start=1):
+        check_batch_size(f"patch_batch_sizes, stage {stage}:", size, accelerator, config.gradient_accumulation_steps)
     model = make_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(f"{config.model}: {parameters / 1e6:.3f} M parameters on {accelerator.device}")

@@ -71,13 +71,18 @@ class TrainingTask(Protocol):
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator of a training run; checks that the batch divides over processes and micro-batches."""
     accelerator = start_accelerator(config)
-    parts = accelerator.num_processes * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"batch_size {config.batch_size} does not divide over {accelerator.num_processes} processes x "
-            f"{config.gradient_accumulation_steps} micro-batches; use {math.ceil(config.batch_size / parts) * parts}"
-        )
+    check_batch_size("batch_size", config.batch_size, accelerator, config.gradient_accumulation_steps)
     return accelerator
+
+
+def check_batch_size(name: str, batch_size: int, accelerator: Accelerator, micro_batches: int) -> None:
+    """Raise `ConfigError` unless a batch, named `name`, divides over processes and micro-batches."""
+    parts = accelerator.num_processes * micro_batches
+    if batch_size % parts:
+        raise ConfigError(
+            f"{name} {batch_size} does not divide over {accelerator.num_processes} processes x {micro_batches} "
+            f"micro-batches; use {math.ceil(batch_size / parts) * parts}"
+        )
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class RestorationTask:
     """A `TrainingTask` (see `training/loop.py`).
 
     Args:
-        config: has batch_size, seed, patch_sizes, patch_steps, patch_batch_sizes, rgb_shuffle, mixup, losses.
+        config: has batch_size, seed, tasks, patch_sizes, patch_steps, patch_batch_sizes, rgb_shuffle, mixup, losses.
         accelerator: gives device and processes.
         model: the bare restorer; only its config is read.
         sources: one per task of the model; each sample's task is drawn at random.
@@ -108,19 +108,20 @@ class RestorationTask:
         config = self.config
         generator = generator_for(config.seed, "restoration", step)
         with user_errors(ValueError):
-            if len(self.sources) == 1:
-                batch = self.sources[0].draw(batch_size, size, generator)
-            else:
+            if config.tasks:
                 batch = self._draw_mixed(batch_size, size, generator)
+            else:
+                batch = self.sources[0].draw(batch_size, size, generator)
         if config.rgb_shuffle and batch.clean.shape[1] == 3:
             order = torch.rand(batch_size, 3, generator=generator).argsort(dim=1)[:, :, None, None]
-            batch = Batch(*(t.gather(1, order.expand_as(t)) for t in (batch.degraded, batch.clean)), batch.sigma)
+            degraded, clean = (t.gather(1, order.expand_as(t)) for t in (batch.degraded, batch.clean))
+            batch = replace(batch, degraded=degraded, clean=clean)
         if config.mixup > 0:
             batch = mix(batch, config.mixup, generator)
         return batch
 
     def _draw_mixed(self, batch_size: int, size: int, generator: torch.Generator) -> Batch:
-        """Samples of several tasks in one batch; a task without noise has σ = 0."""
+        """Samples of the tasks in one batch; a task without noise has σ = 0."""
         tasks = torch.randint(len(self.sources), (batch_size,), generator=generator).sort().values
         parts = [
             source.draw(count, size, generator)

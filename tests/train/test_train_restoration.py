@@ -119,10 +119,22 @@ def test_one_model_for_several_tasks(photos):
         "--rain",
         "0.01,0.02",
     )
-    folder = train(photos, "tasks", *words, "--eval_every", "4", *SIGMA)
+    folder = train(photos, "tasks", *words, "--rgb_shuffle", "--mixup", "0.5", "--eval_every", "4", *SIGMA)
     (row,) = [row for row in read_metrics(folder / "metrics.jsonl") if "psnr" in row]
     assert {"psnr_noise_sigma25", "psnr_motion_blur+jpeg_sequential", "psnr_rain_rainstreaks"} <= set(row)
     assert IPTV2RestorationPipeline.from_pretrained(folder / "pipeline").model.config.num_tasks == 3
+
+
+def test_one_task_alone(photos):
+    folder = train(photos, "task", "--tasks", "noise", "--eval_every", "0", *SIGMA, steps=1)
+    assert IPTV2RestorationPipeline.from_pretrained(folder / "pipeline").model.config.num_tasks == 1
+
+
+def test_later_stages_must_divide_over_the_micro_batches_too(photos):
+    words = ("--patch_sizes", "16,24", "--patch_steps", "3", "--patch_batch_sizes", "4,2", *SIGMA)
+    with pytest.raises(UserError, match=r"patch_batch_sizes, stage 2: 2 does not divide over 1 .* 4 micro.*; use 4"):
+        train(photos, "stages", *words, "--gradient_accumulation_steps", "4")
+    assert not (photos / "stages").exists()
 
 
 def test_a_generators_backbone_to_start_from(photos, capsys):
@@ -142,6 +154,7 @@ def test_a_generators_backbone_to_start_from(photos, capsys):
         (("--patch_sizes", "100"), "less than the patch of 100"),
         (("--data", "absent"), "absent is not a folder"),
         (("--degradations", "rain", *SIGMA), "takes a noise level and the data has none"),
+        (("--tasks", "noise", "--layout", "gopro"), "layout gopro has pairs of its own"),
         (("--model", "tiny"), "Transformer2DModel"),
     ],
 )
