@@ -179,7 +179,7 @@ def describe(source: Path) -> tuple[dict[str, bytes], bool]:
             return read_tiff_metadata(source), deep
         with Image.open(source) as file:
             return {key: file.info[key] for key in ("exif", "icc_profile") if file.info.get(key)}, deep
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{source} cannot be read as an image: {' '.join(str(error).split())[:160]}") from error
 
 

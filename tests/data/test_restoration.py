@@ -74,6 +74,9 @@ def test_bad_images_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:80])
     with pytest.raises(ValueError, match=r"x\.png cannot be read"):
         read_image(path)
+    (tmp_path / "huge.ppm").write_bytes(b"P6 20000 20000 255\n")  # more than Pillow opens
+    with pytest.raises(ValueError, match=r"huge\.ppm cannot be read as an image: Image size \(400000000 pixels\)"):
+        read_image(tmp_path / "huge.ppm")
     with pytest.raises(ValueError, match="holds no images"):
         find_images((tmp_path / "empty").mkdir() or tmp_path / "empty")
     store = ImageStore([save(tmp_path / "b.png", picture(1))], tmp_path / "cache", say=lambda line: None)

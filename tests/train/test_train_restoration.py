@@ -154,7 +154,7 @@ def test_a_generators_backbone_to_start_from(photos, capsys):
         (("--patch_sizes", "100"), "less than the patch of 100"),
         (("--data", "absent"), "absent is not a folder"),
         (("--degradations", "rain", *SIGMA), "takes a noise level and the data has none"),
-        (("--tasks", "noise", "--layout", "gopro"), "layout gopro has pairs of its own"),
+        (("--tasks", "noise", "--layout", "gopro"), "layout gopro has its own pairs"),
         (("--model", "tiny"), "Transformer2DModel"),
     ],
 )
