@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from iptv2_diffusion.models.activations import activation_bytes_per_pixel
@@ -331,7 +331,7 @@ def read_file_picture(path: Path) -> Picture:
             return next(from_array(read_16_bit(path)))
         with Image.open(path) as file:
             return from_pil(file)
-    except (OSError, RuntimeError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
 

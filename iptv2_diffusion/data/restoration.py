@@ -49,7 +49,7 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
             with Image.open(path) as file:
                 return np.asarray(file.convert("L" if channels == 1 else "RGB")).reshape(file.height, file.width, -1)
         image = read_16_bit(path)
-    except (OSError, RuntimeError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as an image: {reason[:160] or type(error).__name__}") from error
     image = image[..., : 1 if image.shape[2] < 3 else 3]

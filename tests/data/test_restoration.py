@@ -71,9 +71,11 @@ def test_the_eight_transforms_differ_and_keep_pairs_together():
 
 def test_bad_images_are_named(tmp_path):
     path = save(tmp_path / "a/x.png", picture(0))
-    path.write_bytes(path.read_bytes()[:80])
-    with pytest.raises(ValueError, match=r"x\.png cannot be read"):
-        read_image(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:80], whole[:33] + (100).to_bytes(4, "big") + whole[37:]):  # the pixels' chunk too short
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"x\.png cannot be read"):
+            read_image(path)
     (tmp_path / "huge.ppm").write_bytes(b"P6 20000 20000 255\n")  # more than Pillow opens
     with pytest.raises(ValueError, match=r"huge\.ppm cannot be read as an image: Image size \(400000000 pixels\)"):
         read_image(tmp_path / "huge.ppm")

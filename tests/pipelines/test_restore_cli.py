@@ -111,11 +111,14 @@ def test_namesakes_are_refused(model, pictures, tmp_path):
 
 
 def test_broken_pictures_do_not_stop_the_others(model, pictures, tmp_path, capsys):
-    (pictures / "a.png").write_bytes((pictures / "a.png").read_bytes()[:100])
+    whole = (pictures / "a.png").read_bytes()
+    (pictures / "a.png").write_bytes(whole[:100])
     (pictures / "huge.ppm").write_bytes(b"P6 20000 20000 255\n")
+    (pictures / "chunk.png").write_bytes(whole[:33] + (100).to_bytes(4, "big") + whole[37:])  # its pixels end too early
     assert main([str(pictures), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "25"]) == 1
     told = capsys.readouterr().err
     assert "a.png cannot be read" in told
+    assert "chunk.png cannot be read as an image: broken PNG file" in told
     assert "huge.ppm cannot be read as an image: Image size (400000000 pixels) exceeds limit" in told
     assert (tmp_path / "out/sub/b.jpg").is_file()
     assert not (tmp_path / "out/a.png").exists()
