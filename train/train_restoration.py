@@ -26,18 +26,20 @@ if TYPE_CHECKING:
     from iptv2_diffusion.training.restoration import Batch, RestorationTask, Source
 
 EXAMPLES = """
-examples:
-  the shipped denoiser           python data/photographs/fetch.py, then
-                                 accelerate launch train/train_restoration.py --config \\
-                                     configs/restoration/denoise-color-nano.yaml
+examples, where ... is accelerate launch train/train_restoration.py, and * needs python data/photographs/fetch.py first:
+  the shipped denoiser *         ... --config configs/restoration/denoise-color-nano.yaml
   your photographs, blurred      ... --data my_photos --degradations motion_blur,noise --noise 0,5
-  your pairs                     ... --layout folders --data my_pairs    (my_pairs/input/*, my_pairs/target/*)
+  your pairs                     ... --layout folders --data my_pairs --model_overrides '{"sigma_conditioning": null}'
+                                 (my_pairs/input/*, my_pairs/target/*)
   GoPro                          ... --config configs/restoration/deblur-gopro.yaml --data GoPro
-  start from a generator         ... --backbone_from assets/iptv2-emoji64/transformer
-  try every stage in seconds     ... --dry_run
+  start from a generator *       ... --config configs/restoration/denoise-color-emoji64.yaml
+  held-out PSNR of your data     ... --data my_photos --heldout my_heldout_photos
+  try every stage in seconds     any of these with --dry_run
 
 The same command resumes: it continues from the newest checkpoint in output_dir, bit for bit.
 """
+
+PHOTOGRAPHS = "~/.cache/iptv2-diffusion/photographs"  # where data/photographs/fetch.py puts them
 
 
 @dataclass(kw_only=True)
@@ -49,14 +51,12 @@ class RestorationConfig(TrainingConfig):
         "cosine", "after warm-up", group="optimiser"
     )
 
-    data: str = option(
-        "~/.cache/iptv2-diffusion/photographs/train", "folder of images, or of a data set's layout", group="data"
-    )
+    data: str = option(f"{PHOTOGRAPHS}/train", "folder of images, or of a data set's layout", group="data")
     layout: str = option(
         "clean", "clean: degrade its images; else the pairs of: folders, sidd, gopro, realblur_j ...", group="data"
     )
     heldout: str | None = option(
-        "~/.cache/iptv2-diffusion/photographs/heldout", "images, or layout, for the PSNR; none: no PSNR", group="data"
+        "auto", "as data, for the PSNR; none: no PSNR; auto: the photographs' beside theirs, else none", group="data"
     )
     cache_dir: str = option("~/.cache/iptv2-diffusion/decoded", "folder of decoded images", group="data", free=True)
     prefer_texture: bool = option(True, "draw textured places more often than flat ones", group="data")
@@ -97,6 +97,8 @@ class RestorationConfig(TrainingConfig):
         super().validate()
         from iptv2_diffusion.training.restoration import LOSSES
 
+        if self.heldout == "auto":
+            self.heldout = f"{PHOTOGRAPHS}/heldout" if self.data == f"{PHOTOGRAPHS}/train" else None
         self.require_positive("patch_sizes", "heldout_images", "heldout_size")
         stages = len(self.patch_sizes)
         if len(self.patch_steps) != stages - 1 or list(self.patch_steps) != sorted(self.patch_steps):

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,32 @@ def test_a_generators_backbone_to_start_from(photos, capsys):
 def test_bad_options_are_named(photos, words, message):
     with pytest.raises(UserError, match=message):
         train(photos, "bad", *words)
+
+
+EXAMPLES = [
+    shlex.split(line.split(" ... ")[1]) for line in train_restoration.EXAMPLES.splitlines() if " ... --" in line
+]
+
+
+@pytest.mark.parametrize("words", EXAMPLES, ids=lambda words: " ".join(words[-2:]))
+def test_the_examples_of_help_run_as_printed(photos, words, monkeypatch, capsys):
+    """On small data, and small patches; a large model gives way to a small one."""
+    monkeypatch.setenv("HOME", str(photos))
+    monkeypatch.chdir(photos)
+    for name in ("configs", "assets"):
+        Path(name).symlink_to(ROOT / name)
+    cached = ".cache/iptv2-diffusion/photographs"
+    pairs = ("my_pairs/input", "my_pairs/target", "GoPro/train/1/blur", "GoPro/train/1/sharp")
+    for folder in ("my_photos", "my_heldout_photos", f"{cached}/train", f"{cached}/heldout", *pairs):
+        shutil.copytree("photos", folder)
+    small = ["--patch_sizes", "32", "--patch_steps", "[]", "--patch_batch_sizes", "[]", "--batch_size", "1"]
+    small += ["--model", "restoration-tiny"] if "GoPro" in words else []
+    assert train_restoration.main([*words, *small, "--report_to", "none", "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert "every stage ran" in told
+    measured = "--data" not in words or "--heldout" in words
+    assert ("3 images to train on, 0 held-out" in told) == (not measured)
+    assert ("(100.0%)" in told) == ("configs/restoration/denoise-color-emoji64.yaml" in words)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/restoration").glob("*.yaml")), ids=lambda p: p.stem)
