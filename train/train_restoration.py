@@ -111,9 +111,7 @@ class RestorationConfig(TrainingConfig):
                 f"patch_batch_sizes has {len(self.patch_batch_sizes)} numbers for {stages} patch_sizes; give as many"
             )
         if self.tasks and self.layout != "clean":
-            raise ConfigError(
-                f"tasks degrade clean images, but layout {self.layout} has pairs of its own; leave one out"
-            )
+            raise ConfigError(f"tasks degrade clean images, but layout {self.layout} has its own pairs; leave one out")
         unknown = set(self.losses) - set(LOSSES)
         if unknown or not self.losses:
             raise ConfigError(f"losses names {', '.join(sorted(unknown)) or 'nothing'}; choose of {', '.join(LOSSES)}")

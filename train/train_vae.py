@@ -67,7 +67,9 @@ class VAEConfig(TrainingConfig):
     mse_weight: float = option(4.0, "of the squared error", group="objective")
     kl_weight: float = option(1e-4, "of the KL divergence (mean over the latents' elements)", group="objective")
 
-    heldout_samples: int = option(128, "at most, for the PSNR while training; the last is over all", group="results")
+    heldout_samples: int = option(
+        128, "at most, for the PSNR while training; the last is over all", group="results", free=True
+    )
     preview_images: int = option(
         12, "columns of the picture: originals over reconstructions", group="results", free=True
     )
