@@ -187,6 +187,15 @@ class IPTV2Pipeline(DiffusionPipeline):
             raise ValueError(f"class label {index} is out of range; the model has classes 0 to {self.num_classes - 1}")
         return index
 
+    def _check_options(self, output_type: str, num_inference_steps: int, callback_tensor_inputs: Sequence[str]) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
+        unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}; not {unknown}")
+
     def _prepare_labels(self, class_labels: Any, num_images_per_label: int, device: torch.device) -> Tensor | None:
         """(B,) int64; None for an unconditional model. All null labels if a conditional model is given none."""
         if num_images_per_label < 1:
@@ -317,6 +326,60 @@ class IPTV2Pipeline(DiffusionPipeline):
             batch.noise_pred = output[:, :channels]
         return guider(batches).pred, outputs[0][:, channels:]
 
+    # --- all steps ---------------------------------------------------------------------------------------------------
+
+    def _sample(
+        self,
+        latents: Tensor,
+        class_labels: Tensor | None,
+        guider: BaseGuidance | None,
+        scheduler: SchedulerMixin,
+        step_options: dict[str, Any],
+        callback: Callable[..., dict] | None,
+        callback_tensor_inputs: Sequence[str],
+    ) -> Tensor:
+        """Latents (B, C, h, w) of images from noise of unit variance; `step_options` as far as the scheduler knows."""
+        # flow-matching schedulers have neither of these two
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        scale_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+        takes = inspect.signature(scheduler.step).parameters
+        step_options = {name: value for name, value in step_options.items() if name in takes}
+        step_takes_variance = (
+            isinstance(scheduler, VARIANCE_SCHEDULERS) and scheduler.config.variance_type in LEARNED_VARIANCES
+        )
+
+        self._num_timesteps = len(scheduler.timesteps)
+        self._interrupt = False
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            for step, timestep in enumerate(scheduler.timesteps):
+                if self._interrupt:
+                    break
+                if guider is not None:
+                    guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
+                scaled = scale_input(latents, timestep)
+                model_output, variance = self._predict(scaled, timestep, class_labels, guider)
+                if step_takes_variance:
+                    model_output = torch.cat([model_output, variance], dim=1)
+                latents = scheduler.step(model_output, timestep, latents, **step_options, return_dict=False)[0]
+
+                if callback is not None:
+                    known = {"latents": latents, "class_labels": class_labels, "model_output": model_output}
+                    given = {name: known[name] for name in callback_tensor_inputs}
+                    returned = callback(self, step, timestep, given) or {}
+                    latents = returned.get("latents", latents)
+                    class_labels = returned.get("class_labels", class_labels)
+                progress.update()
+        return latents
+
+    def _decode(
+        self, latents: Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
+    ) -> Any:
+        """Images of the output type."""
+        if output_type == "latent":
+            return latents
+        decoded = self.codec.decode(latents, generator if isinstance(generator, torch.Generator) else None)
+        return self.image_processor.postprocess(decoded, output_type=output_type)
+
     # --- the call ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -364,15 +427,9 @@ class IPTV2Pipeline(DiffusionPipeline):
         Returns:
             ``ImagePipelineOutput`` with ``.images``, or a tuple with them.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}; not {unknown}")
+        self._check_options(output_type, num_inference_steps, callback_on_step_end_tensor_inputs)
 
         device = self._execution_device
         guidable = class_labels is not None
@@ -382,41 +439,15 @@ class IPTV2Pipeline(DiffusionPipeline):
         guider = self._prepare_guider(guider, guidance_scale, guidance_interval, guidance_rescale, guidable)
         scheduler = self._prepare_scheduler()
         scheduler.set_timesteps(num_inference_steps, device=device)
-        # flow-matching schedulers have neither of these two
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        scale_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
-        takes = inspect.signature(scheduler.step).parameters
-        step_options = {k: v for k, v in {"generator": generator, "eta": eta}.items() if k in takes}
-        step_takes_variance = (
-            isinstance(scheduler, VARIANCE_SCHEDULERS) and scheduler.config.variance_type in LEARNED_VARIANCES
+        latents = self._sample(
+            latents,
+            class_labels,
+            guider,
+            scheduler,
+            {"generator": generator, "eta": eta},
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )
-
-        self._num_timesteps = len(scheduler.timesteps)
-        self._interrupt = False
-        with self.progress_bar(total=self._num_timesteps) as progress:
-            for step, timestep in enumerate(scheduler.timesteps):
-                if self._interrupt:
-                    break
-                if guider is not None:
-                    guider.set_state(step=step, num_inference_steps=self._num_timesteps, timestep=timestep)
-                scaled = scale_input(latents, timestep)
-                model_output, variance = self._predict(scaled, timestep, class_labels, guider)
-                if step_takes_variance:
-                    model_output = torch.cat([model_output, variance], dim=1)
-                latents = scheduler.step(model_output, timestep, latents, **step_options, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    known = {"latents": latents, "class_labels": class_labels, "model_output": model_output}
-                    given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, step, timestep, given) or {}
-                    latents = returned.get("latents", latents)
-                    class_labels = returned.get("class_labels", class_labels)
-                progress.update()
-
-        if output_type == "latent":
-            images = latents
-        else:
-            decoded = self.codec.decode(latents, generator if isinstance(generator, torch.Generator) else None)
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        images = self._decode(latents, output_type, generator)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
