@@ -150,7 +150,8 @@ class _InceptionV3(FeatureExtractor):
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self._spatial = output[:, :SPATIAL_CHANNELS].flatten(1)
+        # ADM cuts and flattens TensorFlow's (N, H, W, C): the order of the statistics in its files.
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     def _encode(self, images: Tensor) -> dict[str, Tensor]:
         pool, logits = self.network(images)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 SIGMA_REL_LIMIT = 12**-0.5  # that of the plain mean over all steps, gamma = 0
 _METADATA = "power_average"
+_TEMPORARY = ".tmp-"
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -74,7 +75,7 @@ def write_snapshot(folder: Path, steps: int, sigma_rel: float, tensors: dict[str
     """Write one, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{steps:08d}-{sigma_rel:.4f}.safetensors"
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     metadata = {_METADATA: json.dumps({"steps": steps, "sigma_rel": sigma_rel})}
     try:
         save_file(tensors, temporary, metadata=metadata)
@@ -86,7 +87,7 @@ def write_snapshot(folder: Path, steps: int, sigma_rel: float, tensors: dict[str
 def find_snapshots(folder: Path) -> list[Snapshot]:
     """All of a folder, in the order of their steps; ValueError for a file that is none."""
     found = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _snapshots(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 found.append(Snapshot(path, **json.loads(file.metadata()[_METADATA])))
@@ -96,10 +97,16 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
 
 
 def forget_snapshots_after(folder: Path, steps: int) -> None:
-    """Remove what a run wrote beyond the checkpoint that it goes on from."""
-    for path in folder.glob("*.safetensors"):
+    """Remove what a run wrote beyond the checkpoint that it goes on from, and what a kill left half-written."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        path.unlink()
+    for path in _snapshots(folder):
         if int(path.name.split("-")[0]) > steps:
             path.unlink()
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(_TEMPORARY))
 
 
 def coefficients(profiles: Sequence[tuple[int, float]], steps: int, sigma_rel: float) -> tuple[np.ndarray, float]:
