@@ -87,7 +87,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "pipeline" / "model_index.json").is_file() and self.curve[-1]["step"] >= self.steps
+        return (self.folder / "pipeline" / "model_index.json").is_file() and self.log[-1]["step"] == self.steps
 
     @property
     def seconds(self) -> float:
@@ -152,6 +152,11 @@ def make_run(config: ArenaConfig, name: str, shape: str, learning_rate: float, s
 
 def train(config: ArenaConfig, run: Run) -> None:
     """Run `train_ldm.py`, or nothing if it has run; a killed one goes on from its checkpoint."""
+    if run.log and run.log[-1]["step"] > run.steps:
+        raise ConfigError(
+            f"{run.folder} holds {run.log[-1]['step']} steps, and {run.steps} are asked for: give the old number, or "
+            "another output_dir"
+        )
     if run.finished:
         return
     arguments = dict(config.models[run.model][run.shape])
@@ -241,7 +246,7 @@ def load_split(config: ArenaConfig, recipe: dict[str, Any], split: str) -> tuple
 
 
 def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, float]:
-    """Samples of a full run (drawn once) against both splits; kept in scores.json beside them."""
+    """Samples of a full run (drawn once) against both splits; kept in scores.json beside what decided them."""
     import torch
 
     from iptv2_diffusion.metrics.generation import (
@@ -254,9 +259,6 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
     )
     from iptv2_diffusion.training.generation import GenerationConfig, generate, start_accelerator
 
-    path = run.folder / "samples" / "scores.json"
-    if path.is_file():
-        return json.loads(path.read_text())
     generation = GenerationConfig(
         pipeline=str(run.folder / "pipeline"),
         num_samples=config.num_samples,
@@ -266,6 +268,15 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
         num_threads=config.num_threads,
     )
     folder = generate(generation, start_accelerator(config.num_threads), run.folder / "samples")
+    about = {
+        "samples": [config.num_samples, folder.about()],
+        "encoder": [reference.extractor.name, reference.extractor.sha256],
+        "images": [len(reference.train), len(reference.heldout)],
+    }
+    path = folder.folder / "scores.json"
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    if saved.get("about") == about:
+        return saved["scores"]
     samples = torch.cat(list(folder.batches(config.num_samples)))
     features = extract_features(reference.extractor, samples.split(64))["pool"]
     distance, _ = nearest_neighbour_distance(samples, reference.train)
@@ -277,7 +288,7 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
         "nearest_neighbour_median": distance.median().item(),
         "sampling_seconds_per_image": folder.seconds_per_image(),
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps({"about": about, "scores": result}, indent=1) + "\n")
     return result
 
 

@@ -139,6 +139,8 @@ def make_distance(
         return None
     if heldout is None:
         raise ConfigError("kid_samples needs held-out images: set heldout_split or heldout_fraction, or kid_samples 0")
+    if len(heldout) < 2:
+        raise ConfigError(f"kid_samples needs 2 held-out images or more, not {len(heldout)}; raise heldout_fraction")
     from iptv2_diffusion.metrics.generation import make_extractor
     from iptv2_diffusion.training.sample_quality import KernelDistance
 
@@ -167,6 +169,9 @@ def make_task(
     slices = own_slices(
         config.batch_size, accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
     )
+    # What may be refused comes before the images are encoded, which can take hours.
+    objective = make_objective(config)
+    distance = make_distance(config, accelerator, heldout, labelled=null_label(trainer.state.module) is not None)
     cached = train if config.cache_latents else None
     latents, heldout_latents = open_caches(config, accelerator, codec, cached, heldout)
     if latents is not None:
@@ -184,14 +189,14 @@ def make_task(
         accelerator,
         codec=codec,
         model=trainer.state.module,
-        objective=make_objective(config),
+        objective=objective,
         source=source,
         heldout=heldout_latents,
         order=order,
         slices=slices,
         latent_shape=(codec.latent_channels, *codec.latent_size(*config.size)),
         names=names,
-        distance=make_distance(config, accelerator, heldout, labelled=null_label(trainer.state.module) is not None),
+        distance=distance,
         target_features=target_features,
     )
 

@@ -226,7 +226,7 @@ class VAETask:
         """Mean loss of a micro-batch."""
         return model(*batch)
 
-    def evaluate(self, model: nn.Module, step: int) -> Mapping[str, float]:
+    def evaluate(self, model: nn.Module, step: int, last: bool) -> Mapping[str, float]:
         """PSNR over the first `heldout_samples` of a fixed shuffle of the held-out images."""
         return {"heldout_psnr": self.psnr(model.vae, self._some(self.heldout, self.config.heldout_samples))}
 

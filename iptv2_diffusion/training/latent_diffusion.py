@@ -121,10 +121,10 @@ class LatentDiffusionTask:
     # ----------------------------------------------------------------------------------------------------------------
     # Held-out loss, KID
 
-    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Held-out loss, and KID when it is due."""
+    def evaluate(self, model: nn.Module, step: int, last: bool) -> dict[str, float]:
+        """Held-out loss, and KID every `kid_every` steps and after the last."""
         config, figures = self.config, self.heldout_loss(model)
-        if self.distance is not None and (step % config.kid_every == 0 or step >= config.max_train_steps):
+        if self.distance is not None and (last or step % config.kid_every == 0):
             sampling = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
             figures |= self.distance(self.pipeline(model), **sampling)
         return figures

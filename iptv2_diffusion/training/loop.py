@@ -51,8 +51,8 @@ class TrainingTask(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean loss of a micro-batch: a scalar with gradient. `model` is the prepared one."""
 
-    def evaluate(self, model: nn.Module, step: int) -> Mapping[str, float]:
-        """Held-out figures of the averaged weights, the same on every process; may be empty."""
+    def evaluate(self, model: nn.Module, step: int, last: bool) -> Mapping[str, float]:
+        """Held-out figures of the averaged weights after `step`, the same on every process; may be empty."""
 
     def preview(self, model: nn.Module, step: int) -> Path | None:
         """Write a picture from the averaged weights; None if there is none.
@@ -382,7 +382,7 @@ class Trainer:
             worked = True
         if config.eval_every and (self.step % config.eval_every == 0 or last):
             with self.state.averaged() as model:
-                figures = dict(task.evaluate(model, self.step))
+                figures = dict(task.evaluate(model, self.step, last))
             if figures:
                 self._log(figures)
                 bar.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))

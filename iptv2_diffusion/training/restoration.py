@@ -149,7 +149,7 @@ class RestorationTask:
     # Held-out quality
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, step: int, last: bool) -> dict[str, float]:
         """Mean PSNR of the held-out crops of each kind, clipped to [0, 1], not rounded. Every process computes all."""
         figures = {}
         for name, batch in self.heldout.items():

@@ -295,6 +295,8 @@ def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path
         (["--class_balance", 1.5], r"class_balance is 1.5; it must lie in \[0, 1\]"),
         (["--class_balance", 0.5, "--streaming", "true"], "needs the labels of all images beforehand"),
         (["--kid_every", 15], "kid_samples is 40, kid_every 15, eval_every 10: give .* a multiple of eval_every"),
+        (["--kid_every", 0], "kid_every is 0; it must be at least 1"),
+        (["--heldout_fraction", 0.05], "kid_samples needs 2 held-out images or more, not 1"),
         (["--kid_extractor", "vgg"], "extractor 'vgg': use inception"),
         (["--heldout_fraction", 0], "kid_samples needs held-out images"),
         (["--report_to", "paper"], "report_to is 'paper'; choose"),
