@@ -129,7 +129,7 @@ def load_train_and_heldout(
     train = load_image_dataset(source, split=train_split, **columns)
     if heldout_split is not None:
         heldout = load_image_dataset(source, split=heldout_split, **columns)
-        return train, _with_labels_of(heldout, train, f'{source}, split "{heldout_split}"')
+        return train, with_labels_of(heldout, train, f'{source}, split "{heldout_split}"')
     if heldout_fraction == 0 or len(train) < 2:
         return train, None
     order = torch.randperm(len(train), generator=generator_for(seed, "heldout")).tolist()
@@ -137,17 +137,23 @@ def load_train_and_heldout(
     return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
 
 
-def _with_labels_of(data: datasets.Dataset, train: datasets.Dataset, what: str) -> datasets.Dataset:
-    """`data` with the class numbers of `train`: a split that lacks a class numbers the others differently."""
-    names, wanted = class_names(data), class_names(train)
-    if wanted is None:
-        return data.remove_columns("label") if names else data
-    if names is None:
+def with_labels_of(
+    data: datasets.Dataset, train: datasets.Dataset | datasets.IterableDataset, what: str
+) -> datasets.Dataset:
+    """`data` with the class numbers of `train`: a split that lacks a class numbers the others differently.
+
+    Labels without names, as a stream may have them, are class numbers already. `what` names `data` in messages. Raises
+    ValueError for labels that are missing, negative, or of classes that `train` lacks.
+    """
+    if "label" not in train.column_names:
+        return data.remove_columns("label") if "label" in data.column_names else data
+    if "label" not in data.column_names:
         raise ValueError(f'{what}: has no labels, but the training images have; label_column "ignore" trains without')
     labels = list(data["label"])
-    if min(labels) < 0:
-        raise ValueError(f"{what}: has the label {min(labels)}; labels are 0 to {len(names) - 1}: choose another split")
-    if names == wanted:
+    if min(labels, default=0) < 0:
+        raise ValueError(f"{what}: has the label {min(labels)}; labels start at 0: choose another split")
+    names, wanted = class_names(data), class_names(train)
+    if names is None or wanted is None or names == wanted:
         return data
     unknown = sorted({names[label] for label in labels} - set(wanted))
     if unknown:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import datasets
 import torch
 
-from iptv2_diffusion.data.images import ImageTensors, class_names, load_image_dataset, load_train_and_heldout
+from iptv2_diffusion.data.images import (
+    ImageTensors,
+    class_names,
+    load_image_dataset,
+    load_train_and_heldout,
+    with_labels_of,
+)
 from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource, cached_latents
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
 from iptv2_diffusion.data.sampling import DataOrder, class_balanced_weights
@@ -73,6 +79,7 @@ def _load_stream(
             first = load_image_dataset(config.data, split=config.heldout_split, streaming=True, **columns)
             records = list(first.take(config.heldout_samples))
             dataset = datasets.Dataset.from_list(records, features=first.features)
+            dataset = with_labels_of(dataset, train, f'{config.data}, split "{config.heldout_split}"')
             heldout = ImageTensors(dataset, size=config.size, strict=config.strict)
     return ImageStream(train, config.size, strict=config.strict, block=config.shuffle_block), heldout, names
 
