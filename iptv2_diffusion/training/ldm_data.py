@@ -47,6 +47,12 @@ def load_images(
             seed=config.seed,
             **columns,
         )
+    names = class_names(train) or []
+    if config.class_balance and not names:
+        raise ConfigError(
+            f"class_balance is {config.class_balance}, but no labels were found in {config.data}; name them by "
+            "--label_column, give every class its own sub-folder, or leave class_balance out"
+        )
     if config.dry_run:
         train = train.select(range(min(len(train), 2 * config.batch_size)))
         heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
@@ -55,7 +61,7 @@ def load_images(
         return ImageTensors(dataset, size=config.size, strict=config.strict)
 
     with user_errors(ValueError):
-        return tensors(train), None if heldout is None else tensors(heldout), class_names(train) or []
+        return tensors(train), None if heldout is None else tensors(heldout), names
 
 
 def _load_stream(

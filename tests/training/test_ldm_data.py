@@ -7,6 +7,7 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from iptv2_diffusion.training.errors import ConfigError
 from iptv2_diffusion.training.ldm_config import LDMConfig
 from iptv2_diffusion.training.ldm_data import load_images
 
@@ -43,3 +44,13 @@ def test_class_numbers_of_a_stream_stay(tmp_path):
     _, heldout, names = load(tmp_path, heldout_split="val", streaming=True, num_classes=4)
     assert names == ["0", "1", "2", "3"]
     assert heldout.labels == [1, 2]
+
+
+@pytest.mark.parametrize("labels", ["none", "ignored"])
+def test_classes_are_not_balanced_without_labels(tmp_path, labels):
+    folder = tmp_path if labels == "none" else tmp_path / "a"
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(folder / "x.png")
+    column = None if labels == "none" else "ignore"
+    with pytest.raises(ConfigError, match=r"class_balance is 0\.5, but no labels were found in"):
+        load(tmp_path, class_balance=0.5, label_column=column)
