@@ -136,7 +136,8 @@ def cached_latents(
 def dataset_fingerprint(images: ImageTensors) -> str:
     """16 hex digits that change with the images: file names, sizes and times, or `datasets`' own fingerprint.
 
-    (`datasets` knows what a parquet or a Hub data set was made from, but of loose files only the names.)
+    (`datasets` knows what a parquet or a Hub data set was made from, but of loose files only the names.) Of images
+    behind URLs the names alone count; those of the Hub hold the revision.
     """
     dataset = images.dataset
     digest = hashlib.sha256(f"{len(dataset)} {images.labels}".encode())
@@ -144,8 +145,10 @@ def dataset_fingerprint(images: ImageTensors) -> str:
         digest.update(dataset._fingerprint.encode())
     else:
         for record in dataset.select_columns("image")[:]["image"]:
-            state = file_of(record["path"]).stat()
-            digest.update(f"{record['path']} {state.st_size} {state.st_mtime_ns}".encode())
+            digest.update(record["path"].encode())
+            if "://" not in record["path"]:
+                state = file_of(record["path"]).stat()
+                digest.update(f" {state.st_size} {state.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 

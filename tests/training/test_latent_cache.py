@@ -233,6 +233,21 @@ def test_fingerprints_of_parquet_follow_its_content(folder, tmp_path):
     assert fingerprint(4) != fingerprint(5)
 
 
+def test_fingerprints_of_images_behind_urls_follow_their_names(folder):
+    """As of Hub repositories whose images `datasets` fetches one by one."""
+    urls = [path.as_uri() for path in sorted(folder.rglob("*.png"))]
+
+    def fingerprint(*paths):
+        features = datasets.Features({"image": datasets.Image(decode=False)})
+        records = [{"bytes": None, "path": path} for path in paths]
+        images = ImageTensors(datasets.Dataset.from_dict({"image": records}, features=features), size=SIZE)
+        assert images.valid_indices() == [0, 1]
+        return dataset_fingerprint(images)
+
+    assert fingerprint(*urls[:2]) == fingerprint(*urls[:2])
+    assert fingerprint(*urls[:2]) != fingerprint(*urls[1:3])
+
+
 def test_the_index_says_what_it_was_made_from(folder, codec, tmp_path):
     cache, _ = make(folder, codec, tmp_path)
     index = json.loads((cache.folder / "index.json").read_text())
