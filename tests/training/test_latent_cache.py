@@ -136,8 +136,12 @@ def test_corrupt_images_are_left_out_and_named(folder, codec, tmp_path):
     bad.write_bytes(bad.read_bytes()[:40])
     cache, messages = make(folder, codec, tmp_path)
     assert len(cache) == COUNT - 1
-    assert "left out 1 of 11 images" in messages[0]
-    assert "03.png" in messages[0]
+    assert "left out 1 of 11 images" in messages[-1]
+    assert "03.png" in messages[-1]
+    _, again = make(folder, codec, tmp_path)
+    assert again == messages[-1:]  # told whenever the cache is used
+    with pytest.raises(ValueError, match=r"03\.png: cannot be read .*one of 1 that .* lacks"):
+        cached_latents(load(folder, strict=True), codec, tmp_path / "cache")
     with pytest.raises(ValueError, match=r"03\.png"):
         cached_latents(load(folder, strict=True), codec, tmp_path / "other")
     assert not list((tmp_path / "other").rglob("*.*"))
