@@ -18,12 +18,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -190,7 +192,7 @@ class _Maker:
         self.paths = [folder / f"shard-{number:05d}.safetensors" for number in range(len(self.parts))]
         folder.mkdir(parents=True, exist_ok=True)
         self.missing = [number for number, path in enumerate(self.paths) if not _is_shard(path)]
-        self.temporary = f".tmp-{socket.gethostname()}-"
+        self.temporary = f".tmp-{socket.gethostname()}-{os.getpid()}-"  # another run may make the same shards
 
     def make_share(self, process: int, processes: int) -> None:
         """Make the missing shards whose number is `process` modulo `processes`."""
@@ -221,14 +223,16 @@ class _Maker:
                 _, items, *shape = shard.get_slice("mean").get_shape()
                 count += items
         if count == 0:
-            raise ValueError(f"none of the {len(self.images)} images can be read; the first: {_unreadable(self.paths[0])[0]}")
+            first = _unreadable(self.paths[0])[0]
+            raise ValueError(f"none of the {len(self.images)} images can be read; the first: {first}")
         shards = {path.name: path.stat().st_size for path in self.paths}
         index = {**description, "count": count, "latent_shape": shape, "shards": shards}
         temporary = self.folder / f"{self.temporary}index.json"
         temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
         os.replace(temporary, self.folder / "index.json")
-        for path in self.folder.glob(f"{self.temporary}*"):  # of an earlier, killed run
-            path.unlink(missing_ok=True)
+        for path in self.folder.glob(".tmp-*"):
+            if _is_left_behind(path):
+                path.unlink(missing_ok=True)
         seconds, views = time.perf_counter() - self.started, self.encoding.views
         made = sum(len(self.parts[number]) for number in self.missing)
         say(
@@ -242,6 +246,12 @@ def _unreadable(path: Path) -> list[str]:
     """What was wrong with the images that a shard lacks, see `encode_shard`."""
     with safe_open(path, framework="pt") as shard:
         return json.loads(shard.metadata()["unreadable"])
+
+
+def _is_left_behind(path: Path) -> bool:
+    """Whether a temporary file is of a killed run: of a process of this machine that no longer lives."""
+    match = re.fullmatch(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-(shard-\d+|index)\.\w+", path.name)
+    return match is not None and not psutil.pid_exists(int(match[1]))
 
 
 def _is_shard(path: Path) -> bool:

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 
 import datasets
@@ -184,12 +186,25 @@ def test_a_killed_making_goes_on_with_the_missing_shards(folder, codec, tmp_path
     whole = {p.name: p.read_bytes() for p in cache.folder.iterdir()}
     (cache.folder / "index.json").unlink()
     (cache.folder / "shard-00001.safetensors").unlink()
-    (cache.folder / f".tmp-{socket.gethostname()}-shard-00001.safetensors").write_bytes(b"half")
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (cache.folder / f".tmp-{socket.gethostname()}-{killed.pid}-shard-00001.safetensors").write_bytes(b"half")
     kept = (cache.folder / "shard-00000.safetensors").stat().st_mtime_ns
     again, messages = make(folder, codec, tmp_path)
     assert "encoded 3 images of 11" in messages[0]
     assert (cache.folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
     assert {p.name: p.read_bytes() for p in again.folder.iterdir()} == whole
+
+
+def test_two_runs_that_make_the_same_cache_do_not_meet(folder, codec, tmp_path):
+    """The other run is in the middle of the same shard, here or on another machine: its file stays as it is."""
+    whole, _ = make(folder, codec, tmp_path)
+    (whole.folder / "shard-00000.safetensors").unlink()
+    names = [f".tmp-{host}-{os.getppid()}-shard-00000.safetensors" for host in (socket.gethostname(), "other-1")]
+    for name in names:
+        (whole.folder / name).write_bytes(b"half")
+    make(folder, codec, tmp_path)
+    assert [(whole.folder / name).read_bytes() for name in names] == [b"half"] * 2
 
 
 @pytest.mark.parametrize("flips", [True, False])
