@@ -51,7 +51,8 @@ def load_image_dataset(
     one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a WebDataset
     shard (a tar of KEY.jpg and KEY.cls), a glob or folder of them, which `datasets` copies into its cache; a tar of one
     tar per class, as ImageNet's, read in place; a Hub name. With `streaming` nothing is copied: an IterableDataset.
-    `split` takes whatever `datasets` takes ("train", "train[:100]"). The columns are found by their usual names when
+    `split` takes whatever `datasets` takes ("train", "train[:100]"); files that are named one by one, or by a glob, are
+    the one split "train", a folder of tars may have a folder per split. The columns are found by their usual names when
     `image_column` and `label_column` are not given; `label_column="ignore"` leaves the labels out.
 
     Returns a Dataset with "image" (undecoded: {"bytes", "path"}) and, when labelled, "label" (ClassLabel).
@@ -68,9 +69,10 @@ def load_image_dataset(
         elif suffixes & IMAGE_SUFFIXES:
             data = _load_folder(path, split)
         elif ".tar" in suffixes:
+            shards, part = _split_folder(path, split, {".tar"})
             return load_image_dataset(
-                path / "**" / "*.tar",
-                split=split,
+                shards / "**" / "*.tar",
+                split=f"train{part}",
                 image_column=image_column,
                 label_column=label_column,
                 cache_dir=cache_dir,
@@ -84,13 +86,16 @@ def load_image_dataset(
         files = sorted(glob.glob(str(path), recursive=True))
         if not files:
             raise FileNotFoundError(f"{path}: no such {path.suffix[1:]} file; give a file, a glob or a folder")
-        # Files that are named one by one form one split, whatever the caller calls it; a slice such as [:100] stays.
-        _, bracket, rest = split.partition("[")
+        name, part = _name_and_part(split)
+        if name != "train":
+            raise ValueError(
+                f'{path}: no split "{name}"; files named one by one are the one split "train": give heldout_split none '
+                "for a share of them, or a folder with a split each"
+            )
         if path.suffix == ".tar" and is_nested_tar(Path(files[0])):
-            data = _cut(_load_nested(files, cache), bracket, rest)
+            data = _cut(_load_nested(files, cache), part)
         else:
-            kind = FILE_BUILDERS[path.suffix]
-            data = _load_split(kind, f"train{bracket}{rest}", data_files={"train": files}, **options)
+            data = _load_split(FILE_BUILDERS[path.suffix], split, data_files={"train": files}, **options)
     elif path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1 or path.exists():
         raise FileNotFoundError(f"{path}: no such folder or parquet file")
     else:
@@ -124,7 +129,7 @@ def load_train_and_heldout(
     train = load_image_dataset(source, split=train_split, **columns)
     if heldout_split is not None:
         heldout = load_image_dataset(source, split=heldout_split, **columns)
-        return train, _with_labels_of(heldout, train, f'{source}, split "{heldout_split}"')
+        return train, with_labels_of(heldout, train, f'{source}, split "{heldout_split}"')
     if heldout_fraction == 0 or len(train) < 2:
         return train, None
     order = torch.randperm(len(train), generator=generator_for(seed, "heldout")).tolist()
@@ -132,17 +137,23 @@ def load_train_and_heldout(
     return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
 
 
-def _with_labels_of(data: datasets.Dataset, train: datasets.Dataset, what: str) -> datasets.Dataset:
-    """`data` with the class numbers of `train`: a split that lacks a class numbers the others differently."""
-    names, wanted = class_names(data), class_names(train)
-    if wanted is None:
-        return data.remove_columns("label") if names else data
-    if names is None:
+def with_labels_of(
+    data: datasets.Dataset, train: datasets.Dataset | datasets.IterableDataset, what: str
+) -> datasets.Dataset:
+    """`data` with the class numbers of `train`: a split that lacks a class numbers the others differently.
+
+    Labels without names, as a stream may have them, are class numbers already. `what` names `data` in messages. Raises
+    ValueError for labels that are missing, negative, or of classes that `train` lacks.
+    """
+    if "label" not in train.column_names:
+        return data.remove_columns("label") if "label" in data.column_names else data
+    if "label" not in data.column_names:
         raise ValueError(f'{what}: has no labels, but the training images have; label_column "ignore" trains without')
     labels = list(data["label"])
-    if min(labels) < 0:
-        raise ValueError(f"{what}: has the label {min(labels)}; labels are 0 to {len(names) - 1}: choose another split")
-    if names == wanted:
+    if min(labels, default=0) < 0:
+        raise ValueError(f"{what}: has the label {min(labels)}; labels start at 0: choose another split")
+    names, wanted = class_names(data), class_names(train)
+    if names is None or wanted is None or names == wanted:
         return data
     unknown = sorted({names[label] for label in labels} - set(wanted))
     if unknown:
@@ -179,14 +190,7 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
     Written out rather than left to `imagefolder`, which takes "test" or "val" anywhere in a file's name for a split and
     labels by the last folder only.
     """
-    name, bracket, rest = split.partition("[")
-    splits = sorted({f.name for f in path.iterdir() if f.is_dir()} & SPLIT_FOLDERS)
-    if name in splits:
-        path = path / name
-    elif splits:
-        raise ValueError(f'{path}: no split "{name}"; there are: {", ".join(splits)}')
-    elif name != "train":
-        raise ValueError(f'{path}: no split "{name}"; without folders train/, test/ … all images are the split "train"')
+    path, part = _split_folder(path, split, IMAGE_SUFFIXES)
     files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise ValueError(f"{path}: no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
@@ -204,14 +208,49 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
             "sub-folders; move them into one if the sub-folders are classes",
             stacklevel=3,
         )
-    return _cut(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), bracket, rest)
+    return _cut(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), part)
 
 
-def _cut(data: datasets.Dataset, bracket: str, rest: str) -> datasets.Dataset:
-    """The part that a split such as "train[:100]" names, `bracket` and `rest` being what follows the name."""
-    if not bracket:
+def _split_folder(path: Path, split: str, suffixes: set[str]) -> tuple[Path, str]:
+    """The folder with the files of a split, and the part of it that is meant: `path` itself if it has no split folders.
+
+    Raises ValueError for a split that is not there, and where folders with files of these suffixes lie beside the
+    splits: classes, one of which may be called "train".
+    """
+    name, part = _name_and_part(split)
+    folders = sorted(f.name for f in path.iterdir() if f.is_dir())
+    splits = [folder for folder in folders if folder in SPLIT_FOLDERS]
+    if not splits:
+        if name != "train":
+            raise ValueError(f'{path}: no split "{name}"; without folders train/, test/ … all are the split "train"')
+        return path, part
+    beside = [
+        folder
+        for folder in folders
+        if folder not in SPLIT_FOLDERS and any(f.suffix.lower() in suffixes for f in (path / folder).rglob("*"))
+    ]
+    if beside:
+        shown = ", ".join(beside[:5]) + (" …" if len(beside) > 5 else "")
+        raise ValueError(
+            f"{path}: {', '.join(splits)} would be splits, but {shown} beside them would not: if all are classes, move "
+            "them into a folder train/ of their own, else move the others away"
+        )
+    if name not in splits:
+        raise ValueError(f'{path}: no split "{name}"; there are: {", ".join(splits)}')
+    return path / name, part
+
+
+def _name_and_part(split: str) -> tuple[str, str]:
+    """Name and part of a split: "train" and "[:100]" of "train[:100]"; an empty part means all of it."""
+    name, bracket, rest = split.partition("[")
+    return name, bracket + rest
+
+
+def _cut(data: datasets.Dataset, part: str) -> datasets.Dataset:
+    """The part of all images that a split such as "train[:100]" names, see `_name_and_part`."""
+    if not part:
         return data
-    parts = datasets.ReadInstruction.from_spec(f"train[{rest}").to_absolute({"train": len(data)})
+    parts = datasets.ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(data)})
     return datasets.concatenate_datasets([data.select(range(p.from_ or 0, p.to)) for p in parts])
 
 

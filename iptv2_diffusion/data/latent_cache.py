@@ -18,12 +18,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -56,12 +58,14 @@ class LatentCache:
         latent_shape: (C, h, w).
         has_spread: whether the posterior has a deviation (else `StepDraws.posterior_noise` may be None).
         class_labels: (N,) int64.
+        unreadable: what was wrong with the images that were left out.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
         self._shards = [load_file(self.folder / name) for name in index["shards"]]
+        self.unreadable: list[str] = [text for name in index["shards"] for text in _unreadable(self.folder / name)]
         self.latent_shape: tuple[int, int, int] = tuple(index["latent_shape"])
         self.flips: bool = index["flips"]
         self.crops: int = index["crops"]
@@ -105,7 +109,7 @@ def cached_latents(
     """Open the cache of these images under this codec, making first what is missing of it.
 
     Args:
-        images: the images; corrupt ones are left out (or raise, as `images` was told).
+        images: the images; corrupt ones are left out and told (or raise, as `images` was told), every time.
         codec: on the device that is to encode.
         cache_dir: folder of caches, one sub-folder each.
         encoding: views, dtype and precision.
@@ -130,13 +134,20 @@ def cached_latents(
             maker.finish(description, say)
     while not _is_whole(folder):  # not a barrier: those time out, and a large set takes hours
         time.sleep(0.2)
-    return LatentCache(folder)
+    cache = LatentCache(folder)
+    if cache.unreadable and images.strict:  # of a run that was not strict
+        raise ValueError(f"{cache.unreadable[0]} (one of {len(cache.unreadable)} that {folder} lacks)")
+    if cache.unreadable and share[0] == 0:
+        shown = "; ".join(cache.unreadable[:5]) + ("; ..." if len(cache.unreadable) > 5 else "")
+        say(f"left out {len(cache.unreadable)} of {len(images)} images that cannot be read: {shown}")
+    return cache
 
 
 def dataset_fingerprint(images: ImageTensors) -> str:
     """16 hex digits that change with the images: file names, sizes and times, or `datasets`' own fingerprint.
 
-    (`datasets` knows what a parquet or a Hub data set was made from, but of loose files only the names.)
+    (`datasets` knows what a parquet or a Hub data set was made from, but of loose files only the names.) Of images
+    behind URLs the names alone count; those of the Hub hold the revision.
     """
     dataset = images.dataset
     digest = hashlib.sha256(f"{len(dataset)} {images.labels}".encode())
@@ -144,8 +155,10 @@ def dataset_fingerprint(images: ImageTensors) -> str:
         digest.update(dataset._fingerprint.encode())
     else:
         for record in dataset.select_columns("image")[:]["image"]:
-            state = file_of(record["path"]).stat()
-            digest.update(f"{record['path']} {state.st_size} {state.st_mtime_ns}".encode())
+            digest.update(record["path"].encode())
+            if "://" not in record["path"]:
+                state = file_of(record["path"]).stat()
+                digest.update(f" {state.st_size} {state.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -179,7 +192,7 @@ class _Maker:
         self.paths = [folder / f"shard-{number:05d}.safetensors" for number in range(len(self.parts))]
         folder.mkdir(parents=True, exist_ok=True)
         self.missing = [number for number, path in enumerate(self.paths) if not _is_shard(path)]
-        self.temporary = f".tmp-{socket.gethostname()}-"
+        self.temporary = f".tmp-{socket.gethostname()}-{os.getpid()}-"  # another run may make the same shards
 
     def make_share(self, process: int, processes: int) -> None:
         """Make the missing shards whose number is `process` modulo `processes`."""
@@ -204,24 +217,22 @@ class _Maker:
         """Wait for the others' shards, write the index, and tell what was made."""
         while not all(_is_shard(path) for path in self.paths):
             time.sleep(0.2)
-        count, unreadable, shape = 0, [], ()
+        count, shape = 0, ()
         for path in self.paths:
             with safe_open(path, framework="pt") as shard:
-                unreadable += json.loads(shard.metadata()["unreadable"])
                 _, items, *shape = shard.get_slice("mean").get_shape()
                 count += items
         if count == 0:
-            raise ValueError(f"none of the {len(self.images)} images can be read; the first: {unreadable[0]}")
+            first = _unreadable(self.paths[0])[0]
+            raise ValueError(f"none of the {len(self.images)} images can be read; the first: {first}")
         shards = {path.name: path.stat().st_size for path in self.paths}
         index = {**description, "count": count, "latent_shape": shape, "shards": shards}
         temporary = self.folder / f"{self.temporary}index.json"
         temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
         os.replace(temporary, self.folder / "index.json")
-        for path in self.folder.glob(f"{self.temporary}*"):  # of an earlier, killed run
-            path.unlink(missing_ok=True)
-        if unreadable:
-            shown = "; ".join(unreadable[:5]) + ("; ..." if len(unreadable) > 5 else "")
-            say(f"left out {len(unreadable)} of {len(self.images)} images that cannot be read: {shown}")
+        for path in self.folder.glob(".tmp-*"):
+            if _is_left_behind(path):
+                path.unlink(missing_ok=True)
         seconds, views = time.perf_counter() - self.started, self.encoding.views
         made = sum(len(self.parts[number]) for number in self.missing)
         say(
@@ -229,6 +240,18 @@ class _Maker:
             f"({made * views / seconds:.0f} views/s, {sum(shards.values()) / count:.0f} bytes an image) into "
             f"{self.folder}"
         )
+
+
+def _unreadable(path: Path) -> list[str]:
+    """What was wrong with the images that a shard lacks, see `encode_shard`."""
+    with safe_open(path, framework="pt") as shard:
+        return json.loads(shard.metadata()["unreadable"])
+
+
+def _is_left_behind(path: Path) -> bool:
+    """Whether a temporary file is of a killed run: of a process of this machine that no longer lives."""
+    match = re.fullmatch(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-(shard-\d+|index)\.\w+", path.name)
+    return match is not None and not psutil.pid_exists(int(match[1]))
 
 
 def _is_shard(path: Path) -> bool:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import datasets
 import torch
 
-from iptv2_diffusion.data.images import ImageTensors, class_names, load_image_dataset, load_train_and_heldout
+from iptv2_diffusion.data.images import (
+    ImageTensors,
+    class_names,
+    load_image_dataset,
+    load_train_and_heldout,
+    with_labels_of,
+)
 from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource, cached_latents
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
 from iptv2_diffusion.data.sampling import DataOrder, class_balanced_weights
@@ -41,6 +47,12 @@ def load_images(
             seed=config.seed,
             **columns,
         )
+    names = class_names(train) or []
+    if config.class_balance and not names:
+        raise ConfigError(
+            f"class_balance is {config.class_balance}, but no labels were found in {config.data}; name them by "
+            "--label_column, give every class its own sub-folder, or leave class_balance out"
+        )
     if config.dry_run:
         train = train.select(range(min(len(train), 2 * config.batch_size)))
         heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
@@ -49,7 +61,7 @@ def load_images(
         return ImageTensors(dataset, size=config.size, strict=config.strict)
 
     with user_errors(ValueError):
-        return tensors(train), None if heldout is None else tensors(heldout), class_names(train) or []
+        return tensors(train), None if heldout is None else tensors(heldout), names
 
 
 def _load_stream(
@@ -73,6 +85,7 @@ def _load_stream(
             first = load_image_dataset(config.data, split=config.heldout_split, streaming=True, **columns)
             records = list(first.take(config.heldout_samples))
             dataset = datasets.Dataset.from_list(records, features=first.features)
+            dataset = with_labels_of(dataset, train, f'{config.data}, split "{config.heldout_split}"')
             heldout = ImageTensors(dataset, size=config.size, strict=config.strict)
     return ImageStream(train, config.size, strict=config.strict, block=config.shuffle_block), heldout, names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -37,6 +38,17 @@ def png(image: Image.Image) -> bytes:
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def write_shard(path: Path, pictures: Sequence[Image.Image], keys: Iterable[int]) -> None:
+    """A WebDataset shard of these pictures, whose classes are their keys modulo 3."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key in keys:
+            for suffix, content in (("png", png(pictures[key])), ("cls", str(key % 3).encode())):
+                member = tarfile.TarInfo(f"{key:03d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 @pytest.fixture
@@ -91,6 +103,17 @@ class TestSources:
         with pytest.raises(ValueError, match='no split "val"; there are: test, train'):
             load_image_dataset(root, split="val")
 
+    def test_a_class_called_train_is_no_split(self, labelled: Path) -> None:
+        """CIFAR-100 has one."""
+        (labelled / "notes").mkdir()  # without images: no class
+        (labelled / "train").mkdir()
+        picture().save(labelled / "train" / "x.png")
+        with pytest.raises(ValueError, match=r"train would be splits, but cat, dog beside them would not: .* move"):
+            load_image_dataset(labelled)
+        (labelled.parent / "moved").mkdir()
+        labelled.rename(labelled.parent / "moved" / "train")  # as the message says
+        assert class_names(load_image_dataset(labelled.parent / "moved")) == ["cat", "dog", "train"]
+
     def test_slice_of_a_folder(self, labelled: Path) -> None:
         whole = load_image_dataset(labelled)
         assert load_image_dataset(labelled, split="train[1:3]")["label"] == whole["label"][1:3]
@@ -114,14 +137,8 @@ class TestSources:
     def test_webdataset_tar_shards(self, tmp_path: Path, form: str) -> None:
         """Two shards of KEY.png and KEY.cls; the images come back as they went in, in the order of shards and keys."""
         pictures = [noise(12, 8, seed) for seed in range(5)]
-        (tmp_path / "shards").mkdir()
-        for shard, keys in (("00000", (0, 1, 2)), ("00001", (3, 4))):
-            with tarfile.open(tmp_path / "shards" / f"train-{shard}.tar", "w") as tar:
-                for key in keys:
-                    for suffix, content in (("png", png(pictures[key])), ("cls", str(key % 3).encode())):
-                        member = tarfile.TarInfo(f"{key:03d}.{suffix}")
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
+        write_shard(tmp_path / "shards" / "train-00000.tar", pictures, range(3))
+        write_shard(tmp_path / "shards" / "train-00001.tar", pictures, (3, 4))
         sources = {"folder": "shards", "file": "shards/train-00000.tar", "glob": "shards/*.tar"}
         data = load_image_dataset(tmp_path / sources[form], cache_dir=tmp_path / "cache")
         count = 3 if form == "file" else 5
@@ -130,6 +147,26 @@ class TestSources:
         images = ImageTensors(data, size=(8, 12))
         for i in range(count):
             assert torch.equal(images[i]["pixel_values"], to_tensor(pictures[i]))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_split_folders_of_tar_shards(self, tmp_path: Path, streaming: bool) -> None:
+        pictures = [noise(12, 8, seed) for seed in range(5)]
+        write_shard(tmp_path / "shards" / "train" / "0.tar", pictures, range(3))
+        write_shard(tmp_path / "shards" / "val" / "0.tar", pictures, (3, 4))
+
+        def paths(split: str) -> list[str]:
+            data = load_image_dataset(
+                tmp_path / "shards", split=split, cache_dir=tmp_path / "cache", streaming=streaming
+            )
+            return [record["image"]["path"].split("/")[-1] for record in data]
+
+        assert paths("train") == ["000.png", "001.png", "002.png"]
+        assert paths("val") == ["003.png", "004.png"]
+        with pytest.raises(ValueError, match='no split "test"; there are: train, val'):
+            paths("test")
+        write_shard(tmp_path / "shards" / "more" / "0.tar", pictures, (0,))
+        with pytest.raises(ValueError, match="train, val would be splits, but more beside them"):
+            paths("train")
 
     def test_columns_are_found(self, parquet: Path) -> None:
         data = load_image_dataset(parquet)  # the only Image feature, under an unusual name; "kind" is no usual label
@@ -174,6 +211,17 @@ class TestHeldOut:
         picture().save(splits / "test" / "y.png")
         with pytest.warns(UserWarning, match="beside"), pytest.raises(ValueError, match="has no labels"):
             load_train_and_heldout(splits, heldout_split="test")
+
+    @pytest.mark.parametrize("source", ["train.parquet", "*.parquet"])
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_files_named_one_by_one_hold_no_second_split(self, parquet: Path, source: str, streaming: bool) -> None:
+        """Else the same images would be trained on and held out."""
+        with pytest.raises(ValueError, match='no split "heldout"; files named one by one are the one split "train"'):
+            load_train_and_heldout(parquet / source, heldout_split="heldout", streaming=streaming)
+        train, heldout = load_train_and_heldout(
+            parquet / source, train_split="train[1:]", heldout_split="train[:1]", label_column="kind"
+        )
+        assert (len(train), len(heldout)) == (2, 1)
 
 
 class TestWrongSources:

@@ -225,7 +225,7 @@ class TestInception:
             x = getattr(net, name)(x)
         branch = net.Mixed_6d.branch1x1
         spatial = torch.relu(branch.bn(branch.conv(x)))[:, :7]
-        for row, column, channel in ((0, 0, 0), (0, 0, 6), (0, 1, 0), (16, 16, 6), (3, 11, 4)):  # as ADM flattens (H, W, C)
+        for row, column, channel in ((0, 0, 0), (0, 0, 6), (0, 1, 0), (16, 16, 6), (3, 11, 4)):  # ADM: (H, W, C)
             kept = outputs["spatial"][:, (row * 17 + column) * 7 + channel]
             assert torch.allclose(kept, spatial[:, channel, row, column], atol=1e-6)
         assert spatial.std() > 0

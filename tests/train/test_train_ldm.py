@@ -133,7 +133,7 @@ def test_a_corrupt_image_is_left_out_or_fails_by_name(main, ground, tmp_path, ca
     images = shutil.copytree(ground / "images", tmp_path / "images")
     bad = images / "fish" / "fish-3.png"
     bad.write_bytes(bad.read_bytes()[:50])
-    options = ("--data", images, "--max_train_steps", 1, "--heldout_fraction", 0)
+    options = ("--data", images, "--max_train_steps", 1, "--heldout_fraction", 0, "--kid_samples", 0)
     with pytest.raises(UserError, match=r"fish-3\.png: cannot be read"):
         main(tmp_path / "strict", *options, "--strict")
     assert main(tmp_path / "run", *options) == 0

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 
 import datasets
@@ -136,8 +138,12 @@ def test_corrupt_images_are_left_out_and_named(folder, codec, tmp_path):
     bad.write_bytes(bad.read_bytes()[:40])
     cache, messages = make(folder, codec, tmp_path)
     assert len(cache) == COUNT - 1
-    assert "left out 1 of 11 images" in messages[0]
-    assert "03.png" in messages[0]
+    assert "left out 1 of 11 images" in messages[-1]
+    assert "03.png" in messages[-1]
+    _, again = make(folder, codec, tmp_path)
+    assert again == messages[-1:]  # told whenever the cache is used
+    with pytest.raises(ValueError, match=r"03\.png: cannot be read .*one of 1 that .* lacks"):
+        cached_latents(load(folder, strict=True), codec, tmp_path / "cache")
     with pytest.raises(ValueError, match=r"03\.png"):
         cached_latents(load(folder, strict=True), codec, tmp_path / "other")
     assert not list((tmp_path / "other").rglob("*.*"))
@@ -180,12 +186,25 @@ def test_a_killed_making_goes_on_with_the_missing_shards(folder, codec, tmp_path
     whole = {p.name: p.read_bytes() for p in cache.folder.iterdir()}
     (cache.folder / "index.json").unlink()
     (cache.folder / "shard-00001.safetensors").unlink()
-    (cache.folder / f".tmp-{socket.gethostname()}-shard-00001.safetensors").write_bytes(b"half")
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (cache.folder / f".tmp-{socket.gethostname()}-{killed.pid}-shard-00001.safetensors").write_bytes(b"half")
     kept = (cache.folder / "shard-00000.safetensors").stat().st_mtime_ns
     again, messages = make(folder, codec, tmp_path)
     assert "encoded 3 images of 11" in messages[0]
     assert (cache.folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
     assert {p.name: p.read_bytes() for p in again.folder.iterdir()} == whole
+
+
+def test_two_runs_that_make_the_same_cache_do_not_meet(folder, codec, tmp_path):
+    """The other run is in the middle of the same shard, here or on another machine: its file stays as it is."""
+    whole, _ = make(folder, codec, tmp_path)
+    (whole.folder / "shard-00000.safetensors").unlink()
+    names = [f".tmp-{host}-{os.getppid()}-shard-00000.safetensors" for host in (socket.gethostname(), "other-1")]
+    for name in names:
+        (whole.folder / name).write_bytes(b"half")
+    make(folder, codec, tmp_path)
+    assert [(whole.folder / name).read_bytes() for name in names] == [b"half"] * 2
 
 
 @pytest.mark.parametrize("flips", [True, False])
@@ -231,6 +250,21 @@ def test_fingerprints_of_parquet_follow_its_content(folder, tmp_path):
 
     assert fingerprint(4) == fingerprint(4)
     assert fingerprint(4) != fingerprint(5)
+
+
+def test_fingerprints_of_images_behind_urls_follow_their_names(folder):
+    """As of Hub repositories whose images `datasets` fetches one by one."""
+    urls = [path.as_uri() for path in sorted(folder.rglob("*.png"))]
+
+    def fingerprint(*paths):
+        features = datasets.Features({"image": datasets.Image(decode=False)})
+        records = [{"bytes": None, "path": path} for path in paths]
+        images = ImageTensors(datasets.Dataset.from_dict({"image": records}, features=features), size=SIZE)
+        assert images.valid_indices() == [0, 1]
+        return dataset_fingerprint(images)
+
+    assert fingerprint(*urls[:2]) == fingerprint(*urls[:2])
+    assert fingerprint(*urls[:2]) != fingerprint(*urls[1:3])
 
 
 def test_the_index_says_what_it_was_made_from(folder, codec, tmp_path):
