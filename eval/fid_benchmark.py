@@ -126,8 +126,16 @@ class Entry:
 
 
 def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: ReferenceImages) -> None:
-    """Refuse a Fréchet distance between singular covariances."""
+    """Refuse, before anything is drawn, what can not be scored or would be a distance between singular covariances."""
+    fewest = min(reference.count, *(e.generation.num_samples for e in config.entries()))
+    if fewest < 4:
+        raise ConfigError(f"there are {fewest} images to compare; give at least 4 samples and 4 references")
     for extractor in extractors:
+        if config.pca_components > (most := min(reference.count - 1, extractor.dimensions)):
+            raise ConfigError(
+                f"pca_components is {config.pca_components}, but {reference.count} references of "
+                f"{extractor.dimensions} features ({extractor.name}) have {most}; lower it or give more references"
+            )
         kept = "spatial" in extractor.heads and "pool" in reference.stored
         counts = {f"samples of {e.name}": e.generation.num_samples for e in config.entries()}
         counts |= {} if kept else {"references": reference.count}

@@ -234,6 +234,7 @@ def own_peak(config: ThroughputConfig) -> float:
     import torch
 
     from iptv2_diffusion.metrics.speed import peak_bytes
+    from iptv2_diffusion.training.latent_diffusion import null_label  # noqa: F401  make_step's libraries are not the row's
 
     spec = config.names[0]
     if config.megapixels:

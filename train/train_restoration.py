@@ -100,6 +100,8 @@ class RestorationConfig(TrainingConfig):
         if self.heldout == "auto":
             self.heldout = f"{PHOTOGRAPHS}/heldout" if self.data == f"{PHOTOGRAPHS}/train" else None
         self.require_positive("patch_sizes", "heldout_images", "heldout_size")
+        if self.patch_batch_sizes:
+            self.require_positive("patch_batch_sizes")
         stages = len(self.patch_sizes)
         if len(self.patch_steps) != stages - 1 or list(self.patch_steps) != sorted(self.patch_steps):
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,11 @@ class ReferenceImages:
             self.count, self.preparation = len(self._indices), f"ADM centre crop to {size}"
 
     def _open_npz(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as archive:
+        try:
+            archive = np.load(path, allow_pickle=False)
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{path} is damaged: {error}; download it again") from error
+        with archive:
             for head, names in _ADM_STATISTICS.items():
                 if all(name in archive for name in names):
                     self.stored[head] = Statistics(*(torch.from_numpy(archive[n].astype(np.float64)) for n in names))

@@ -54,6 +54,14 @@ def test_npz_without_8_bit_images_is_refused(tmp_path, content, message):
         ReferenceImages(str(tmp_path / "other.npz"))
 
 
+def test_truncated_npz_is_refused(tmp_path):
+    path = tmp_path / "half.npz"
+    np.savez(path, arr_0=np.zeros((4, 64, 64, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(ValueError, match=r"half\.npz is damaged: .*; download it again"):
+        ReferenceImages(str(path))
+
+
 def test_npz_is_not_unpickled(tmp_path):
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{"a": 1}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle=False"):
