@@ -27,7 +27,7 @@ class IPTV2Backbone(nn.Module):
         window_size: w of FCSA; at each level no larger than the level's map at `sample_size`.
         grid_stride: stride of GGSA, one number or one per level; None if `grid_size` is given.
         grid_size: fixed grid of GGSA instead of a stride.
-        ffn_ratio: r of Rep-LeFFN.
+        feed_forward, ffn_ratio: see `FGBlock`.
         conditioning_dim: D: one number for one vector that feeds all stages, one per level for a vector per level,
             None for an unconditional U.
         norm_bias: bias of the plain norms of an unconditional U.
@@ -45,6 +45,7 @@ class IPTV2Backbone(nn.Module):
         window_size: int = 8,
         grid_stride: int | Sequence[int] | None = 2,
         grid_size: int | None = None,
+        feed_forward: str = "rep-leffn",
         ffn_ratio: float = 2.0,
         conditioning_dim: int | Sequence[int] | None = None,
         norm_bias: bool = True,
@@ -81,6 +82,7 @@ class IPTV2Backbone(nn.Module):
                     shifted=shifted,
                     grid_stride=strides[resolutions[stage]],
                     grid_size=grid_size,
+                    feed_forward=feed_forward,
                     ffn_ratio=ffn_ratio,
                     conditioning_dim=dims[self.width_levels[stage]],
                     norm_bias=norm_bias,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import FocalContextAttention, GlobalGridAttention
-from .feed_forward import RepLeFFN
+from .feed_forward import FeedForward, RepLeFFN
 from .linear import Linear
 from .operators import scale_add
 
@@ -60,7 +60,8 @@ class FGBlock(nn.Module):
         attention_pattern: the attentions in order, each "focal" or "grid", a Rep-LeFFN after each [ours: the order].
         window_size, shifted: of FCSA.
         grid_stride, grid_size: of GGSA; exactly one is not None.
-        ffn_ratio: r of Rep-LeFFN.
+        feed_forward: "rep-leffn", or "plain" for one without depthwise convolutions (an ablation).
+        ffn_ratio: r of the feed-forward.
         conditioning_dim: D; None makes an unconditional block with plain norms.
         norm_bias: bias of the plain norms.
         temperature_init: of FCSA.
@@ -76,6 +77,7 @@ class FGBlock(nn.Module):
         shifted: bool = True,
         grid_stride: int | None = 2,
         grid_size: int | None = None,
+        feed_forward: str = "rep-leffn",
         ffn_ratio: float = 2.0,
         conditioning_dim: int | None = None,
         norm_bias: bool = True,
@@ -99,11 +101,18 @@ class FGBlock(nn.Module):
                 return GlobalGridAttention(channels, num_heads, grid_stride, grid_size)
             raise ValueError(f"attention_pattern has {kind!r}; it may name 'focal' and 'grid'")
 
+        def ffn() -> nn.Module:
+            if feed_forward == "rep-leffn":
+                return RepLeFFN(channels, ffn_ratio, fused)
+            if feed_forward == "plain":
+                return FeedForward(channels, ffn_ratio)
+            raise ValueError(f"feed_forward is {feed_forward!r}; it may be 'rep-leffn' or 'plain'")
+
         self.norms = nn.ModuleList()
         self.layers = nn.ModuleList()
         for kind in attention_pattern:
             self.norms.extend((norm(), norm()))
-            self.layers.extend((attention(kind), RepLeFFN(channels, ffn_ratio, fused)))
+            self.layers.extend((attention(kind), ffn()))
 
     def forward(self, x: Tensor, conditioning: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), conditioning (B, D) if the block is conditional -> (B, C, H, W)."""

@@ -1,4 +1,4 @@
-"""Rep-LeFFN: the re-parameterised, locally-enhanced feed-forward of an FG block (SPEC §5)."""
+"""Rep-LeFFN, the re-parameterised, locally-enhanced feed-forward of an FG block (SPEC §5), and the plain one."""
 
 import copy
 
@@ -10,7 +10,7 @@ from .depthwise import DepthwiseConv2d, add_depthwise, is_plain, merge_depthwise
 from .linear import Linear, linear
 from .operators import without_autocast
 
-__all__ = ["RepLeFFN"]
+__all__ = ["FeedForward", "RepLeFFN"]
 
 
 class RepLeFFN(nn.Module):
@@ -118,6 +118,19 @@ class RepLeFFN(nn.Module):
             trainable.depthwise_5x5.bias.copy_(self.depthwise.bias)
             trainable.project_out.bias.copy_(self.project.bias)
         return trainable.to(self.expand.weight.device, self.expand.weight.dtype)
+
+
+class FeedForward(nn.Module):
+    """The plain feed-forward, to see what Rep-LeFFN adds [ours: an ablation]: 1×1 (C→rC) → GELU → 1×1 (rC→C)."""
+
+    def __init__(self, channels: int, ratio: float = 2.0):
+        super().__init__()
+        self.expand = Linear(channels, int(channels * ratio))
+        self.project = Linear(int(channels * ratio), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.project(apply_linear(x.permute(0, 2, 3, 1), self.expand, gelu=True)).permute(0, 3, 1, 2)
 
 
 def apply_linear(x: Tensor, layer: nn.Linear, gelu: bool = False) -> Tensor:

@@ -119,7 +119,7 @@ class IPTV2RestorationModel(
             window_size,
             grid_stride,
             grid_size,
-            ffn_ratio,
+            ffn_ratio=ffn_ratio,
             conditioning_dim=conditioning_dim if conditional else None,
             norm_bias=norm_bias,
             temperature_init=temperature_init,

@@ -64,7 +64,8 @@ class IPTV2Transformer2DModel(
         window_size: w of FCSA.
         grid_stride: p of GGSA, one number or one per level; None if `grid_size` is given.
         grid_size: G of GGSA.
-        ffn_ratio: r of Rep-LeFFN.
+        feed_forward: "rep-leffn", or "plain" to see what the depthwise convolutions add.
+        ffn_ratio: r of the feed-forward.
         conditioning_dim: width of the one conditioning vector [ours]; None for embedders of each level's width
             [lineage].
         temperature_init: FCSA's temperature at initialisation.
@@ -93,6 +94,7 @@ class IPTV2Transformer2DModel(
         window_size: int = 8,
         grid_stride: int | Sequence[int] | None = (4, 2, 1),
         grid_size: int | None = None,
+        feed_forward: str = "rep-leffn",
         ffn_ratio: float = 2.0,
         conditioning_dim: int | None = 256,
         temperature_init: float = 1.0,
@@ -114,6 +116,7 @@ class IPTV2Transformer2DModel(
             window_size,
             grid_stride,
             grid_size,
+            feed_forward,
             ffn_ratio,
             conditioning_dim=conditioning_dim or conditioning_dims,
             temperature_init=temperature_init,

@@ -220,11 +220,13 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def sub_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """Whichever of FCSA, GGSA and Rep-LeFFN `layer` is."""
+    """Whichever of FCSA, GGSA, the plain feed-forward and Rep-LeFFN `layer` is."""
     if hasattr(layer, "spatial_affine"):
         return focal_context_attention(layer, x)
     if hasattr(layer, "logit_scale"):
         return global_grid_attention(layer, x, layer.stride, layer.grid_size)
+    if hasattr(layer, "expand"):
+        return pointwise(gelu(pointwise(x, layer.expand)), layer.project)
     return rep_leffn(layer, x)
 
 

@@ -34,6 +34,13 @@ class TestAgainstReference:
         with torch.no_grad():
             torch.testing.assert_close(block(x).double(), references.fg_block(block, x), rtol=1e-4, atol=5e-5)
 
+    def test_plain_feed_forward(self):
+        block = fg_block(feed_forward="plain")
+        x, conditioning = references.random_map(1, 8, 7, 10), references.random_map(1, 6)
+        with torch.no_grad():
+            expected = references.fg_block(block, x, conditioning)
+            torch.testing.assert_close(block(x, conditioning).double(), expected, rtol=1e-4, atol=5e-5)
+
     def test_grid_size_form(self):
         block = fg_block(grid_stride=None, grid_size=3)
         x, conditioning = references.random_map(1, 8, 7, 10), references.random_map(1, 6)
@@ -76,6 +83,10 @@ class TestConditioning:
     def test_unknown_layer_in_the_pattern(self):
         with pytest.raises(ValueError, match=r"local.*focal.*grid"):
             fg_block(attention_pattern=("local", "grid"))
+
+    def test_unknown_feed_forward(self):
+        with pytest.raises(ValueError, match=r"swiglu.*rep-leffn.*plain"):
+            fg_block(feed_forward="swiglu")
 
     def test_conditional_block_without_a_vector_says_so(self):
         with pytest.raises((ValueError, TypeError)):

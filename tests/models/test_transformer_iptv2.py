@@ -180,6 +180,10 @@ class TestTraining:
 
 
 class TestFusion:
+    def test_plain_feed_forwards_have_nothing_to_fuse(self):
+        model = denoiser(feed_forward="plain")
+        assert torch.equal(sample(model.fuse(), **inputs()), sample(model, **inputs()))
+
     @variants
     def test_fused_equals_unfused(self, variant):
         model = denoiser(**variant)
