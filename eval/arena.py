@@ -53,7 +53,7 @@ class ArenaConfig:
         "score", "count: only compare MACs; grid: the short runs; train: the full ones; score: all"
     )
     output_dir: str = option("runs/arena-emoji64", "folder of the runs")
-    results: str = option("docs/results/arena-emoji64.json", "rows of this size are replaced in this file")
+    results: str = option("docs/results/arena-emoji64.json", "rows of these models and this size are replaced")
 
     def validate(self) -> None:
         for name in ("learning_rates", "seeds", "models"):
@@ -340,12 +340,12 @@ def make_row(config: ArenaConfig, run: Run, cost: dict[str, Any], *, chosen: boo
 
 
 def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, Any]) -> Path:
-    """Replace this size's rows in the file of results; the machine and the recipe stand beside them."""
+    """Replace the rows of these models of this size in the file of results; machine and recipe stand beside them."""
     from iptv2_diffusion.metrics.speed import describe_machine
 
     path = Path(config.results)
-    saved = json.loads(path.read_text()) if path.is_file() else {"rows": [], "sizes": {}}
-    saved["rows"] = [row for row in saved["rows"] if row["size"] != config.size] + rows
+    saved = json.loads(path.read_text()) if path.is_file() else {"rows": [], "about": {}}
+    saved["rows"] = [r for r in saved["rows"] if r["size"] != config.size or r["model"] not in config.models] + rows
     options = {k: v for k, v in vars(config).items() if k not in ("output_dir", "results", "stop_after")}
     command = " ".join(["python", "eval/arena.py", *sys.argv[1:]])
     about = {
@@ -355,7 +355,7 @@ def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, An
         "recipe": read_recipe(config),
         "reference": reference,
     }
-    saved["sizes"][config.size] = about
+    saved["about"][" ".join([config.size, *config.models])] = about
     with user_errors(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(saved, indent=1) + "\n")
