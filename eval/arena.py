@@ -143,11 +143,9 @@ def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) 
 
 
 def make_run(config: ArenaConfig, name: str, shape: str, learning_rate: float, seed: int, *, grid: bool) -> Run:
-    kind = "grid" if grid else "full"
-    folder = (
-        Path(config.output_dir).expanduser() / config.size / kind / f"{name}-{shape}-lr{learning_rate:g}-seed{seed}"
-    )
-    return Run(name, shape, learning_rate, seed, config.grid_steps if grid else config.max_train_steps, folder)
+    parent = Path(config.output_dir).expanduser() / config.size / ("grid" if grid else "full")
+    steps = config.grid_steps if grid else config.max_train_steps
+    return Run(name, shape, learning_rate, seed, steps, parent / f"{name}-{shape}-lr{learning_rate:g}-seed{seed}")
 
 
 def train(config: ArenaConfig, run: Run) -> None:
@@ -181,12 +179,17 @@ def train(config: ArenaConfig, run: Run) -> None:
 
 
 def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
-    """The short runs of all shapes of a model at all rates, and the one of the lowest held-out loss."""
+    """The short runs of all shapes of a model at all rates, and the one of the lowest held-out loss.
+
+    One shape at one rate needs no run to be chosen.
+    """
     runs = [
         make_run(config, name, shape, rate, config.seeds[0], grid=True)
         for shape in config.models[name]
         for rate in config.learning_rates
     ]
+    if len(runs) == 1:
+        return [], runs[0]
     for run in runs:
         train(config, run)
     best = min(runs, key=lambda run: run.curve[-1]["heldout_loss"])
@@ -294,24 +297,19 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
 
 def floors(reference: Reference) -> dict[str, float]:
     """What real images score: the held-out ones against the training ones, in the same metrics."""
-    from iptv2_diffusion.metrics.generation import (
-        frechet_distance_pca,
-        half_half_floor,
-        kid,
-        nearest_neighbour_distance,
-    )
+    from iptv2_diffusion.metrics import generation
 
+    distance, _ = generation.nearest_neighbour_distance(reference.heldout, reference.train)
+    features, heldout = reference.train_features, reference.heldout_features
     return {
         "heldout_images": len(reference.heldout),
         "train_images": len(reference.train),
         "encoder": reference.extractor.name,
         "encoder_sha256": reference.extractor.sha256,
-        "kid_train_to_heldout": kid(reference.train_features, reference.heldout_features),
-        "fd_pca64_train_to_heldout": frechet_distance_pca(reference.train_features, reference.heldout_features),
-        "fd_train_half_to_half": half_half_floor(reference.train_features),
-        "nearest_neighbour_median_heldout": nearest_neighbour_distance(reference.heldout, reference.train)[0]
-        .median()
-        .item(),
+        "kid_train_to_heldout": generation.kid(features, heldout),
+        "fd_pca64_train_to_heldout": generation.frechet_distance_pca(features, heldout),
+        "fd_train_half_to_half": generation.half_half_floor(features),
+        "nearest_neighbour_median_heldout": distance.median().item(),
     }
 
 
@@ -346,12 +344,10 @@ def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, An
     path = Path(config.results)
     saved = json.loads(path.read_text()) if path.is_file() else {"rows": [], "about": {}}
     saved["rows"] = [r for r in saved["rows"] if r["size"] != config.size or r["model"] not in config.models] + rows
-    options = {k: v for k, v in vars(config).items() if k not in ("output_dir", "results", "stop_after")}
-    command = " ".join(["python", "eval/arena.py", *sys.argv[1:]])
     about = {
         **describe_machine(),
-        "command": command,
-        "options": options,
+        "command": " ".join(["python", "eval/arena.py", *sys.argv[1:]]),
+        "options": {k: v for k, v in vars(config).items() if k not in ("output_dir", "results", "stop_after")},
         "recipe": read_recipe(config),
         "reference": reference,
     }
