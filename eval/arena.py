@@ -351,7 +351,7 @@ def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, An
         "recipe": read_recipe(config),
         "reference": reference,
     }
-    saved["about"][" ".join([config.size, *config.models])] = about
+    saved["about"][" ".join([config.size, *sorted(config.models)])] = about
     with user_errors(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(saved, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Seconds, memory and arithmetic of a forward and of a training step, models side by side.
 
     python eval/throughput.py --quick                      # the ratios to DiT in a minute
-    python eval/throughput.py --models emoji64,dit-emoji64 --batch_size 32 --num_threads 2
+    python eval/throughput.py --models emoji64-s,dit-emoji64-s --batch_size 32 --num_threads 2
     python eval/throughput.py --models iptv2-s,unet-s,dit-s-2 --latent_size 32,64,128 --batch_size 1,4,32 \\
         --num_threads 1,2 --forms fused,unfused,compiled --memory --output_dir runs/throughput
     python eval/throughput.py --models restoration-s --megapixels 0.25,1,4,16 --tiles none,512
@@ -45,7 +45,9 @@ CHOICES = {
 class ThroughputConfig:
     """What is timed, and how. Lists are separated by commas; every combination is a row."""
 
-    models: str = option("emoji64,dit-emoji64", "names, separated by commas; the last is what the others are held to")
+    models: str = option(
+        "emoji64-s,dit-emoji64-s", "names, with commas between; the last is what the others are held to"
+    )
     modes: tuple[str, ...] = option(("training", "inference"), "training (a forward and a backward), inference")
     forms: tuple[str, ...] = option(
         ("fused",), "of inference: fused, unfused (branch by branch), compiled (fused, by torch.compile)"
@@ -66,7 +68,7 @@ class ThroughputConfig:
     output_dir: str | None = option(None, "for rows.csv, rows.md and plots")
     quick: bool = option(
         False,
-        "iptv2-s beside dit-s-2 (inference, batch 4) and emoji64 beside dit-emoji64 (training, batch 64), float32",
+        "iptv2-s beside dit-s-2 (inference, batch 4) and emoji64-s beside dit-emoji64-s (training, batch 64), float32",
     )
 
     @property
@@ -338,7 +340,7 @@ def quick(config: ThroughputConfig) -> dict[str, float]:
     inference = time_interleaved(steps, config.rounds, clock)
     rate = matmul_rate(config.rounds, clock=clock)
 
-    models = {name: make_model(name) for name in ("emoji64", "dit-emoji64")}
+    models = {name: make_model(name) for name in ("emoji64-s", "dit-emoji64-s")}
     steps = {name: make_step(model, 64, "float32", training=True) for name, model in models.items()}
     training = time_interleaved(steps, config.rounds, clock)
     for what, seconds in (("inference", inference), ("training", training)):
@@ -348,7 +350,7 @@ def quick(config: ThroughputConfig) -> dict[str, float]:
     print(f"matrix products {rate:.0f} GFLOP/s, iptv2-s {achieved:.0f} GFLOP/s")
     return {
         "inference_ratio_to_dit": ratio(inference, "iptv2-s", "dit-s-2"),
-        "training_ratio_to_dit": ratio(training, "emoji64", "dit-emoji64"),
+        "training_ratio_to_dit": ratio(training, "emoji64-s", "dit-emoji64-s"),
         "fused_speedup": ratio(inference, "unfused", "iptv2-s"),
         "fraction_of_matmul_rate": achieved / rate,
     }

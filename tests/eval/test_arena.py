@@ -105,7 +105,7 @@ def test_an_arena_from_training_to_pictures(ground):
         assert [step for step, _ in row["held_out_curve"]] == [4, 8, 12]
         for figure in ("kid", "fd_pca64", "fd_train", "held_out_loss", "macs_fused", "macs_train", "parameters"):
             assert np.isfinite(row[figure])
-    reference = results["about"]["tiny iptv2 dit"]["reference"]
+    reference = results["about"]["tiny dit iptv2"]["reference"]
     assert (reference["train_images"], reference["heldout_images"]) == (66, 66)
     assert "training" in output
 
