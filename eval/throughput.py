@@ -45,9 +45,7 @@ CHOICES = {
 class ThroughputConfig:
     """What is timed, and how. Lists are separated by commas; every combination is a row."""
 
-    models: str = option(
-        "emoji64-s,dit-emoji64-s", "names, with commas between; the last is what the others are held to"
-    )
+    models: str = option("emoji64-s,dit-emoji64-s", "names, commas between; the last is what the others are held to")
     modes: tuple[str, ...] = option(("training", "inference"), "training (a forward and a backward), inference")
     forms: tuple[str, ...] = option(
         ("fused",), "of inference: fused, unfused (branch by branch), compiled (fused, by torch.compile)"
