@@ -43,9 +43,7 @@ def test_a_box_outside_its_photograph_is_named(tmp_path):
     write_dnd(tmp_path)
     with h5py.File(tmp_path / "info.mat", "r+") as file:
         file["#refs#/b1"][2, 0] = 49  # the first box's bottom; the photograph has 48 rows
-    with pytest.raises(
-        ValueError, match=r"0002\.mat is 48x56 pixels; its box \(0, 0, 49, 32\) .* outside"
-    ):
+    with pytest.raises(ValueError, match=r"0002\.mat is 48x56 pixels; its box \(0, 0, 49, 32\) .* outside"):
         DND(tmp_path).crops(1)
 
 
