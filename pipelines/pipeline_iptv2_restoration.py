@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
@@ -293,16 +292,35 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def estimate_sigma(pixels: Tensor) -> float:
-    """Standard deviation of white noise in an image (C, H, W) on [0, 1], on the 0–255 scale.
+    """Standard deviation of white noise in an image (C, H, W) on [0, 1], on the 0–255 scale; mean over the channels.
 
-    Median absolute deviation of the diagonal Haar coefficients (Donoho & Johnstone 1994), mean over the channels.
+    The median absolute deviation of diagonal Haar coefficients (Donoho & Johnstone 1994) takes fine texture for noise.
+    So it is taken in squares of 32 pixels, of which the smoothest quarter decides: the lower quartile, divided by what
+    it would be of pure noise [ours]. Squares that are black or white in more than a tenth of their pixels do not
+    count, since noise is clipped there.
     """
     height, width = pixels.shape[-2] // 2 * 2, pixels.shape[-1] // 2 * 2
     if not height or not width:
         return 0.0
-    squares = F.pixel_unshuffle(pixels[:, None, :height, :width], 2)  # (C, 4, H/2, W/2)
-    diagonal = (squares[:, 0] - squares[:, 1] - squares[:, 2] + squares[:, 3]) / 2
-    return float(diagonal.abs().flatten(1).median(dim=1).values.mean() / 0.6745 * 255)
+    top, bottom = pixels[:, 0:height:2, :width], pixels[:, 1:height:2, :width]
+    diagonal = ((top - bottom)[..., 0::2] - (top - bottom)[..., 1::2]) / 2  # (C, H/2, W/2)
+    deviations = []
+    for plane, coefficients in zip(pixels, diagonal, strict=True):
+        squares = in_squares(coefficients.abs(), 16)
+        extreme = in_squares(((plane == plane.min()) | (plane == plane.max())).float(), 32).mean(dim=1)
+        squares = squares[extreme <= 0.1]
+        if len(squares) < 16:  # too few to choose from
+            deviations.append(coefficients.abs().median() / 0.6745)
+        else:
+            # 0.0729: relative standard deviation of the median of 256 magnitudes; the quartile lies 0.6745 of it below.
+            lower = squares.median(dim=1).values.quantile(0.25)
+            deviations.append(lower / 0.6745 / (1 - 0.6745 * 0.0729))
+    return float(torch.stack(deviations).mean() * 255)
+
+
+def in_squares(plane: Tensor, side: int) -> Tensor:
+    """(H, W) -> (squares, side²): its whole squares, without what is left at the right and below."""
+    return plane.unfold(0, side, side).unfold(1, side, side).flatten(2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

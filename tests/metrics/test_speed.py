@@ -4,6 +4,7 @@ import csv
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -46,6 +47,14 @@ def test_peak_grows_by_what_is_held():
     before = speed.peak_bytes()
     held = torch.ones(before // 4 + (64 << 20) // 4)  # more than the process ever held
     assert speed.peak_bytes() - before >= 60 << 20
+    assert held[-1] == 1
+
+
+def test_the_peak_inside_a_with_is_what_it_took():
+    with speed.PeakMemory() as memory:
+        held = torch.ones((256 << 20) // 4)  # fresh pages, whatever the process held before
+        time.sleep(0.1)
+    assert 250 << 20 <= memory.bytes < 400 << 20
     assert held[-1] == 1
 
 

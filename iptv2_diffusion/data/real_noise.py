@@ -1,0 +1,152 @@
+"""Benchmarks of real noise that come as MATLAB files: DND, whose crops are submitted, and SIDD's validation blocks.
+
+DND (Plötz & Roth 2017) keeps the clean photographs to itself: its server compares what it is sent, 20 crops of 512×512
+pixels of each of 50 photographs.
+
+    ROOT/info.mat                `info`, per photograph: `boundingboxes` (20, 4), `sigma_srgb` (20,)   HDF5 ("v7.3")
+    ROOT/images_srgb/0001.mat    `InoisySRGB` (H, W, 3) of single on [0, 1]                             HDF5
+    OUT/0001_01.mat              `Idenoised_crop` (512, 512, 3) of single on [0, 1]                     "v5"
+    OUT/bundled/0001.mat         `Idenoised`, a cell of 20, with `israw` and `eval_version`: to submit  "v5"
+
+A box is [top, left, bottom, right], counted from 1, the last row and column included. MATLAB stores columns first, so
+that readers of HDF5 see every array transposed. Numbers of photographs and crops are those of info.mat.
+
+SIDD (Abdelhamed et al. 2018), "SIDD Validation Data" and "Ground Truth", sRGB: Validation{Noisy,Gt}BlocksSrgb.mat
+("v5"), 32 blocks of 256×256 of each of 40 photographs, uint8 (40, 32, 256, 256, 3) under the file's own name.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["DND", "sidd_validation_blocks"]
+
+
+class DND:
+    """The noisy crops of DND, and the files in which its server takes the denoised ones.
+
+    Args:
+        root: the folder dnd_2017.
+
+    Attributes:
+        boxes: per photograph (crops, 4) of int: top, left, bottom, right, counted from 0, the end not included.
+        sigmas: per photograph (crops,), standard deviation of each crop's noise on the 0–255 scale, as info.mat has it.
+
+    Raises:
+        ValueError: the folder is not laid out so; the message names the file.
+        ImportError: the package h5py is missing.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+        path = self.root / "info.mat"
+
+        def read(file) -> tuple[list[np.ndarray], list[np.ndarray]]:
+            boxes, sigmas = (
+                [np.array(file[reference]) for reference in np.array(file["info"][name]).reshape(-1)]
+                for name in ("boundingboxes", "sigma_srgb")
+            )
+            return [box.T.round().astype(int) - [1, 1, 0, 0] for box in boxes], [s.reshape(-1) * 255 for s in sigmas]
+
+        self.boxes, self.sigmas = read_hdf5(path, read)
+        for number, (boxes, sigmas) in enumerate(zip(self.boxes, self.sigmas, strict=True), start=1):
+            if boxes.shape != (len(sigmas), 4):
+                raise ValueError(f"{path}, photograph {number}: boxes {boxes.shape} and {len(sigmas)} noise levels")
+
+    def __len__(self) -> int:
+        """Number of photographs."""
+        return len(self.boxes)
+
+    def crops(self, index: int) -> list[np.ndarray]:
+        """The noisy crops of a photograph, each (H, W, 3) of float32 on [0, 1]; `index` counts from 0."""
+        path = self.root / "images_srgb" / f"{index + 1:04d}.mat"
+        image = read_hdf5(path, lambda file: np.array(file["InoisySRGB"], dtype=np.float32).T)
+        for top, left, bottom, right in self.boxes[index]:
+            if not (0 <= top < bottom <= image.shape[0] and 0 <= left < right <= image.shape[1]):
+                size, box = f"{image.shape[0]}x{image.shape[1]}", (int(top), int(left), int(bottom), int(right))
+                raise ValueError(f"{path} is {size} pixels; its box {box} of info.mat lies outside")
+        return [np.ascontiguousarray(image[t:b, left:right]) for t, left, b, right in self.boxes[index]]
+
+    @staticmethod
+    def crop_path(output: Path, index: int, crop: int) -> Path:
+        """Where a denoised crop goes; both numbers count from 0."""
+        return output / f"{index + 1:04d}_{crop + 1:02d}.mat"
+
+    def write_crop(self, output: Path, index: int, crop: int, denoised: np.ndarray) -> None:
+        """Write one denoised crop (H, W, 3) on [0, 1], clipped to that range."""
+        save_mat(self.crop_path(output, index, crop), {"Idenoised_crop": denoised.clip(0, 1).astype(np.float32)})
+
+    def bundle(self, output: Path) -> Path:
+        """Gather the crops of each photograph into one file under output/bundled, which is what is submitted."""
+        from scipy.io import loadmat
+
+        folder = output / "bundled"
+        folder.mkdir(exist_ok=True)
+        for index, boxes in enumerate(self.boxes):
+            cell = np.empty(len(boxes), dtype=object)
+            for crop in range(len(boxes)):
+                cell[crop] = loadmat(self.crop_path(output, index, crop))["Idenoised_crop"]
+            contents = {"Idenoised": cell, "israw": False, "eval_version": "1.0"}
+            save_mat(folder / f"{index + 1:04d}.mat", contents)
+        return folder
+
+
+def read_hdf5(path: Path, read: Callable):
+    """What `read` makes of an open HDF5 file; a file that is absent, damaged or of other contents is a ValueError."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f"{path} is HDF5; pip install h5py") from error
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; it belongs to the layout of DND")
+    try:
+        with h5py.File(path, "r") as file:
+            return read(file)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} is not as DND's: {reason}") from error
+
+
+def save_mat(path: Path, contents: dict) -> None:
+    """Write a MATLAB file under its final name at once."""
+    from scipy.io import savemat
+
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        savemat(temporary, contents, appendmat=False)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, noisy, clean) of each validation block of SIDD; name "0001_01" is photograph 1, block 1.
+
+    Raises:
+        ValueError: a file is missing, damaged, or of another shape than its partner; the message names it.
+    """
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    blocks = []
+    for name in ("ValidationNoisyBlocksSrgb", "ValidationGtBlocksSrgb"):
+        path = Path(root).expanduser() / f"{name}.mat"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; it belongs to the layout of SIDD's validation data")
+        try:
+            blocks.append(loadmat(path)[name])
+        except (MatReadError, zlib.error, OSError, KeyError, TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"{path} is not as SIDD's: {' '.join(str(error).split())[:160]}") from error
+    noisy, clean = blocks
+    if noisy.shape != clean.shape or noisy.ndim != 5 or noisy.dtype != np.uint8:
+        raise ValueError(
+            f"{root}: noisy blocks {noisy.shape} of {noisy.dtype}, clean ones {clean.shape}; (photographs, blocks, "
+            "H, W, 3) of uint8 are expected of both"
+        )
+    for photograph, block in np.ndindex(noisy.shape[:2]):
+        yield f"{photograph + 1:04d}_{block + 1:02d}", noisy[photograph, block], clean[photograph, block]
