@@ -31,7 +31,8 @@ class RestorationPipelineOutput(BaseOutput):
     Attributes:
         images: a list of PIL images; or an array (B, H, W, C) or a tensor (B, C, H, W) of float32 on [0, 1], a list of
             such without B where the sizes differ.
-        sigmas: the noise level each image was restored with, given or estimated; None for models without one.
+        sigmas: the noise level each image was restored with, given or estimated; None for blind models, which
+            restore without one (`estimate_sigma` tells it).
     """
 
     images: Any
@@ -54,14 +55,17 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
 
     Args:
         model: the restorer, best fused.
+        sigma_range: the noise levels it was trained with, on the 0–255 scale; beyond them a warning is given. None: not
+            known, or a model that takes none.
     """
 
     __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
     model_cpu_offload_seq = "model"
 
-    def __init__(self, model: IPTV2RestorationModel):
+    def __init__(self, model: IPTV2RestorationModel, sigma_range: tuple[float, float] | None = None):
         super().__init__()
         self.register_modules(model=model)
+        self.register_to_config(sigma_range=sigma_range)
 
     @torch.no_grad()
     def __call__(
@@ -136,6 +140,9 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         for level in levels:
             if not 0 <= level <= 255:
                 raise ValueError(f"sigma is {level:g}; it must lie in [0, 255], the standard deviation on that scale")
+            low, high = self.config.sigma_range or (0, 255)
+            if not low <= level <= high:
+                warnings.warn(f"sigma is {level:g}; this model was trained with {low:g} to {high:g}", stacklevel=3)
         return levels
 
     # ----------------------------------------------------------------------------------------------------------------

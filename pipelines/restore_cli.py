@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
-SAVE_OPTIONS = {".jpg": {"quality": 95, "subsampling": 0}, ".jpeg": {"quality": 95, "subsampling": 0}}
+JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
+SAVE_OPTIONS = {".jpg": JPEG_OPTIONS, ".jpeg": JPEG_OPTIONS, ".webp": {"lossless": True}}
 
 
 class CommandError(Exception):
@@ -59,9 +60,10 @@ def main(argv: Sequence[str]) -> int:
         try:
             restore(pipeline, source, target, arguments)
             print(f"[{number}/{len(todo)}] {source} -> {target}")
-        except ValueError as error:  # one picture: the others go on
+        except (ValueError, RuntimeError, MemoryError) as error:  # one picture (out of memory, say): the others go on
             failed += 1
-            print(f"[{number}/{len(todo)}] failed: {error}", file=sys.stderr)
+            reason = " ".join(str(error).split())[:200] or "out of memory"
+            print(f"[{number}/{len(todo)}] {source} failed: {reason}", file=sys.stderr)
         except OSError as error:
             raise CommandError(f"cannot write {target}: {error.strerror or error}") from error
     if failed:
@@ -178,7 +180,8 @@ def describe(source: Path) -> tuple[dict[str, bytes], bool]:
         if source.suffix.lower() in (".tif", ".tiff"):
             return read_tiff_metadata(source), deep
         with Image.open(source) as file:
-            return {key: file.info[key] for key in ("exif", "icc_profile") if file.info.get(key)}, deep
+            kept = ("exif",) if file.mode == "CMYK" else ("exif", "icc_profile")  # CMYK becomes RGB: its profile lies
+            return {key: file.info[key] for key in kept if file.info.get(key)}, deep
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{source} cannot be read as an image: {' '.join(str(error).split())[:160]}") from error
 

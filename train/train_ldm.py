@@ -8,9 +8,7 @@ Latents come from a VAE through `LatentCodec`, cached once or on the fly; `Diffu
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 from typing import TYPE_CHECKING, Any
 
 from iptv2_diffusion.training.config import parse_config
@@ -55,6 +53,7 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
     """The denoiser for these latents and classes, initialised from the seed."""
     from accelerate.utils import set_seed
 
+    from iptv2_diffusion.models.fusion import trainable
     from iptv2_diffusion.models.presets import create_model
 
     channels = codec.latent_channels
@@ -68,7 +67,7 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
     }
     set_seed(config.seed)
     with user_errors(OSError, ValueError, TypeError):
-        model = create_model(config.model, **overrides)
+        model = trainable(create_model(config.model, **overrides))
     if model.config.in_channels != channels:
         raise ConfigError(
             f"the model takes {model.config.in_channels} channels, the VAE {config.vae} gives {channels}; choose "
@@ -332,8 +331,6 @@ def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -
     folder = trainer.output_dir
     label = repr(task.id2label[0]) + ", " if task.id2label else ""
     others = "--heldout_split none --output_dir runs/mine"
-    command = "accelerate launch " + " ".join(shlex.quote(word) for word in sys.argv)
-    command += " --overwrite false" if config.overwrite else ""
     return f"""
 trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
   samples.png  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
@@ -344,12 +341,10 @@ What to try next
     pipe = IPTV2Pipeline.from_pretrained("{folder}/pipeline")
     pipe({label}num_images_per_label=4, guidance_scale={config.guidance_scale:g}).images[0].show()
   curves:            tensorboard --logdir {folder}
-  train longer:      {command} --max_train_steps {2 * trainer.step}{MORE_TIME if config.max_train_minutes else ""}
+  train longer:      {trainer.command_to_train_longer}
   your own images:   accelerate launch train/train_ldm.py --config {folder}/config.yaml --data MY_FOLDER {others}
   all options:       python train/train_ldm.py --help"""
 
-
-MORE_TIME = " --max_train_minutes none"
 
 if __name__ == "__main__":
     run_main(main)

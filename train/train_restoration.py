@@ -9,9 +9,7 @@ the loop, resumes exactly and saves. The result, output_dir/pipeline, loads with
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +30,7 @@ examples, where ... is accelerate launch train/train_restoration.py, and * needs
   your pairs                     ... --layout folders --data my_pairs --model_overrides '{"sigma_conditioning": null}'
                                  (my_pairs/input/*, my_pairs/target/*)
   GoPro                          ... --config configs/restoration/deblur-gopro.yaml --data GoPro
+  start from shipped weights *   ... --model assets/iptv2-denoise-color/model --output_dir runs/more
   start from a generator *       ... --config configs/restoration/denoise-color-emoji64.yaml
   held-out PSNR of your data     ... --data my_photos --heldout my_heldout_photos
   try every stage in seconds     any of these with --dry_run
@@ -174,6 +173,7 @@ def make_model(config: RestorationConfig) -> nn.Module:
     from accelerate.utils import set_seed
 
     from iptv2_diffusion.models.exchange import load_backbone
+    from iptv2_diffusion.models.fusion import trainable
     from iptv2_diffusion.models.presets import create_model
 
     overrides = {"in_channels": config.channels, **config.model_overrides}
@@ -181,7 +181,7 @@ def make_model(config: RestorationConfig) -> nn.Module:
         overrides["num_tasks"] = len(config.tasks)
     set_seed(config.seed)
     with user_errors(OSError, ValueError, TypeError):
-        model = create_model(config.model, **overrides)
+        model = trainable(create_model(config.model, **overrides))
         if config.backbone_from is not None:
             print(load_backbone(model, create_model(config.backbone_from)))
     if not hasattr(model.config, "sigma_conditioning"):
@@ -277,7 +277,8 @@ def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
     model = model.fuse().to(getattr(torch, config.save_dtype))
     with user_errors(OSError):
         shutil.rmtree(temporary, ignore_errors=True)
-        IPTV2RestorationPipeline(model).save_pretrained(temporary)
+        sigma_range = None if model.config.sigma_conditioning is None else config.noise
+        IPTV2RestorationPipeline(model, sigma_range).save_pretrained(temporary)
         shutil.copy(trainer.output_dir / "config.yaml", temporary / "training_config.yaml")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
@@ -286,7 +287,6 @@ def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
 def next_steps(config: RestorationConfig, trainer: Trainer) -> str:
     """What was made, and commands to copy."""
     folder = trainer.output_dir
-    command = "accelerate launch " + " ".join(shlex.quote(word) for word in sys.argv)
     return f"""
 trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
   loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
@@ -294,7 +294,7 @@ trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/
 What to try next
   restore pictures:  iptv2-restore photo.png -o restored --model {folder}/pipeline
   measure it:        python eval/restoration_benchmark.py --models {folder}/pipeline
-  train longer:      {command} --max_train_steps {2 * trainer.step}
+  train longer:      {trainer.command_to_train_longer}
   all options:       python train/train_restoration.py --help"""
 
 

@@ -9,6 +9,7 @@ from .depthwise import is_hooked
 from .feed_forward import RepLeFFN
 
 Model = TypeVar("Model", bound="FusibleModelMixin")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class FusibleModelMixin:
@@ -78,3 +79,8 @@ class FusibleModelMixin:
                 "call fuse() on it again"
             )
         return nn.Module.train(self, mode)
+
+
+def trainable(model: Module) -> Module:
+    """The model itself, or where it is fused, its trainable form (`unfuse()`)."""
+    return model.unfuse() if getattr(model.config, "fused", False) else model

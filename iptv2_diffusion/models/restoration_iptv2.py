@@ -185,3 +185,5 @@ class IPTV2RestorationModel(
                     f"this model {'needs' if expected else 'does not take'} {name}: "
                     f"sigma_conditioning is {self.config.sigma_conditioning!r}, num_tasks is {self.config.num_tasks}"
                 )
+        if isinstance(task, int) and not 0 <= task < self.config.num_tasks:
+            raise ValueError(f"task is {task}; this model has tasks 0 to {self.config.num_tasks - 1}")

@@ -13,7 +13,9 @@ import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -256,6 +258,14 @@ class Trainer:
     def finished(self) -> bool:
         """Whether the run has reached its number of steps or its time."""
         return self.fraction >= 1.0
+
+    @property
+    def command_to_train_longer(self) -> str:
+        """This run's command, for twice its steps and for whatever time they take."""
+        words = ["accelerate launch", *(shlex.quote(word) for word in sys.argv), f"--max_train_steps {2 * self.step}"]
+        words += ["--overwrite false"] if self.config.overwrite else []
+        words += ["--max_train_minutes none"] if self.config.max_train_minutes else []
+        return " ".join(words)
 
     def save(self) -> None:
         """Write a checkpoint of the current step, if it has none yet."""

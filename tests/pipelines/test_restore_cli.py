@@ -1,5 +1,9 @@
 """iptv2-restore: files and folders, resumption, inputs left alone, metadata kept."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,8 @@ from PIL import Image, ImageCms
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit, write_16_bit
 from pipelines.restore_cli import CommandError, main
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +128,46 @@ def test_broken_pictures_do_not_stop_the_others(model, pictures, tmp_path, capsy
     assert "huge.ppm cannot be read as an image: Image size (400000000 pixels) exceeds limit" in told
     assert (tmp_path / "out/sub/b.jpg").is_file()
     assert not (tmp_path / "out/a.png").exists()
+
+
+def test_a_picture_that_memory_does_not_hold_does_not_stop_the_others(model, pictures, tmp_path, capsys):
+    """The limit of address space is real; only the larger picture breaks it."""
+    Image.new("RGB", (6000, 6000), "gray").save(pictures / "large.png")
+    code = """
+import resource, sys, torch
+from iptv2_diffusion import IPTV2RestorationPipeline
+from pipelines.restore_cli import main
+torch.set_num_threads(1)
+IPTV2RestorationPipeline.from_pretrained(sys.argv[-1])  # libraries are in memory before the limit is set
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, -1))
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [str(pictures), "-o", str(tmp_path / "out"), "--sigma", "25", "--tile", "none", "--model", model]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "large.png failed: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["a.png", "b.jpg"]
+
+
+def test_a_task_that_the_model_lacks_is_named(pictures, tmp_path, capsys):
+    IPTV2RestorationPipeline(create_model("restoration-tiny", num_tasks=2).fuse()).save_pretrained(tmp_path / "tasks")
+    command = [str(pictures / "a.png"), "-o", str(tmp_path / "out"), "--model", str(tmp_path / "tasks"), "--task", "5"]
+    assert main(command) == 1
+    assert "task is 5; this model has tasks 0 to 1" in capsys.readouterr().err
+
+
+def test_webp_is_lossless_and_the_profile_of_cmyk_is_dropped(model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.webp", lossless=True)
+    Image.new("CMYK", (16, 16)).save(tmp_path / "b.jpg", icc_profile=b"a profile of four channels")
+    inputs = [str(tmp_path / "a.webp"), str(tmp_path / "b.jpg")]
+    options = ["-o", str(tmp_path / "out"), "--model", model, "--sigma", "5", "--strength", "0"]
+    assert main([*inputs, *options]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/a.webp")), pixels)
+    with Image.open(tmp_path / "out/b.jpg") as result:
+        assert (result.mode, "icc_profile" in result.info) == ("RGB", False)
 
 
 @pytest.mark.parametrize(

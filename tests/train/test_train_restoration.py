@@ -141,6 +141,19 @@ def test_later_stages_must_divide_over_the_micro_batches_too(photos):
     assert not (photos / "stages").exists()
 
 
+def test_training_goes_on_from_shipped_weights(photos):
+    """Fused and in half precision there; after no more than a tiny step the function is the same."""
+    words = ("--model", str(ROOT / "assets/iptv2-denoise-color/model"), "--noise", "10,30", "--eval_every", "0")
+    folder = train(photos, "more", *words, "--learning_rate", "1e-9", "--save_dtype", "float32", steps=1)
+    ours = IPTV2RestorationPipeline.from_pretrained(folder / "pipeline")
+    theirs = IPTV2RestorationPipeline.from_pretrained(ROOT / "assets/iptv2-denoise-color")
+    assert tuple(ours.config.sigma_range) == (10, 30)
+    image = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(ours.model(image, 25).sample, theirs.model(image, 25).sample, atol=2e-4, rtol=0)
+    with pytest.warns(UserWarning, match="sigma is 50; this model was trained with 10 to 30"):
+        ours(image, sigma=50)
+
+
 def test_a_generators_backbone_to_start_from(photos, capsys):
     create_model("tiny").save_pretrained(photos / "generator")
     words = ("--model", "restoration-tiny-exchange", "--backbone_from", str(photos / "generator"), "--eval_every", "0")
