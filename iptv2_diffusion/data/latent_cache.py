@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from iptv2_diffusion.latents import LatentCodec
 
 _FORMAT = 2
-SHARD_ITEMS = 2048  # images a shard: what a kill can cost, and the unit that is shared out to processes
 
 
 class LatentSource(Protocol):
@@ -103,6 +102,7 @@ def cached_latents(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
+    shard_images: int = 2048,
     share: tuple[int, int] = (0, 1),
     say: Callable[[str], None] = print,
 ) -> LatentCache:
@@ -115,6 +115,7 @@ def cached_latents(
         encoding: views, dtype and precision.
         batch_size: images encoded at a time; results agree bit for bit for equal sizes, to rounding for others.
         num_workers: processes that decode images.
+        shard_images: images a shard: what a kill can cost, and the unit that is shared out to processes.
         share: (i, n): this is process i of n that share the work, on one disk. All must call; each waits for all.
         say: prints a message; called by process 0.
     """
@@ -128,7 +129,8 @@ def cached_latents(
     key = f"{derive_seed(0, json.dumps(description, sort_keys=True)):016x}"
     folder = Path(cache_dir).expanduser() / key
     if not _is_whole(folder):
-        maker = _Maker(folder, images, codec, encoding, batch_size=batch_size, num_workers=num_workers)
+        parts = [range(first, min(first + shard_images, len(images))) for first in range(0, len(images), shard_images)]
+        maker = _Maker(folder, images, codec, encoding, parts, batch_size=batch_size, num_workers=num_workers)
         maker.make_share(*share)
         if share[0] == 0:
             maker.finish(description, say)
@@ -180,6 +182,7 @@ class _Maker:
         images: ImageTensors,
         codec: LatentCodec,
         encoding: Encoding,
+        parts: list[range],
         *,
         batch_size: int,
         num_workers: int,
@@ -187,9 +190,8 @@ class _Maker:
         self.folder, self.images, self.codec, self.encoding = folder, images, codec, encoding
         self.batch_size, self.num_workers = batch_size, num_workers
         self.started = time.perf_counter()
-        starts = range(0, len(images), SHARD_ITEMS)
-        self.parts = [range(start, min(start + SHARD_ITEMS, len(images))) for start in starts]
-        self.paths = [folder / f"shard-{number:05d}.safetensors" for number in range(len(self.parts))]
+        self.parts = parts
+        self.paths = [folder / f"shard-{part.start:08d}-{part.stop:08d}.safetensors" for part in parts]
         folder.mkdir(parents=True, exist_ok=True)
         self.missing = [number for number, path in enumerate(self.paths) if not _is_shard(path)]
         self.temporary = f".tmp-{socket.gethostname()}-{os.getpid()}-"  # another run may make the same shards
@@ -250,7 +252,7 @@ def _unreadable(path: Path) -> list[str]:
 
 def _is_left_behind(path: Path) -> bool:
     """Whether a temporary file is of a killed run: of a process of this machine that no longer lives."""
-    match = re.fullmatch(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-(shard-\d+|index)\.\w+", path.name)
+    match = re.fullmatch(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-(shard-[\d-]+|index)\.\w+", path.name)
     return match is not None and not psutil.pid_exists(int(match[1]))
 
 

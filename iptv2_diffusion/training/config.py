@@ -126,7 +126,7 @@ class TrainingConfig:
     num_threads: int | None = option(
         None, "CPU threads a process; none: on a CPU all cores, shared among the processes", group="machine", free=True
     )
-    num_workers: int = option(0, "processes that decode images", group="machine", free=True)
+    num_workers: int = option(0, "processes (of a stream: threads) that decode images", group="machine", free=True)
 
     checkpoint_every: int = option(1000, "steps between checkpoints (one is always written at the end)", **_FREE_LOG)
     keep_last: int = option(2, "how many checkpoints are kept", **_FREE_LOG)

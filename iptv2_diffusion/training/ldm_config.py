@@ -16,7 +16,11 @@ class LDMConfig(TrainingConfig):
     plan: bool = option(
         False, "tell what the run needs (memory, speed, time) after three steps on noise, and stop", free=True
     )
-    data: str = option("data/emoji64", "folder of images (sub-folders = classes), parquet, or Hub name", group="data")
+    data: str = option(
+        "data/emoji64",
+        "folder of images (sub-folders = classes), parquet or tar shards; or Hub name",
+        group="data",
+    )
     train_split: str = option("train", "split to train on", group="data")
     heldout_split: str | None = option(None, "split for the held-out loss; none: heldout_fraction", group="data")
     heldout_fraction: float = option(0.02, "share of train_split kept for the held-out loss", group="data")
@@ -45,7 +49,10 @@ class LDMConfig(TrainingConfig):
     encode_precision: Literal["float32", "bfloat16", "auto"] = option(
         "float32", "the VAE's, in encoding; auto: the faster on this machine", group="latents"
     )
-    encode_batch_size: int = option(64, "images encoded at a time", group="latents", free=True)
+    encode_batch_size: int = option(64, "images (times their views) encoded at a time", group="latents", free=True)
+    cache_shard_images: int = option(
+        2048, "images a file of the cache: what a kill costs, and what processes share out", group="latents", free=True
+    )
 
     model: str = option("emoji64", "preset (iptv2-s, dit-b-2 ...), config.json, or saved model folder", group="model")
     model_overrides: dict = option({}, 'JSON, such as {"channels": 64}', group="model")  # noqa: RUF009
@@ -82,7 +89,7 @@ class LDMConfig(TrainingConfig):
     )
     kid_samples: int = option(0, "samples for KID against the held-out images; 0: none", group="results", free=True)
     kid_every: int = option(
-        5000, "steps between KIDs, a multiple of eval_every (0: none); also after the last", group="results", free=True
+        5000, "steps between KIDs, a multiple of eval_every; also after the last", group="results", free=True
     )
     kid_extractor: str = option(
         "efficientnet-lite0", "its encoder; or inception, efficientnet-lite0@64, dinov2", group="results", free=True
@@ -104,7 +111,7 @@ class LDMConfig(TrainingConfig):
             raise ConfigError("class_balance needs the labels of all images beforehand: leave out streaming")
         if not 0 <= self.heldout_fraction < 1:
             raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1)")
-        self.require_positive("align_hidden", "crops", "encode_batch_size", "shuffle_block")
+        self.require_positive("align_hidden", "cache_shard_images", "crops", "encode_batch_size", "shuffle_block")
         if self.streaming:
             self.cache_latents = False
         self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")

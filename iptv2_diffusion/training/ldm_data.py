@@ -138,6 +138,7 @@ def open_caches(
                 encoding,
                 batch_size=config.encode_batch_size,
                 num_workers=config.num_workers,
+                shard_images=config.cache_shard_images,
                 share=share,
                 say=accelerator.print,
             )

@@ -42,6 +42,7 @@ from iptv2_diffusion.training.signals import StopSignal
 
 # How long one process may wait for another, as for the one that writes a checkpoint or the samples at the end.
 PROCESS_TIMEOUT = timedelta(hours=2)
+FP16_HALVINGS = 30  # steps in a row that fp16 may overflow: from a loss scale of 65,536 to 6e-5
 
 
 class TrainingTask(Protocol):
@@ -152,7 +153,7 @@ class Trainer:
             compile_blocks(model)
         if self.sharded:
             shard(model, accelerator, reshard_after_forward=config.sharding == "zero3")
-        optimizer = make_optimizer(model, config, fused=accelerator.mixed_precision != "fp16")
+        optimizer = make_optimizer(model, config, fused=accelerator.scaler is None)
         self.schedule = LearningRate(optimizer, config)
         if self.sharded:  # the engine is torch's: accelerate only adds its autocast
             self.model, self.optimizer = accelerator.prepare_model(model, evaluation_mode=True), optimizer
@@ -321,16 +322,17 @@ class Trainer:
         limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
         norm = whole(accelerator.clip_grad_norm_(self.state.parameters, limit))
         values = self._agree(total, norm, bool(stop))
-        problem = self._problem(values)
-        if problem:
-            self._skip_or_stop(problem)
-        else:
-            self._skipped_in_a_row = 0
-        # fp16's scaler must see the step, which it then leaves out by itself, and lower its scale.
-        if not problem or accelerator.scaler is not None:
+        skipped = self._problem(values)
+        if skipped:
+            self._skip_or_stop(skipped, config.max_skipped_steps)
+        if not skipped or accelerator.scaler is not None:  # fp16's scaler must see every step, to halve its scale
             self.optimizer.step()
+        if not skipped and accelerator.scaler is not None and self.optimizer.step_was_skipped:
+            skipped = f"fp16 overflows; the loss scale becomes {accelerator.scaler.get_scale():g}"
+            self._skip_or_stop(skipped, FP16_HALVINGS)
         self.optimizer.zero_grad(set_to_none=True)
-        if not problem:
+        if not skipped:
+            self._skipped_in_a_row = 0
             self.state.step()
         self.step += 1
         counter = {"skipped_steps": self.skipped} if self.skipped else {}
@@ -357,10 +359,9 @@ class Trainer:
             return f"the gradient norm is {values['grad_norm']}"
         return None
 
-    def _skip_or_stop(self, problem: str) -> None:
-        """Count a step whose weights are not to be touched, and tell; stop after `max_skipped_steps` in a row."""
+    def _skip_or_stop(self, problem: str, limit: int) -> None:
+        """Count a step whose weights are not to be touched, and tell; stop after more than `limit` in a row."""
         self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
-        limit = self.config.max_skipped_steps
         if self._skipped_in_a_row <= limit:
             self.accelerator.print(
                 f"{problem} at step {self.step + 1}: skipped ({self._skipped_in_a_row} in a row, stops after {limit}; "

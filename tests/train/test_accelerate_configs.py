@@ -16,7 +16,7 @@ def test_accelerate_reads_it(path):
     assert config.mixed_precision == "bf16"
     assert not config.fsdp_config
     assert not config.deepspeed_config
-    assert config.num_processes == {"one_gpu": 1, "ddp_8gpu_bf16": 8, "fsdp_multi_node": 32}[path.stem]
+    assert config.num_processes == {"one_gpu": 1, "ddp_8gpu_bf16": 8, "multi_node_bf16": 32}[path.stem]
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])

@@ -1,5 +1,9 @@
 """cache_latents.py: any number of processes makes one cache, and train_ldm.py reads it."""
 
+import os
+import signal
+import time
+
 import pytest
 from ldm_runs import CACHE_SCRIPT, finish, launch
 
@@ -23,8 +27,28 @@ def test_two_processes_make_the_cache_that_training_reads(ground, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_any_number_makes_the_same_cache(ground, tmp_path, processes):
-    options = ("--crops", 2, "--heldout_fraction", 0)
+    """Six shards, so that each process makes its own."""
+    options = ("--crops", 2, "--heldout_fraction", 0, "--cache_shard_images", 4)
     for count in (1, processes):
         cache = ("--cache_dir", tmp_path / str(count))
         finish(launch(ground, tmp_path, *options, *cache, processes=count, script=CACHE_SCRIPT))
     assert files(tmp_path / "1") == files(tmp_path / str(processes))
+    assert len(files(tmp_path / "1")) == 7
+
+
+@pytest.mark.slow
+def test_kill_of_two_processes_costs_the_shards_at_hand_only(ground, tmp_path):
+    options = ("--heldout_fraction", 0, "--cache_shard_images", 1)
+    finish(launch(ground, tmp_path, *options, "--cache_dir", tmp_path / "whole", script=CACHE_SCRIPT))
+    command = (*options, "--cache_dir", tmp_path / "killed")
+    process = launch(ground, tmp_path, *command, processes=2, script=CACHE_SCRIPT)
+    while not (made := list((tmp_path / "killed").rglob("shard-*"))):
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").rglob("shard-*")}
+    assert 0 < len(made) < 24
+    finish(launch(ground, tmp_path, *command, processes=2, script=CACHE_SCRIPT))
+    assert {p: p.stat().st_mtime_ns for p in made} == made
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")

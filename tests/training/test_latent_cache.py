@@ -14,7 +14,6 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
-from iptv2_diffusion.data import latent_cache
 from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 from iptv2_diffusion.data.latent_cache import LatentCache, cached_latents, dataset_fingerprint
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
@@ -45,19 +44,19 @@ def load(folder, **options):
     return ImageTensors(load_image_dataset(folder), size=SIZE, **options)
 
 
-def make(folder, codec, tmp_path, **options):
+def make(folder, codec, tmp_path, shard_images=100, **options):
     messages = []
     encoding = Encoding(**options)
-    cache = cached_latents(load(folder), codec, tmp_path / "cache", encoding, batch_size=4, say=messages.append)
+    sizes = {"batch_size": 4, "shard_images": shard_images}
+    cache = cached_latents(load(folder), codec, tmp_path / "cache", encoding, **sizes, say=messages.append)
     return cache, messages
 
 
-@pytest.mark.parametrize("shard_items", [100, 4])
-def test_latents_are_those_of_the_codec(folder, codec, tmp_path, monkeypatch, shard_items):
-    monkeypatch.setattr(latent_cache, "SHARD_ITEMS", shard_items)
+@pytest.mark.parametrize("shard_images", [100, 4])
+def test_latents_are_those_of_the_codec(folder, codec, tmp_path, shard_images):
     images = load(folder)
-    cache, _ = make(folder, codec, tmp_path, dtype="float32")
-    assert len(list(cache.folder.glob("shard-*"))) == (1 if shard_items == 100 else 3)
+    cache, _ = make(folder, codec, tmp_path, shard_images, dtype="float32")
+    assert len(list(cache.folder.glob("shard-*"))) == (1 if shard_images == 100 else 3)
     assert (len(cache), cache.latent_shape, cache.has_spread) == (COUNT, (4, 8, 8), True)
     draws = draw_step(DataOrder(COUNT, 0), 0, COUNT, cache.latent_shape)
     latents, labels = cache.batch(draws)
@@ -123,7 +122,7 @@ def test_it_is_made_once_and_again_when_anything_changes(folder, codec, tmp_path
 
 def test_a_damaged_or_half_made_cache_is_made_again(folder, codec, tmp_path):
     cache, _ = make(folder, codec, tmp_path)
-    shard = cache.folder / "shard-00000.safetensors"
+    shard = cache.folder / "shard-00000000-00000011.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
     again, messages = make(folder, codec, tmp_path)
     assert "encoded" in messages[0]
@@ -156,15 +155,15 @@ def test_no_readable_image_is_an_error(folder, codec, tmp_path):
         make(folder, codec, tmp_path)
 
 
-def test_processes_share_the_shards_and_make_the_same_files(folder, codec, tmp_path, monkeypatch):
-    monkeypatch.setattr(latent_cache, "SHARD_ITEMS", 3)
+def test_processes_share_the_shards_and_make_the_same_files(folder, codec, tmp_path):
     bad = folder / "cat" / "03.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    alone, _ = make(folder, codec, tmp_path)
+    alone, _ = make(folder, codec, tmp_path, shard_images=3)
     results = []
 
     def work(process):
-        results.append(cached_latents(load(folder), codec, tmp_path / "three", batch_size=4, share=(process, 3)))
+        sizes = {"batch_size": 4, "shard_images": 3}
+        results.append(cached_latents(load(folder), codec, tmp_path / "three", **sizes, share=(process, 3)))
 
     workers = [threading.Thread(target=work, args=(process,)) for process in (2, 1, 0)]
     for worker in workers[:2]:
@@ -180,27 +179,28 @@ def test_processes_share_the_shards_and_make_the_same_files(folder, codec, tmp_p
     assert files[0] == files[1]
 
 
-def test_a_killed_making_goes_on_with_the_missing_shards(folder, codec, tmp_path, monkeypatch):
-    monkeypatch.setattr(latent_cache, "SHARD_ITEMS", 3)
-    cache, _ = make(folder, codec, tmp_path)
+def test_a_killed_making_goes_on_with_the_missing_shards(folder, codec, tmp_path):
+    cache, _ = make(folder, codec, tmp_path, shard_images=3)
     whole = {p.name: p.read_bytes() for p in cache.folder.iterdir()}
     (cache.folder / "index.json").unlink()
-    (cache.folder / "shard-00001.safetensors").unlink()
+    (cache.folder / "shard-00000003-00000006.safetensors").unlink()
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    (cache.folder / f".tmp-{socket.gethostname()}-{killed.pid}-shard-00001.safetensors").write_bytes(b"half")
-    kept = (cache.folder / "shard-00000.safetensors").stat().st_mtime_ns
-    again, messages = make(folder, codec, tmp_path)
+    half = f".tmp-{socket.gethostname()}-{killed.pid}-shard-00000003-00000006.safetensors"
+    (cache.folder / half).write_bytes(b"half")
+    kept = (cache.folder / "shard-00000000-00000003.safetensors").stat().st_mtime_ns
+    again, messages = make(folder, codec, tmp_path, shard_images=3)
     assert "encoded 3 images of 11" in messages[0]
-    assert (cache.folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    assert (cache.folder / "shard-00000000-00000003.safetensors").stat().st_mtime_ns == kept
     assert {p.name: p.read_bytes() for p in again.folder.iterdir()} == whole
 
 
 def test_two_runs_that_make_the_same_cache_do_not_meet(folder, codec, tmp_path):
     """The other run is in the middle of the same shard, here or on another machine: its file stays as it is."""
     whole, _ = make(folder, codec, tmp_path)
-    (whole.folder / "shard-00000.safetensors").unlink()
-    names = [f".tmp-{host}-{os.getppid()}-shard-00000.safetensors" for host in (socket.gethostname(), "other-1")]
+    shard = "shard-00000000-00000011.safetensors"
+    (whole.folder / shard).unlink()
+    names = [f".tmp-{host}-{os.getppid()}-{shard}" for host in (socket.gethostname(), "other-1")]
     for name in names:
         (whole.folder / name).write_bytes(b"half")
     make(folder, codec, tmp_path)

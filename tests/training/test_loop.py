@@ -36,12 +36,15 @@ class Regression:
         return None
 
 
-def start(tmp_path, name="run", at_step=None, **options):
+def start(tmp_path, name="run", at_step=None, scaler=None, **options):
     defaults = {"max_train_steps": 8, "batch_size": 8, "checkpoint_every": 2, "eval_every": 4, "log_every": 1}
     defaults |= {"report_to": "none", "learning_rate": 1e-2, "num_threads": 1, "preview_every": 0}
     config = TrainingConfig(output_dir=str(tmp_path / name), **{**defaults, **options})
     torch.manual_seed(0)
-    trainer = Trainer(config, make_accelerator(config), torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    accelerator = make_accelerator(config)
+    if scaler is not None:  # accelerate refuses fp16 on a CPU; torch autocasts to it and scales losses there as well
+        accelerator.state._mixed_precision, accelerator.native_amp, accelerator.scaler = "fp16", True, scaler
+    trainer = Trainer(config, accelerator, torch.nn.Sequential(torch.nn.Linear(4, 4)))
     task = Regression(config, at_step)
     type(task).steps = property(lambda self: trainer.step)
     trainer.resume()
@@ -163,6 +166,26 @@ def test_skipped_steps_touch_nothing_are_counted_and_survive_resumption(tmp_path
 def test_too_many_skipped_steps_in_a_row_stop(tmp_path):
     trainer, task = start(tmp_path, at_step=spoil(3, 4, 5), max_skipped_steps=2)
     with pytest.raises(NonFiniteLossError, match=r"at step 6: stopped after 2 skipped steps .*00000004 is kept"):
+        trainer.fit(task)
+
+
+def test_overflows_of_fp16_are_counted_and_leave_weights_and_average_alone(tmp_path, capsys):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    trainer, task = start(tmp_path, scaler=scaler, max_train_steps=40, eval_every=20)
+    trainer.fit(task)
+    overflows = trainer.skipped
+    assert 1 <= overflows < 15
+    assert scaler.get_scale() == 2.0 ** (24 - overflows)
+    assert trainer.state.averaged_steps == 40 - overflows
+    assert capsys.readouterr().out.count("fp16 overflows") == overflows
+    first, last = (row["heldout_loss"] for row in rows(trainer) if "heldout_loss" in row)
+    assert last < first
+
+
+def test_endless_overflows_of_fp16_stop(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=0.999)
+    trainer, task = start(tmp_path, scaler=scaler, max_train_steps=50)
+    with pytest.raises(NonFiniteLossError, match=r"fp16 overflows.* at step 31: stopped after 30 skipped steps"):
         trainer.fit(task)
 
 
