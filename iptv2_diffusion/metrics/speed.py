@@ -97,6 +97,7 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._peak = max(self._peak, self._process.memory_info().rss)  # on a busy machine the thread may not have run
         self.bytes = max(0, self._peak - self._before)
 
 
