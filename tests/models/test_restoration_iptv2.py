@@ -156,6 +156,9 @@ def test_the_shipped_generator_fits_a_restorer_completely():
     x, vector = torch.randn(1, 64, 16, 16), torch.randn(1, 128)
     with torch.no_grad():
         assert torch.equal(restorer.backbone(x, vector), generator.backbone(x, vector))
+    fresh = create_model("emoji64", num_class_embeds=generator.config.num_class_embeds)
+    assert load_backbone(fresh, restorer, strict=True).complete  # and back
+    assert all(torch.equal(v, generator.backbone.state_dict()[k]) for k, v in fresh.backbone.state_dict().items())
     with torch.device("meta"):
         backbone = create_model("restoration-emoji64").backbone
     assert {k: v.shape for k, v in backbone.state_dict().items()} == {
