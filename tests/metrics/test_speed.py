@@ -58,6 +58,25 @@ def test_the_peak_inside_a_with_is_what_it_took():
     assert held[-1] == 1
 
 
+def test_the_peak_does_not_depend_on_what_was_freed_before():
+    program = """
+import torch
+from iptv2_diffusion.metrics.speed import PeakMemory
+from iptv2_diffusion.training.memory import keep_freed_memory
+
+keep_freed_memory()  # for the rest of a process
+for _ in range(2):
+    with PeakMemory() as memory:
+        parts = [torch.ones(1 << 18) for _ in range(200)]  # 200 MB
+    print(memory.bytes)
+    del parts
+"""
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = map(int, child.stdout.split())
+    assert first > 190 << 20
+    assert second > 0.95 * first
+
+
 def test_peak_is_not_that_of_the_parent():
     """Which a child process inherits in ru_maxrss."""
     held = torch.ones(150 << 20)  # 600 MB

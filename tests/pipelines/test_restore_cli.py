@@ -181,3 +181,23 @@ def test_webp_is_lossless_and_the_profile_of_cmyk_is_dropped(model, tmp_path):
 def test_bad_commands(pictures, arguments, message):
     with pytest.raises(CommandError, match=message):
         main([argument.replace("{in}", str(pictures)) for argument in arguments])
+
+
+@pytest.mark.slow
+def test_a_picture_of_24_megapixels_stays_under_4_gb(tmp_path):
+    """The shipped denoiser, as the command line runs it."""
+    y, x = np.mgrid[:4000, :6000].astype(np.float32)
+    picture = np.stack([127 + 100 * np.sin(x / (40 + c)) * np.cos(y / 50) for c in range(3)], axis=-1).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "large.png")
+    code = """
+import sys
+from iptv2_diffusion.metrics.speed import peak_bytes
+from pipelines.restore_cli import main
+print("failed" if main(sys.argv[1:]) else peak_bytes())
+"""
+    words = [str(tmp_path / "large.png"), "-o", str(tmp_path / "out"), "--sigma", "25"]
+    command = [sys.executable, "-c", code, *words, "--model", str(ROOT / "assets/iptv2-denoise-color")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(done.stdout.split()[-1]) < 4e9
+    with Image.open(tmp_path / "out/large.png") as result:
+        assert result.size == (6000, 4000)
