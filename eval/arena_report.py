@@ -167,10 +167,14 @@ def main() -> int:
     if not groups:
         raise ConfigError(f"{path} has no full runs yet; run eval/arena.py to its end first")
     curves = path.with_name(path.stem + "-curves.png")
-    plot(groups, curves)
+    longest = {
+        size: max(rows[0]["steps"] for (other, _), rows in groups.items() if other == size) for size, _ in groups
+    }
+    shown = {key: rows for key, rows in groups.items() if rows[0]["steps"] == longest[key[0]]}  # no short ablations
+    plot(shown, curves)
     text = table(groups) + "\n" + equal_time(groups)
     print(text)
-    for written in (curves, *sheets(groups, config, path.parent)):
+    for written in (curves, *sheets(shown, config, path.parent)):
         print(f"wrote {written}")
     return 0
 
