@@ -26,6 +26,7 @@ from iptv2_diffusion.training.alignment import Alignment, TargetFeatures
 from iptv2_diffusion.training.errors import LocalError, user_errors
 from iptv2_diffusion.training.pictures import picture_sheet
 from iptv2_diffusion.training.sample_quality import KernelDistance
+from iptv2_diffusion.training.signals import no_interruption
 
 NOISE_BANDS = 4  # the held-out loss is also told for each quarter of the timesteps
 
@@ -50,6 +51,7 @@ class LatentDiffusionTask:
     """
 
     works_together = True
+    interrupt = staticmethod(no_interruption)
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class LatentDiffusionTask:
         config, figures = self.config, self.heldout_loss(model)
         if self.distance is not None and (last or step % config.kid_every == 0):
             sampling = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
-            figures |= self.distance(self.pipeline(model), **sampling)
+            figures |= self.distance(self.pipeline(model), self.interrupt, **sampling)
         return figures
 
     @torch.no_grad()
@@ -146,6 +148,7 @@ class LatentDiffusionTask:
         for start in range(0, count, accelerator.num_processes * size):
             # All processes run as many batches: those of a sharded model gather its weights together. What lies
             # beyond the end is computed on the first images and does not count.
+            self.interrupt()
             own = start + accelerator.process_index * size
             counts = own < count
             batch = self._prepare(draws[own : own + size] if counts else draws[:size], self.heldout, 0.0)
@@ -186,6 +189,7 @@ class LatentDiffusionTask:
         classes: list[int | None] = [*range(min(self.null_label or 0, config.preview_classes))] or [None]
         drawn = []
         for start in range(0, len(classes), processes):
+            self.interrupt()
             row = (start + process) % len(classes)
             label = classes[row]
             seeds = [torch.Generator().manual_seed(1000 * row + column) for column in range(config.preview_per_class)]

@@ -30,14 +30,18 @@ class MetricLog:
     """metrics.jsonl: one JSON object a line, always with "step" and "time" (seconds since the epoch).
 
     Each line is flushed, so a kill loses none; on resumption the lines after the resumed step are dropped, so the
-    file reads as if the run had never stopped.
+    file reads as if the run had never stopped. If that step is still to be `evaluated`, so are its rows without a
+    training loss.
     """
 
-    def __init__(self, path: str | Path, *, resumed_step: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, *, resumed_step: int = 0, evaluated: bool = True, enabled: bool = True
+    ) -> None:
         self.path, self.enabled = Path(path), enabled
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step] if resumed_step else []
+            rows = read_metrics(self.path) if resumed_step else []
+            kept = [row for row in rows if row["step"] < resumed_step + (evaluated or "loss" in row)]
             temporary = self.path.with_name(f".tmp-{self.path.name}")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             temporary.replace(self.path)

@@ -17,8 +17,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
 from iptv2_diffusion.training.power_ema import forget_snapshots_after
 from iptv2_diffusion.training.precision import fastest_precision
 from iptv2_diffusion.training.sharding import refuse_other_sharding, shard, whole
-from iptv2_diffusion.training.signals import StopSignal
+from iptv2_diffusion.training.signals import Interrupted, StopSignal, no_interruption
 
 # How long one process may wait for another, as for the one that writes a checkpoint or the samples at the end.
 PROCESS_TIMEOUT = timedelta(hours=2)
@@ -47,6 +48,10 @@ FP16_HALVINGS = 30  # steps in a row that fp16 may overflow: from a loss scale o
 
 class TrainingTask(Protocol):
     """What is trained. Called by every process alike."""
+
+    #: Set by the trainer, for `evaluate` (and a `preview` that all processes draw) to call between batches, equally
+    #: often on each process: it raises `Interrupted` if a stop was asked for. The work is then done after resumption.
+    interrupt: Callable[[], None]
 
     def micro_batches(self, step: int) -> Iterable[Any]:
         """This process's `gradient_accumulation_steps` micro-batches of optimiser step `step` (from 0)."""
@@ -185,6 +190,7 @@ class Trainer:
         self._clock = 0.0  # the same, as this process measures it
         self._budget = 60.0 * config.max_train_minutes if config.max_train_minutes else math.inf
         self._saved_step = -1
+        self._due = False  # whether what follows a step (`_after_step`) is still to be done for this one
         self.skipped = self._skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self._next_batches: list[Any] = []
 
@@ -202,12 +208,14 @@ class Trainer:
             self.seconds = self._clock = float(found.progress["seconds"])
             self.skipped, self._skipped_in_a_row = found.progress.get("skipped", (0, 0))
             self.position = found.progress.get("position")
+            self._due = found.progress.get("due", False)
             self._saved_step = found.step
             self.accelerator.print(f"resumed from {found.path} at step {self.step}")
         main = self.accelerator.is_main_process
         if main:
             forget_snapshots_after(self.snapshots, self.state.averaged_steps)
-        self.metrics = MetricLog(self.output_dir / "metrics.jsonl", resumed_step=self.step, enabled=main)
+        path = self.output_dir / "metrics.jsonl"
+        self.metrics = MetricLog(path, resumed_step=self.step, evaluated=not self._due, enabled=main)
         if main:
             # Without what holds for one start only: a run begun from this file must not delete anything.
             once = {"overwrite": False, "accept_changes": False}
@@ -227,23 +235,36 @@ class Trainer:
             enabled=self.accelerator.is_main_process,
         )
         with StopSignal() as stop:
+            task.interrupt = partial(self._interrupt, stop)
             try:
+                if self._due:
+                    self._after_step(task, bar)
                 while not self.finished:
                     started = time.perf_counter()
                     values = self._train_step(task, stop)
                     self._clock += time.perf_counter() - started
                     bar.update(self.step, {"loss": values["loss"], "lr": values["lr"]}, self._time_fraction)
                     self._log_step(values, bar)
+                    self._due = True
                     if values["stop"] > 0:
-                        self.save()
-                        reason = stop.reason or "a signal to another process"
-                        bar.say(f"stopped by {reason} at step {self.step}, saved; the same command goes on from there")
-                        return reason
+                        raise Interrupted
                     self._after_step(task, bar)
                 self.save()
+            except Interrupted:
+                self.save()
+                reason = stop.reason or "a signal to another process"
+                bar.say(f"stopped by {reason} at step {self.step}, saved; the same command goes on from there")
+                return reason
             finally:
+                task.interrupt = no_interruption
                 bar.close()
         return None
+
+    def _interrupt(self, stop: StopSignal) -> None:
+        """Raise `Interrupted` on every process if one of them was asked to stop."""
+        asked = torch.tensor(float(bool(stop)), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, "sum") > 0:
+            raise Interrupted
 
     @property
     def fraction(self) -> float:
@@ -272,7 +293,7 @@ class Trainer:
         """Write a checkpoint of the current step, if it has none yet."""
         if self._saved_step != self.step:
             skipped = (self.skipped, self._skipped_in_a_row)
-            progress: dict[str, Any] = {"seconds": self.seconds, "skipped": skipped}
+            progress: dict[str, Any] = {"seconds": self.seconds, "skipped": skipped, "due": self._due}
             tell = getattr(self._task, "position", None)
             if tell is not None and (position := tell(self.step)) is not None:
                 progress["position"] = position
@@ -404,6 +425,7 @@ class Trainer:
                     task.preview(model, self.step)
             self._plot()
             worked = True
+        self._due = False
         if config.checkpoint_every and self.step % config.checkpoint_every == 0:
             self.save()
             worked = True

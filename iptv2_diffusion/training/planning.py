@@ -6,9 +6,7 @@ contents, and following which storages are alive. State is weights, AdamW's two 
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from iptv2_diffusion.metrics.speed import peak_bytes
 from iptv2_diffusion.models.activations import LiveStorages
 from iptv2_diffusion.training.loop import Trainer
 from iptv2_diffusion.training.signals import StopSignal
@@ -121,8 +120,7 @@ def measure(make_trainer: Callable[[], tuple[Trainer, TrainingTask]], steps: int
             seconds.append(time.perf_counter() - started)
     if trainer.accelerator.device.type == "cuda":
         return Speed(statistics.median(seconds[1:]), torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Speed(statistics.median(seconds[1:]), peak - before)
+    return Speed(statistics.median(seconds[1:]), peak_bytes() - before)
 
 
 def _resident() -> int:

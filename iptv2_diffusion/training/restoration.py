@@ -23,6 +23,7 @@ from iptv2_diffusion.data.restoration import PatchSampler, transform
 from iptv2_diffusion.data.sampling import generator_for, own_slices
 from iptv2_diffusion.metrics.restoration import psnr
 from iptv2_diffusion.training.errors import user_errors
+from iptv2_diffusion.training.signals import no_interruption
 
 CHARBONNIER_EPSILON = 1e-3
 
@@ -71,6 +72,8 @@ class RestorationTask:
         sources: one per task of the model; each sample's task is drawn at random.
         heldout: name -> held-out batch, from `heldout_batches`.
     """
+
+    interrupt = staticmethod(no_interruption)
 
     def __init__(
         self,
@@ -153,6 +156,7 @@ class RestorationTask:
         """Mean PSNR of the held-out crops of each kind, clipped to [0, 1], not rounded. Every process computes all."""
         figures = {}
         for name, batch in self.heldout.items():
+            self.interrupt()
             batch = batch.map(lambda value: value.to(self.accelerator.device))
             restored = [self.predict(model, batch.map(lambda v, i=i: v[i : i + 1])) for i in range(len(batch.clean))]
             figures[f"psnr_{name}"] = float(psnr(torch.cat(restored), batch.clean).mean())

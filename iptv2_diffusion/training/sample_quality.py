@@ -13,6 +13,7 @@ from torch import Tensor
 from iptv2_diffusion.data.images import ImageTensors
 from iptv2_diffusion.data.sampling import DataOrder, derive_seed
 from iptv2_diffusion.metrics.generation import FeatureExtractor, half_sample_error, kid, mean_kernel
+from iptv2_diffusion.training.signals import no_interruption
 
 BATCH_SIZE = 32  # images that a process draws or encodes together
 
@@ -48,11 +49,18 @@ class KernelDistance:
         self._labels = [images.labels[self._indices[i]] for i in items] if labelled else None
         self._reference: tuple[Tensor, float] | None = None
 
-    def __call__(self, pipeline: Any, **sampling: Any) -> dict[str, float]:
-        """{"kid": …, "kid_error": …} of samples of `pipeline`, the same on every process; `sampling` goes to it."""
+    def __call__(
+        self, pipeline: Any, interrupt: Callable[[], None] = no_interruption, **sampling: Any
+    ) -> dict[str, float]:
+        """{"kid": …, "kid_error": …} of samples of `pipeline`, the same on every process; `sampling` goes to it.
+
+        `interrupt` is called before every batch, equally often on each process.
+        """
         if self._reference is None:
             indices = self._indices
-            features = self._gather(len(indices), lambda items: self._images.pixels([indices[i] for i in items]))
+            features = self._gather(
+                len(indices), lambda items: self._images.pixels([indices[i] for i in items]), interrupt
+            )
             self._reference = features, mean_kernel(features)
 
         def draw(items: list[int]) -> Tensor:
@@ -65,11 +73,11 @@ class KernelDistance:
             return images.mul(255).round().to(torch.uint8)
 
         pipeline.set_progress_bar_config(disable=True)
-        samples, (reference, within) = self._gather(self.count, draw), self._reference
+        samples, (reference, within) = self._gather(self.count, draw, interrupt), self._reference
         error = half_sample_error(lambda features: kid(features, reference, within), samples)
         return {"kid": kid(samples, reference, within), "kid_error": error}
 
-    def _gather(self, count: int, images: Callable[[list[int]], Tensor]) -> Tensor:
+    def _gather(self, count: int, images: Callable[[list[int]], Tensor], interrupt: Callable[[], None]) -> Tensor:
         """Features (count, D) of `images(items)`, shared by the processes.
 
         All call `images` equally often, as a sharded model needs: what lies beyond the end repeats and is dropped.
@@ -78,6 +86,7 @@ class KernelDistance:
         batches = [range(start, min(start + BATCH_SIZE, count)) for start in range(0, count, BATCH_SIZE)]
         own = []
         for start in range(0, len(batches), processes):
+            interrupt()
             number = start + process
             features = self.extractor(images(list(batches[number % len(batches)])))
             if number < len(batches):

@@ -7,6 +7,14 @@ import signal
 from types import FrameType
 
 
+class Interrupted(Exception):
+    """A stop was asked for during an evaluation or a preview; raised on every process alike."""
+
+
+def no_interruption() -> None:
+    """`TrainingTask.interrupt` outside of training."""
+
+
 class StopSignal:
     """Remembers that the run was asked to stop. Use as a context manager around the training loop."""
 

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from iptv2_diffusion import IPTV2Pipeline
 
+# a run that ends early draws samples where a longer one does not
+STOPPED = ("--lr_schedule", "constant", "--kid_samples", 0)
+
 
 def assert_equal_to_rounding(left, right):
     """Losses at every step, and the averaged weights at the end."""
     ours, theirs = log(left), log(right)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    assert [step for step, row in enumerate(ours, 1) if "kid" in row]
     for one, other in zip(ours, theirs, strict=True):
         for name, value in one.items():  # KID: a pixel may round to the next grey level
             assert value == pytest.approx(other.pop(name), rel=1e-2 if name.startswith("kid") else 1e-4), name
@@ -48,6 +50,7 @@ def test_processes_two_give_the_loss_curve_of_one(ground, reference):
     folder = ground / "two"
     output = finish(launch(ground, folder, processes=2))
     assert output.count("What to try next") == 1
+    assert [row["step"] for row in log(folder) if "kid" in row] == [20, STEPS]
     assert len(list(newest(folder).glob("random_states_*"))) == 2
     assert_equal_to_rounding(folder, reference)
 
@@ -63,10 +66,10 @@ def test_processes_four_give_the_loss_curve_of_one(ground, reference):
 @pytest.mark.slow
 def test_processes_may_change_between_stop_and_resumption(ground, reference):
     folder = ground / "changed"
-    finish(launch(ground, folder, "--max_train_steps", 10, "--lr_schedule", "constant", processes=2))
-    finish(launch(ground, folder, "--max_train_steps", 20, "--lr_schedule", "constant"))
+    finish(launch(ground, folder, *STOPPED, "--max_train_steps", 10, processes=2))
+    finish(launch(ground, folder, *STOPPED, "--max_train_steps", 20))
     one = ground / "unchanged"
-    finish(launch(ground, one, "--max_train_steps", 20, "--lr_schedule", "constant"))
+    finish(launch(ground, one, *STOPPED, "--max_train_steps", 20))
     assert [r["step"] for r in log(folder)] == [r["step"] for r in log(one)]
     for left, right in zip(log(folder), log(one), strict=True):
         assert left == pytest.approx(right, rel=1e-4)
@@ -75,7 +78,7 @@ def test_processes_may_change_between_stop_and_resumption(ground, reference):
 @pytest.mark.slow
 def test_processes_share_a_stream_and_resume_it_on_another_number(ground):
     """Two processes, then four, then one: the losses and the averages of one process all along."""
-    options = ("--streaming", "--num_workers", 1, "--shuffle_block", 8, "--lr_schedule", "constant")
+    options = (*STOPPED, "--streaming", "--num_workers", 1, "--shuffle_block", 8)
     whole, folder = ground / "stream", ground / "stream-shared"
     finish(launch(ground, whole, *options))
     for steps, processes in ((10, 2), (20, 4), (STEPS, 1)):
@@ -98,7 +101,7 @@ def test_processes_align_as_one(ground, options):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_resume_after_a_signal_to_two_processes(ground, name):
     """To the launcher (which hands SIGTERM on), or as Slurm sends SIGUSR1: to the training processes themselves."""
-    folder, constant = ground / name, ("--lr_schedule", "constant", "--eval_every", 0, "--kid_samples", 0)
+    folder, constant = ground / name, (*STOPPED, "--eval_every", 0)
     process = launch(ground, folder, *constant, "--checkpoint_every", 0, "--max_train_steps", 100_000, processes=2)
     await_step(process, folder, 5)
     workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "train_ldm" in " ".join(p.cmdline())]
@@ -114,6 +117,23 @@ def test_resume_after_a_signal_to_two_processes(ground, name):
     finish(launch(ground, folder, *constant, "--max_train_steps", step + 2, processes=2))
     undisturbed = ground / f"{name}-undisturbed"
     finish(launch(ground, undisturbed, *constant, "--max_train_steps", step + 2, processes=2))
+    assert_equal_bit_for_bit(folder, undisturbed)
+
+
+@pytest.mark.slow
+def test_resume_after_a_signal_to_two_processes_in_an_evaluation(ground):
+    """Both leave between two batches of it, save, and draw its samples after resumption."""
+    options = ("--max_train_steps", 20, "--checkpoint_every", 0, "--kid_every", 10, "--kid_samples", 3200)
+    undisturbed, folder = ground / "evaluated", ground / "evaluating"
+    finish(launch(ground, undisturbed, *options, processes=2))
+    process = launch(ground, folder, *options, processes=2)
+    await_step(process, folder, 10)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert re.search("stopped by (SIGTERM|a signal to another process) at step 10, saved", output)
+    assert not any("kid" in row for row in log(folder))
+    finish(launch(ground, folder, *options, processes=2))
     assert_equal_bit_for_bit(folder, undisturbed)
 
 
@@ -172,7 +192,7 @@ def test_fsdp_on_two_processes_gives_the_run_of_one_and_its_checkpoint(ground, r
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["full", "sharded"])
 def test_fsdp_checkpoints_resume_on_one_process_and_on_two(ground, form):
-    constant = ("--lr_schedule", "constant", "--checkpoint_every", 10, "--ema", "power")
+    constant = (*STOPPED, "--checkpoint_every", 10, "--ema", "power")
     sharding = ("--sharding", "zero3", "--sharded_checkpoints", str(form == "sharded").lower())
     whole, folder = ground / f"whole-{form}", ground / f"parts-{form}"
     finish(launch(ground, whole, *constant, "--max_train_steps", 30))

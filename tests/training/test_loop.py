@@ -205,6 +205,34 @@ def test_signals_save_and_leave_and_the_run_goes_on_exactly(tmp_path, name):
     assert equal(snapshot(resumed), snapshot(run(tmp_path, "whole")))
 
 
+@pytest.mark.parametrize("when", ["in the step", "in its evaluation"])
+@pytest.mark.parametrize("at", [4, 8])  # 8: the last
+def test_a_stop_leaves_the_evaluation_of_its_step_for_later(tmp_path, at, when):
+    whole = run(tmp_path, "whole")
+
+    def send(step, model):
+        if step == at - 1 and when == "in the step":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer, task = start(tmp_path, at_step=send)
+
+    def evaluate(model, step, last):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            task.interrupt()
+        return Regression.evaluate(task, model, step, last)
+
+    task.evaluate = evaluate
+    assert trainer.fit(task) == "SIGTERM"
+    assert trainer.step == trainer.checkpoints.latest().step == at
+    assert not any("heldout_loss" in row for row in rows(trainer) if row["step"] == at)
+    task.interrupt()  # nothing, outside of training
+    for _ in range(2):  # the second finds the run finished
+        resumed = run(tmp_path)
+        assert rows(resumed) == rows(whole)
+        assert equal(snapshot(resumed), snapshot(whole))
+
+
 def test_a_time_budget_ends_the_run_and_its_schedule(tmp_path):
     options = {"max_train_steps": 10**6, "max_train_minutes": 0.02, "lr_schedule": "linear", "log_every": 10}
     trainer = run(tmp_path, checkpoint_every=0, eval_every=0, **options)

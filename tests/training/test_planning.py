@@ -58,8 +58,12 @@ def test_sharding_divides_the_state():
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [["no"], ["bf16"], ["no", "--gradient_checkpointing"]], ids=" ".join)
 def test_plan_is_within_a_fifth_of_the_measured_peak(form):
-    """glibc's heap, left to itself, keeps up to a third more than the tensors; here it gives freed memory back."""
-    command = [sys.executable, "train/train_ldm.py", "--config", "configs/emoji64.yaml", "--plan", "--num_threads", "1"]
+    """glibc's heap, left to itself, keeps up to a third more than the tensors; here it gives freed memory back.
+
+    The libraries' own 50 MB (code, kernels compiled on the spot), which no plan holds, need a model that is not tiny.
+    """
+    command = [sys.executable, "train/train_ldm.py", "--config", "configs/emoji64.yaml", "--model", "emoji64"]
+    command += ["--plan", "--num_threads", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(
         [*command, "--mixed_precision", *form], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
