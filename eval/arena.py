@@ -6,8 +6,8 @@
 A model may come in several shapes (DiT: patch 2 and patch 1). A short run of each shape at each learning rate of one
 grid tells which of them counts ("chosen"); that one is trained in full from every seed. Runs are those of
 `train/train_ldm.py`, one after another, in OUTPUT_DIR/SIZE; the same command resumes, and trains no finished run again.
-Then samples of every full run are scored: see `iptv2_diffusion/metrics/generation.py`. `eval/arena_report.py` draws the
-results.
+Then samples of every full run are scored: see `iptv2_diffusion/metrics/generation.py`. The results are a JSON list of
+rows; NAME-about.json beside it holds machine, recipe and what real images score. `eval/arena_report.py` draws them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+SCORES = ("kid", "kid_error", "fd_pca64", "fd_train", "nearest_neighbour_median", "sampling_seconds_per_image")
 
 
 @dataclass(kw_only=True)
@@ -53,7 +54,7 @@ class ArenaConfig:
         "score", "count: only compare MACs; grid: the short runs; train: the full ones; score: all"
     )
     output_dir: str = option("runs/arena-emoji64", "folder of the runs")
-    results: str = option("docs/results/arena-emoji64.json", "rows of these models and this size are replaced")
+    results: str = option("docs/results/arena-emoji64.json", "a list of rows; those of these shapes are replaced")
 
     def validate(self) -> None:
         for name in ("learning_rates", "seeds", "models"):
@@ -130,15 +131,15 @@ def read_recipe(config: ArenaConfig) -> dict[str, Any]:
 
 
 def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) -> None:
-    """An error for a shape whose MACs are neither the first one's fused nor its training MACs, within some per cent."""
-    first = next(iter(costs))
-    for shape, cost in costs.items():
-        off = 100 * min(abs(cost["macs_fused"] / costs[first][kind] - 1) for kind in ("macs_fused", "macs_train"))
+    """An error for two shapes whose MACs, fused or as trained, are further apart than some per cent."""
+    kinds = ("macs_fused", "macs_train")
+    for (one, ours), (other, theirs) in itertools.combinations(costs.items(), 2):
+        off = 100 * min(abs(ours[a] / theirs[b] - 1) for a in kinds for b in kinds)
         if off > tolerance:
             raise ConfigError(
-                f"{'/'.join(shape)} has {cost['macs_fused'] / 1e6:.2f} M MACs, {'/'.join(first)} has "
-                f"{costs[first]['macs_fused'] / 1e6:.2f} M: {off:.1f} % apart, {tolerance:g} are "
-                "allowed; change widths or layers"
+                f"{'/'.join(one)} has {ours['macs_fused'] / 1e6:.2f} M MACs, {'/'.join(other)} has "
+                f"{theirs['macs_fused'] / 1e6:.2f} M: {off:.1f} % apart, {tolerance:g} are allowed; change widths or "
+                "layers"
             )
 
 
@@ -337,24 +338,33 @@ def make_row(config: ArenaConfig, run: Run, cost: dict[str, Any], *, chosen: boo
     }
 
 
-def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, Any]) -> Path:
-    """Replace the rows of these models of this size in the file of results; machine and recipe stand beside them."""
+def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, Any] | None) -> Path:
+    """Replace the rows of these shapes in the file of results; machine and recipe go into a file beside it."""
     from iptv2_diffusion.metrics.speed import describe_machine
 
     path = Path(config.results)
-    saved = json.loads(path.read_text()) if path.is_file() else {"rows": [], "about": {}}
-    saved["rows"] = [r for r in saved["rows"] if r["size"] != config.size or r["model"] not in config.models] + rows
-    about = {
+    beside = path.with_name(f"{path.stem}-about.json")
+    replaced = {(row["model"], row["shape"]) for row in rows}
+    recounted = {row["model"] for row in rows if row["chosen"]}
+
+    def stays(row: dict) -> bool:
+        again = (row["model"], row["shape"]) in replaced or (row["chosen"] and row["model"] in recounted)
+        return row["size"] != config.size or not again
+
+    with user_errors(OSError, ValueError):
+        saved = json.loads(path.read_text()) if path.is_file() else []
+        about = json.loads(beside.read_text()) if beside.is_file() else {}
+    about[" ".join([config.size, *sorted(config.models)])] = {
         **describe_machine(),
         "command": " ".join(["python", "eval/arena.py", *sys.argv[1:]]),
         "options": {k: v for k, v in vars(config).items() if k not in ("output_dir", "results", "stop_after")},
         "recipe": read_recipe(config),
         "reference": reference,
     }
-    saved["about"][" ".join([config.size, *sorted(config.models)])] = about
     with user_errors(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(saved, indent=1) + "\n")
+        path.write_text(json.dumps([row for row in saved if stays(row)] + rows, indent=1) + "\n")
+        beside.write_text(json.dumps(about, indent=1) + "\n")
     return path
 
 
@@ -371,7 +381,13 @@ def main() -> int:
     if config.stop_after == "count":
         return 0
     grids = {name: run_grid(config, name) for name in config.models}
+    rows = [
+        make_row(config, run, costs[run.model, run.shape], chosen=False, scores=dict.fromkeys(SCORES))
+        for runs, _ in grids.values()
+        for run in runs
+    ]
     if config.stop_after == "grid":
+        print(f"wrote {write_results(config, rows, None)}")
         return 0
     full = [
         make_run(config, name, best.shape, best.learning_rate, seed, grid=False)
@@ -383,11 +399,6 @@ def main() -> int:
     if config.stop_after == "train":
         return 0
     reference = load_reference(config)
-    rows = [
-        make_row(config, run, costs[run.model, run.shape], chosen=False, scores={})
-        for runs, _ in grids.values()
-        for run in runs
-    ]
     for run in full:
         scores = score(config, run, reference)
         rows.append(make_row(config, run, costs[run.model, run.shape], chosen=True, scores=scores))

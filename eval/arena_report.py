@@ -39,10 +39,10 @@ class ReportConfig:
 Group = dict[tuple[str, str], list[dict[str, Any]]]
 
 
-def full_runs(results: dict[str, Any]) -> Group:
+def full_runs(results: list[dict[str, Any]]) -> Group:
     """The runs that count, by (size, model)."""
     groups: Group = {}
-    for row in results["rows"]:
+    for row in results:
         if row["chosen"]:
             groups.setdefault((row["size"], row["model"]), []).append(row)
     return groups

@@ -20,7 +20,7 @@ from PIL import Image
 if TYPE_CHECKING:
     import tifffile
 
-__all__ = ["is_16_bit", "read_16_bit", "read_tiff_metadata", "write_16_bit"]
+__all__ = ["count_tiff_images", "is_16_bit", "read_16_bit", "read_tiff_metadata", "write_16_bit"]
 
 _PNG = b"\x89PNG"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -42,7 +42,7 @@ def is_16_bit(path: str | Path) -> bool:
 
 
 def read_16_bit(path: str | Path) -> np.ndarray:
-    """(H, W, C) of uint16, C from 1 to 4: gray or RGB, perhaps with alpha.
+    """(H, W, C) of uint16, C from 1 to 4: gray or RGB, perhaps with alpha; upright, as EXIF's orientation says.
 
     Raises:
         OSError, ValueError, RuntimeError: the file is damaged, or a TIFF of another layout or compression.
@@ -52,34 +52,65 @@ def read_16_bit(path: str | Path) -> np.ndarray:
     if is_png:
         from torchvision.io import ImageReadMode, decode_png, read_file
 
-        return decode_png(read_file(str(path)), mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).contiguous().numpy()
+        image = decode_png(read_file(str(path)), mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+        with Image.open(path) as file:
+            return turned(image, file.getexif().get(_ORIENTATION, 1))
     with _tiff_page(path) as page:
         if page.photometric.name not in ("MINISBLACK", "RGB"):
             raise ValueError(f"its pixels are {page.photometric.name}, not gray or RGB")
         image, planes = page.asarray(), page.planarconfig == 2
+        orientation = int(page.tags.valueof(_ORIENTATION, 1))
     if image.ndim == 2:
-        return image[..., None]
-    return np.ascontiguousarray(np.moveaxis(image, 0, -1)) if planes else image
+        image = image[..., None]
+    return turned(np.moveaxis(image, 0, -1) if planes else image, orientation)
+
+
+def turned(image: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, C) stored with an orientation of EXIF, 1 to 8, as it is to be seen."""
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(0, 1)  # 5
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
 
 
 def read_tiff_metadata(path: str | Path) -> dict[str, bytes]:
-    """`icc_profile` and, with orientation and texts, `exif` of a TIFF of any depth, as `write_16_bit` takes them."""
+    """`icc_profile` and, with orientation and texts, `exif` of a TIFF of any depth, as `write_16_bit` takes them.
+
+    No profile where the pixels are neither gray nor RGB: it would not hold after their conversion.
+    """
     with _tiff_page(path) as page:
+        converted = page.photometric.name in ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB")
         tags = {tag.code: tag.value for tag in page.tags if tag.dtype == _ASCII or tag.code == _ORIENTATION}
-        profile = [bytes(tag.value) for tag in page.tags if tag.code == _ICC_PROFILE]
+        profile = [bytes(tag.value) for tag in page.tags if tag.code == _ICC_PROFILE and not converted]
     exif = Image.Exif()
     exif.update({code: value if isinstance(value, str) else int(value) for code, value in tags.items()})
     return {"exif": exif.tobytes(), **({"icc_profile": profile[0]} if profile else {})}
 
 
+def count_tiff_images(path: str | Path) -> int:
+    """Images of a TIFF, without their smaller copies."""
+    with _tiff_file(path) as file:
+        return sum(not page.is_reduced for page in file.pages)
+
+
 @contextlib.contextmanager
 def _tiff_page(path: str | Path) -> Iterator[tifffile.TiffPage]:
-    """The first page of a TIFF; a damaged one raises a ValueError."""
+    """The first page of a TIFF."""
+    with _tiff_file(path) as file:
+        yield file.pages[0]
+
+
+@contextlib.contextmanager
+def _tiff_file(path: str | Path) -> Iterator[tifffile.TiffFile]:
+    """A damaged TIFF raises a ValueError."""
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as file:
-            yield file.pages[0]
+            yield file
     except (tifffile.TiffFileError, struct.error, zlib.error, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"a damaged TIFF: {error}") from error
 

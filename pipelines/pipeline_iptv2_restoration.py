@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from iptv2_diffusion.models.activations import activation_bytes_per_pixel
@@ -62,7 +61,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
     __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
     model_cpu_offload_seq = "model"
 
-    def __init__(self, model: IPTV2RestorationModel, sigma_range: tuple[float, float] | None = None):
+    def __init__(self, model: IPTV2RestorationModel, sigma_range: Optional[list[float]] = None):  # noqa: UP045 (diffusers)
         super().__init__()
         self.register_modules(model=model)
         self.register_to_config(sigma_range=sigma_range)
@@ -85,9 +84,9 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
 
         Args:
             image: a path, PIL image, array (H, W), (H, W, C) or (B, H, W, C), tensor (C, H, W) or (B, C, H, W), or a
-                list of these. Integers are on their type's range (8 or 16 bits); floats are on [0, 1] and are not
-                clipped, since noise goes beyond. Gray goes through a colour model as three equal channels and comes
-                back gray; an alpha channel is kept as it is.
+                list of these. Files and PIL images are turned upright (EXIF orientation). Integers are on their type's
+                range (8 or 16 bits); floats are on [0, 1] and are not clipped, since noise goes beyond. Gray goes
+                through a colour model as three equal channels and comes back gray; an alpha channel is kept as it is.
             sigma: standard deviation of the noise on the 0–255 scale, one or one per image; None: estimated, for a
                 model that takes it.
             task: for a model of several tasks.
@@ -134,7 +133,8 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
             return [estimate_sigma(p.pixels) if takes else None for p in pictures]
         if not takes:
             raise ValueError("this model is blind: it was not trained with a noise level; leave sigma out")
-        levels = [float(sigma)] * len(pictures) if isinstance(sigma, numbers.Real) else [float(s) for s in sigma]
+        given = np.ravel(np.asarray(sigma, dtype=float)).tolist()
+        levels = given * len(pictures) if len(given) == 1 else given
         if len(levels) != len(pictures):
             raise ValueError(f"{len(levels)} noise levels for {len(pictures)} images; give one, or one per image")
         for level in levels:
@@ -142,7 +142,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
                 raise ValueError(f"sigma is {level:g}; it must lie in [0, 255], the standard deviation on that scale")
             low, high = self.config.sigma_range or (0, 255)
             if not low <= level <= high:
-                warnings.warn(f"sigma is {level:g}; this model was trained with {low:g} to {high:g}", stacklevel=3)
+                warnings.warn(f"sigma is {level:g}; this model was trained with {low:g} to {high:g}", stacklevel=4)
         return levels
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -210,7 +210,8 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
                 if not is_out_of_memory(error) or smaller < 2 * self.model.granularity:
                     raise
                 warnings.warn(f"out of memory with tiles of {plan[0]} pixels; going on with {smaller}", stacklevel=4)
-                plan = self.plan_tiles(pixels.shape, smaller, overlap)
+                fits = overlap is None or overlap_of(smaller, self.model.granularity, overlap) < smaller
+                plan = self.plan_tiles(pixels.shape, smaller, overlap if fits else None)
 
     def restore_tiles(
         self,
@@ -294,8 +295,8 @@ def blending(begins: list[int], side: int, length: int) -> list[Tensor]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
 
 
 def estimate_sigma(pixels: Tensor) -> float:
@@ -342,7 +343,7 @@ def read_pictures(image: Any) -> Iterator[Picture]:
     elif isinstance(image, (str, Path)):
         yield read_file_picture(Path(image))
     elif isinstance(image, Image.Image):
-        yield from_pil(image)
+        yield from_pil(ImageOps.exif_transpose(image))
     elif isinstance(image, (np.ndarray, Tensor)):
         yield from from_array(image)
     else:
@@ -350,12 +351,12 @@ def read_pictures(image: Any) -> Iterator[Picture]:
 
 
 def read_file_picture(path: Path) -> Picture:
-    """An image file; PNG and TIFF of 16 bits keep their depth, and EXIF orientation is left to the viewer."""
+    """An image file; PNG and TIFF of 16 bits keep their depth."""
     try:
         if is_16_bit(path):
             return next(from_array(read_16_bit(path)))
         with Image.open(path) as file:
-            return from_pil(file)
+            return from_pil(ImageOps.exif_transpose(file))
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
@@ -365,8 +366,9 @@ def from_pil(image: Image.Image) -> Picture:
     if not image.width or not image.height:
         raise ValueError(f"the image is {image.width}x{image.height} pixels; it is empty")
     if image.mode in ("I;16", "I;16B", "I", "F"):
-        array = np.asarray(image).astype(np.float32)
-        return Picture(torch.from_numpy(array / 65535 if image.mode != "F" else array)[None])
+        array = np.asarray(image).astype(np.float32) / (1 if image.mode == "F" else 65535)
+        check_values(array)
+        return Picture(torch.from_numpy(array)[None])
     gray = image.mode in ("1", "L", "LA")
     pixels = image.convert("L" if gray else "RGB")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -377,6 +379,14 @@ def from_pil(image: Image.Image) -> Picture:
         pixels.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous(),
         None if alpha is None else alpha[None],
     )
+
+
+def check_values(values: np.ndarray) -> None:
+    """Raise a ValueError unless floats can be those of an image on [0, 1], with noise on it."""
+    if not np.isfinite(values).all():
+        raise ValueError("the image holds NaN or infinite values")
+    if np.abs(values).max() > 16:
+        raise ValueError(f"the image is of floats up to {values.max():g}; give floats on [0, 1], or uint8 or uint16")
 
 
 def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
@@ -391,7 +401,9 @@ def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
     shape = tuple(image.shape)
     if image.ndim != 3 or not min(shape):
         raise ValueError(f"an image of shape {shape} cannot be restored; give (H, W, C) arrays or (C, H, W) tensors")
-    array = np.asarray(image) if last else image.detach().cpu().permute(1, 2, 0).numpy()
+    if not last:
+        image = image.detach().float() if image.is_floating_point() else image.detach()  # NumPy has no bfloat16
+    array = np.asarray(image) if last else image.cpu().permute(1, 2, 0).numpy()
     channels = array.shape[2]
     if channels not in (1, 2, 3, 4):
         order = "(H, W, C)" if last else "(C, H, W)"
@@ -400,8 +412,7 @@ def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
         raise ValueError(f"an image of {array.dtype} is ambiguous; give uint8, uint16, or floats on [0, 1]")
     peak = float(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else 1.0
     values = array.astype(np.float32) / np.float32(peak)
-    if not np.isfinite(values).all():
-        raise ValueError("the image holds NaN or infinite values")
+    check_values(values)
     colours = 1 if channels < 3 else 3
     planes = torch.from_numpy(values).permute(2, 0, 1)
     alpha = planes[-1:].clamp(0, 1) if channels in (2, 4) else None

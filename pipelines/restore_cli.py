@@ -4,15 +4,17 @@
 
 Every picture is written under OUT by its own name (folders keep their structure). What is there already is left alone,
 so the same command goes on after an interruption; an input is never overwritten. EXIF and ICC profiles are kept, and
-so are the 16 bits a channel of PNG and TIFF files.
+so are the 16 bits a channel of PNG and TIFF files. Pictures are written upright.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
 JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 SAVE_OPTIONS = {".jpg": JPEG_OPTIONS, ".jpeg": JPEG_OPTIONS, ".webp": {"lossless": True}}
@@ -34,6 +37,7 @@ class CommandError(Exception):
 
 def run() -> None:
     """The console script."""
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         code = main(sys.argv[1:])
     except CommandError as error:
@@ -51,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     jobs = plan(arguments.inputs, arguments.output)
     todo = [(source, target) for source, target in jobs if not target.exists()]
     if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} are in {arguments.output} already")
+        there = f"{len(jobs) - len(todo)} of {len(jobs)} are in {arguments.output} already"
+        print(f"{there}; delete them, or choose another --output, to restore them again")
     if not todo:
         return 0
     pipeline = load(arguments)
@@ -91,6 +96,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=(8, 16), help="a channel, 16 for PNG and TIFF only [the input's]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [cpu]")
     arguments = parser.parse_args(argv)
+    if not 0 <= arguments.strength <= 1:
+        parser.error(f"--strength is {arguments.strength:g}; it must lie in 0 to 1")
     if arguments.tile not in ("auto", "none"):
         if not arguments.tile.isdigit():
             parser.error(f"--tile is {arguments.tile!r}; give a number of pixels, auto, or none")
@@ -117,6 +124,7 @@ def pictures(source: Path, output: Path) -> Iterator[tuple[Path, Path]]:
     """A picture, or all pictures under a folder, with their places under `output`."""
     if source.is_dir():
         found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts)]
         if not found:
             raise CommandError(f"{source} holds no pictures ({' '.join(sorted(SUFFIXES))})")
         inside = source.resolve() in output.resolve().parents  # what an output inside the input holds is no input
@@ -141,10 +149,33 @@ def load(arguments: argparse.Namespace):
         raise CommandError(f"cannot write to {arguments.output}: {error.strerror}") from error
     from iptv2_diffusion import IPTV2RestorationPipeline
 
+    kind = pipeline_class(Path(arguments.model))
+    if kind not in (None, IPTV2RestorationPipeline.__name__):
+        raise CommandError(f"{arguments.model} holds a {kind}, not an {IPTV2RestorationPipeline.__name__}")
     try:
-        return IPTV2RestorationPipeline.from_pretrained(arguments.model).to(arguments.device)
+        pipeline = IPTV2RestorationPipeline.from_pretrained(arguments.model)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CommandError(f"cannot load {arguments.model}: {' '.join(str(error).split())[:200]}") from error
+        local = "" if Path(arguments.model).exists() else "no such folder, and from the Hub: "
+        raise CommandError(f"cannot load {arguments.model}: {local}{' '.join(str(error).split())[:200]}") from error
+    try:
+        pipeline.to(arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {arguments.device}: {str(error).splitlines()[0][:160]}") from error
+    try:  # what is wrong for one picture is wrong for all
+        pipeline.plan_tiles((3, 4096, 4096), arguments.tile, arguments.overlap, arguments.memory)
+        if arguments.sigma is not None:
+            pipeline.noise_levels(arguments.sigma, [None])
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return pipeline
+
+
+def pipeline_class(folder: Path) -> str | None:
+    """The class that a pipeline's folder names; None if it is no such folder."""
+    try:
+        return json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError):
+        return None
 
 
 def restore(pipeline, source: Path, target: Path, arguments: argparse.Namespace) -> None:
@@ -152,8 +183,7 @@ def restore(pipeline, source: Path, target: Path, arguments: argparse.Namespace)
     options = {
         name: getattr(arguments, name) for name in ("task", "strength", "tile", "overlap", "memory", "self_ensemble")
     }
-    if pipeline.model.config.sigma_conditioning is not None or arguments.sigma is not None:
-        options["sigma"] = arguments.sigma
+    options["sigma"] = arguments.sigma
     metadata, deep = describe(source)
     deep = deep if arguments.bits is None else arguments.bits == 16
     if deep and target.suffix.lower() not in DEEP_SUFFIXES:
@@ -173,17 +203,27 @@ def restore(pipeline, source: Path, target: Path, arguments: argparse.Namespace)
 
 def describe(source: Path) -> tuple[dict[str, bytes], bool]:
     """EXIF and ICC profile of a picture as `save` takes them, and whether it has 16 bits a channel."""
-    from iptv2_diffusion.sixteen_bit import is_16_bit, read_tiff_metadata
+    from iptv2_diffusion.sixteen_bit import count_tiff_images, is_16_bit, read_tiff_metadata
 
     try:
         deep = is_16_bit(source)
         if source.suffix.lower() in (".tif", ".tiff"):
-            return read_tiff_metadata(source), deep
-        with Image.open(source) as file:
-            kept = ("exif",) if file.mode == "CMYK" else ("exif", "icc_profile")  # CMYK becomes RGB: its profile lies
-            return {key: file.info[key] for key in kept if file.info.get(key)}, deep
+            metadata, frames = read_tiff_metadata(source), count_tiff_images(source)
+        else:
+            with Image.open(source) as file:
+                frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's extra views
+                kept = ("exif",) if file.mode == "CMYK" else ("exif", "icc_profile")  # as RGB its profile would lie
+                metadata = {key: file.info[key] for key in kept if file.info.get(key)}
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{source} cannot be read as an image: {' '.join(str(error).split())[:160]}") from error
+    if frames > 1:
+        raise ValueError(f"it holds {frames} frames; save each as a picture of its own")
+    exif = Image.Exif()
+    exif.load(metadata.get("exif"))
+    if exif.get(ORIENTATION, 1) != 1:  # the pixels are turned
+        exif[ORIENTATION] = 1
+        metadata["exif"] = exif.tobytes()
+    return metadata, deep
 
 
 def write_pil(image: Image.Image, path: Path, metadata: dict[str, bytes]) -> None:

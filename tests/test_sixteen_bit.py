@@ -5,11 +5,11 @@ import png
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image, read_file
 
 from iptv2_diffusion.data.restoration import read_image
-from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit, write_16_bit
+from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit, turned, write_16_bit
 
 
 def picture(channels, seed=0):
@@ -46,6 +46,14 @@ def test_planes_and_big_endian(tmp_path):
     for name in ("a.tif", "b.tif"):
         assert is_16_bit(tmp_path / name)
         assert np.array_equal(read_16_bit(tmp_path / name), image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_as_pillow_turns(orientation):
+    image = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    picture = Image.fromarray(image)
+    picture.getexif()[0x0112] = orientation
+    assert np.array_equal(turned(image[..., None], orientation)[..., 0], np.asarray(ImageOps.exif_transpose(picture)))
 
 
 def test_what_has_8_bits_or_floats_is_told_apart(tmp_path):

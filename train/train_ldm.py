@@ -55,6 +55,7 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
 
     from iptv2_diffusion.models.fusion import trainable
     from iptv2_diffusion.models.presets import create_model
+    from iptv2_diffusion.training.latent_diffusion import null_label
 
     channels = codec.latent_channels
     height, width = codec.latent_size(*config.size)
@@ -72,6 +73,17 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
         raise ConfigError(
             f"the model takes {model.config.in_channels} channels, the VAE {config.vae} gives {channels}; choose "
             "another VAE or leave in_channels out of model_overrides"
+        )
+    wanted = 2 * channels if config.learned_variance else channels
+    if model.config.out_channels not in (None, wanted):
+        raise ConfigError(
+            f"the model gives {model.config.out_channels} channels for latents of {channels}; with learned_variance "
+            f"{config.learned_variance} it must give {wanted}: leave out_channels out of model_overrides"
+        )
+    if num_classes is not None and null_label(model) != num_classes:
+        raise ConfigError(
+            f"the model has {null_label(model)} classes, the data {num_classes}; set --num_classes and leave "
+            "num_class_embeds out of model_overrides"
         )
     patch = model.config.patch_size
     if "num_embeds_ada_norm" in model.config and (height % patch or width % patch):

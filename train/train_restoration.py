@@ -9,6 +9,7 @@ the loop, resumes exactly and saves. The result, output_dir/pipeline, loads with
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -111,13 +112,21 @@ class RestorationConfig(TrainingConfig):
             raise ConfigError(
                 f"patch_batch_sizes has {len(self.patch_batch_sizes)} numbers for {stages} patch_sizes; give as many"
             )
+        if self.layout == "clean" and not (self.tasks or self.degradations):
+            raise ConfigError("degradations is empty, and so is tasks; name at least one")
         if self.tasks and self.layout != "clean":
             raise ConfigError(f"tasks degrade clean images, but layout {self.layout} has its own pairs; leave one out")
         unknown = set(self.losses) - set(LOSSES)
         if unknown or not self.losses:
             raise ConfigError(f"losses names {', '.join(sorted(unknown)) or 'nothing'}; choose of {', '.join(LOSSES)}")
+        weights = list(self.losses.values())
+        if not all(isinstance(w, (int, float)) and w >= 0 for w in weights) or not any(weights):
+            raise ConfigError(f"losses is {self.losses}; weights are numbers, not negative, not all 0")
         if not 0 <= self.mixup <= 1:
             raise ConfigError(f"mixup is {self.mixup}; it must lie in [0, 1]")
+        smallest = min(self.patch_batch_sizes or (self.batch_size,))
+        if self.mixup and smallest < 2:
+            raise ConfigError(f"mixup mixes the samples of a batch, and one of yours has {smallest}; use 2 or more")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -139,10 +148,9 @@ def make_degradation(config: RestorationConfig, names: tuple[str, ...]):
         if name not in kinds:
             raise ConfigError(f"degradation {name!r} is none of {', '.join(kinds)}")
         low, high = getattr(config, name)
-        if not 0 <= low <= high or (name == "noise" and high > 255) or (name == "jpeg" and not 1 <= low <= high <= 100):
-            raise ConfigError(
-                f"{name} is {low:g},{high:g}; a range needs 0 <= low <= high (noise: 255, jpeg: 1 to 100)"
-            )
+        least, most = {"noise": (0, 255), "gaussian_blur": (0.1, 100), "jpeg": (1, 100)}.get(name, (0, math.inf))
+        if not least <= low <= high <= most:
+            raise ConfigError(f"{name} is {low:g},{high:g}; a range LOW,HIGH must rise within {least:g} to {most:g}")
     steps = [kinds[name](*getattr(config, name)) for name in names]
     return steps[0] if len(steps) == 1 else d.Sequential(*steps)
 
@@ -202,7 +210,9 @@ def make_task(config: RestorationConfig, trainer: Trainer) -> RestorationTask:
     accelerator = trainer.accelerator
     sources = make_sources(config, config.data, "train", accelerator)
     heldout = make_heldout(config, accelerator)
-    images = len(sources[0].sampler.clean)
+    images, largest = len(sources[0].sampler.clean), max(config.patch_sizes)
+    if small := sources[0].sampler.smaller_than(largest):
+        accelerator.print(f"{len(small)} images, as {small[0]}, are smaller than {largest} pixels: reflected beyond")
     accelerator.print(f"{images} images to train on, {sum(len(b.clean) for b in heldout.values())} held-out crops")
     return RestorationTask(config, accelerator, model=trainer.state.module, sources=sources, heldout=heldout)
 
@@ -226,6 +236,11 @@ def make_heldout(config: RestorationConfig, accelerator: Accelerator) -> dict[st
                 sigma = torch.zeros(count) if batch.sigma is None else batch.sigma
                 batch = replace(batch, task=torch.full((count,), index), sigma=sigma)
             batches[f"{config.tasks[index]}_{name}" if config.tasks else name] = batch
+    if not batches:
+        raise ConfigError(
+            f"no image of {config.heldout} is large enough for held-out crops of {config.heldout_size}; choose a "
+            "smaller heldout_size, or heldout none"
+        )
     return batches
 
 

@@ -12,7 +12,7 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -402,43 +402,29 @@ def view_of(image: Image.Image, size: tuple[int, int], index: int, flip: bool = 
 class ImageTensors(torch.utils.data.Dataset):
     """The images of `load_image_dataset` as tensors.
 
-    `dataset[i]` is {"pixel_values": float32 (3, H, W) in [-1, 1], "class_labels": int (0 when unlabelled), "index": i}.
-    `flip="always"` mirrors every picture, "index" makes the length 2N, with item N + i the mirror image of item i (the
-    form for caching latents of both); `get(i, flip=True)` mirrors one item, for a caller that draws its own flips.
+    `dataset[i]` is {"pixel_values": float32 (3, H, W) in [-1, 1], "class_labels": int (0 when unlabelled), "index": i};
+    `get` gives its mirror image and other crops.
 
     A corrupt image raises ValueError with its name. With `strict=False` call `valid_indices()` first: it finds the
-    corrupt ones, warns once with their number and names, keeps them in `skipped`, and returns the others.
+    corrupt ones, warns once with their number and names, and returns the others.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        *,
-        size: int | tuple[int, int],
-        flip: Literal["never", "always", "index"] = "never",
-        strict: bool = False,
-    ) -> None:
-        if flip not in ("never", "always", "index"):
-            raise ValueError(f'flip is "{flip}"; use "never", "always" or "index"')
+    def __init__(self, dataset: datasets.Dataset, *, size: int | tuple[int, int], strict: bool = False) -> None:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"size is {size}; use one positive number or (height, width)")
-        self.dataset, self.flip, self.strict = dataset, flip, strict
-        self.skipped: list[str] = []
+        self.dataset, self.strict = dataset, strict
         self._valid: list[int] | None = None
         # Labels are read once: a row access would fetch the picture's bytes too.
         self.labels: list[int] = list(dataset["label"]) if "label" in dataset.column_names else [0] * len(dataset)
 
     def __len__(self) -> int:
-        return len(self.dataset) * (2 if self.flip == "index" else 1)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
-        index %= len(self)
-        count = len(self.dataset)
-        item = self.get(index % count, flip=self.flip == "always" or index >= count)
-        return {**item, "index": index}
+        return self.get(index % len(self))
 
     def get(self, index: int, flip: bool = False, crop: int = 0) -> dict[str, Any]:
         """Item `index` of the data set in one of its forms, see `view_of`; the same in every epoch."""
@@ -465,7 +451,6 @@ class ImageTensors(torch.utils.data.Dataset):
                 except ValueError as error:
                     if self.strict:
                         raise
-                    self.skipped.append(self.name(index))
                     reasons.append(str(error))
             if not self._valid:
                 raise ValueError(f"none of the {len(self.dataset)} images can be read; the first: {reasons[0]}")

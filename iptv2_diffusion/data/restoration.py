@@ -99,8 +99,10 @@ class ImageStore:
         return len(self.images)
 
     def crop(self, item: int, top: int, left: int, height: int, width: int) -> Tensor:
-        """Part of an image: (channels, height, width) of float32 on [0, 1]."""
+        """Part of an image: (channels, height, width) of float32 on [0, 1]; reflected where the image ends before."""
         part = self.images[item][top : top + height, left : left + width]
+        if part.shape[:2] != (height, width):
+            part = np.pad(part, ((0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)), "reflect")
         return torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1) / self.peak
 
 
@@ -109,15 +111,20 @@ def decode_into(files: Sequence[Path], data: Path, index: Path, channels: int) -
     data.parent.mkdir(parents=True, exist_ok=True)
     temporary = data.with_name(f".tmp-{os.getpid()}-{data.name}")
     sizes, dtype = [], None
-    with temporary.open("wb") as file:
-        for path in files:
-            image = read_image(path, channels)
-            if dtype not in (None, image.dtype):
-                raise ValueError(f"{path} is {image.dtype}, the images before it are {dtype}; do not mix bit depths")
-            dtype = image.dtype
-            sizes.append(image.shape[:2])
-            file.write(np.ascontiguousarray(image).tobytes())
-    temporary.replace(data)
+    try:
+        with temporary.open("wb") as file:
+            for path in files:
+                image = read_image(path, channels)
+                if dtype not in (None, image.dtype):
+                    raise ValueError(
+                        f"{path} is {image.dtype}, the images before it are {dtype}; do not mix bit depths"
+                    )
+                dtype = image.dtype
+                sizes.append(image.shape[:2])
+                file.write(np.ascontiguousarray(image).tobytes())
+        temporary.replace(data)
+    finally:
+        temporary.unlink(missing_ok=True)
     temporary = index.with_name(f".tmp-{os.getpid()}-{index.name}")
     temporary.write_text(json.dumps({"dtype": str(dtype), "sizes": sizes}), encoding="utf-8")
     temporary.replace(index)
@@ -156,16 +163,16 @@ class PatchSampler:
             self.cells[np.minimum(chosen, len(self.cells) - 1)].tolist(), uniforms.tolist(), strict=True
         ):
             height, width, _ = self.clean.images[item].shape
-            if min(height, width) < size:
-                raise ValueError(
-                    f"{self.clean.files[item]} is {height}x{width} pixels, less than the patch of {size}; leave it out "
-                    "or choose smaller patches"
-                )
             # The square's centre falls on a random point of the patch's middle.
             top = top + CELL // 2 - size // 2 + round((down - 0.5) * CELL)
             left = left + CELL // 2 - size // 2 + round((right - 0.5) * CELL)
-            places.append((item, min(max(top, 0), height - size), min(max(left, 0), width - size)))
+            places.append((item, max(0, min(top, height - size)), max(0, min(left, width - size))))
         return places
+
+    def smaller_than(self, size: int) -> list[Path]:
+        """The images that a patch of `size` does not fit in: they are continued by reflection."""
+        pairs = zip(self.clean.files, self.clean.images, strict=True)
+        return [file for file, image in pairs if min(image.shape[:2]) < size]
 
     def patches(self, places: Sequence[tuple[int, int, int]], size: int) -> tuple[Tensor, Tensor | None]:
         """Clean and degraded patches (B, channels, size, size) on [0, 1]; None if there are no degraded images."""

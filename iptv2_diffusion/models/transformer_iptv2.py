@@ -101,6 +101,8 @@ class IPTV2Transformer2DModel(
         fused: bool = False,
     ):
         super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"patch_size is {patch_size}; it must be at least 1")
         levels = len(layers_per_stage) // 2 + 1
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.out_channels = in_channels if out_channels is None else out_channels

@@ -161,6 +161,8 @@ class TrainingConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
         if self.sharding != "none" and self.mixed_precision == "fp16":
             raise ConfigError("sharding does not go with fp16, whose loss scaling it lacks; use bf16")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must lie in 0 to 4294967295")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"num_threads is {self.num_threads}; it must be at least 1, or none")
         if self.max_train_minutes is not None and self.max_train_minutes <= 0:
@@ -274,13 +276,15 @@ def _parse_text(text: str, hint: Any) -> Any:
     kinds = {typing.get_origin(a) or a for a in arguments}
     if bool in kinds and text.lower() in _TRUE_WORDS | _FALSE_WORDS:
         return text.lower() in _TRUE_WORDS
-    if kinds & {dict, list, tuple} and text[:1] in "[{":
+    if kinds & {dict, list, tuple} and text[:1] in ("[", "{"):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{text!r} is not JSON ({error.msg} at character {error.pos})") from error
     if kinds & {list, tuple} and ("," in text or not kinds & {int, float, str}):
         return [part.strip() for part in text.split(",")]
+    if not text and kinds & {list, tuple}:
+        return []
     return text
 
 

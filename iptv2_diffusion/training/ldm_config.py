@@ -118,8 +118,8 @@ class LDMConfig(TrainingConfig):
         if not self.align_weight > 0:
             raise ConfigError(f"align_weight is {self.align_weight}; it must be positive (align_target none: off)")
         if self.kid_samples:
-            self.require_positive("kid_every")
-            if self.kid_samples < 4 or (self.eval_every and self.kid_every % self.eval_every):
+            self.require_positive("kid_every", "eval_every")
+            if self.kid_samples < 4 or self.kid_every % self.eval_every:
                 raise ConfigError(
                     f"kid_samples is {self.kid_samples}, kid_every {self.kid_every}, eval_every {self.eval_every}: "
                     "give at least 4 samples and a kid_every that is a multiple of eval_every; kid_samples 0: none"

@@ -78,7 +78,7 @@ class ProgressBar:
         self._bar = tqdm(
             total=total, initial=initial, disable=not enabled, bar_format=layout, desc="training", dynamic_ncols=True
         )
-        self._batch_size, self._initial = batch_size, initial
+        self._batch_size = batch_size
         self._window: list[tuple[float, int]] = [(time.perf_counter(), initial)]
 
     @property

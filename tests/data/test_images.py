@@ -271,17 +271,9 @@ class TestDecoding:
         assert item["pixel_values"][:, :, 4:].eq(-1).all()
         assert torch.equal(images.get(0, flip=True)["pixel_values"], item["pixel_values"].flip(-1))
 
-    def test_flip_conventions(self, labelled: Path) -> None:
-        data = load_image_dataset(labelled)
-        plain, always, both = (ImageTensors(data, size=8, flip=f) for f in ("never", "always", "index"))
-        assert (len(plain), len(always), len(both)) == (4, 4, 8)
-        assert torch.equal(always[1]["pixel_values"], plain[1]["pixel_values"].flip(-1))
-        assert torch.equal(both[5]["pixel_values"], always[1]["pixel_values"])
-        assert both[7]["class_labels"] == plain[3]["class_labels"]
+    def test_index_beyond_the_end(self, labelled: Path) -> None:
         with pytest.raises(IndexError):
-            plain[4]
-        with pytest.raises(ValueError, match="sometimes"):
-            ImageTensors(data, size=8, flip="sometimes")
+            ImageTensors(load_image_dataset(labelled), size=8)[4]
 
     def test_transparency_goes_white_before_resizing(self) -> None:
         """Hidden pixels are black in most emoji: resized first, they would darken the outline."""
@@ -358,11 +350,11 @@ class TestCorruptImages:
     def test_skipped_counted_and_told_once(self, folder: Path, recwarn: pytest.WarningsRecorder) -> None:
         images = ImageTensors(load_image_dataset(folder), size=8)
         assert images.valid_indices() == images.valid_indices() == [0, 2]
-        assert [Path(name).name for name in images.skipped] == ["b.png", "d.jpg"]
         told = [str(w.message) for w in recwarn if "skipping" in str(w.message)]
         assert len(told) == 1
         assert told[0].startswith("skipping 2 of 4 images: ")
         assert "b.png" in told[0]
+        assert "d.jpg" in told[0]
 
     def test_strict_fails_with_the_name(self, folder: Path) -> None:
         with pytest.raises(ValueError, match=r"b\.png: cannot be read"):

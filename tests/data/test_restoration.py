@@ -84,9 +84,21 @@ def test_bad_images_are_named(tmp_path):
         read_image(tmp_path / "huge.ppm")
     with pytest.raises(ValueError, match="holds no images"):
         find_images((tmp_path / "empty").mkdir() or tmp_path / "empty")
-    store = ImageStore([save(tmp_path / "b.png", picture(1))], tmp_path / "cache", say=lambda line: None)
-    with pytest.raises(ValueError, match=r"b\.png is 40x56 pixels, less than the patch of 64"):
-        PatchSampler(store).places(torch.rand(1, 3), 64)
+    with pytest.raises(ValueError, match=r"x\.png cannot be read"):
+        ImageStore([save(tmp_path / "b.png", picture(1)), path], tmp_path / "cache", say=lambda line: None)
+    assert not list((tmp_path / "cache").iterdir())  # nothing half-decoded is left
+
+
+def test_images_smaller_than_the_patch_go_on_by_reflection(tmp_path):
+    files = [save(tmp_path / name, picture(seed)) for seed, name in enumerate(("clean.png", "noisy.png"))]
+    stores = [ImageStore([file], tmp_path / "cache", say=lambda line: None) for file in files]
+    sampler = PatchSampler(*stores)
+    assert (sampler.smaller_than(40), sampler.smaller_than(41)) == ([], [files[0]])
+    places = sampler.places(torch.rand(20, 3), 64)
+    assert set(places) == {(0, 0, 0)}
+    for patch, store in zip(sampler.patches(places[:1], 64), stores, strict=True):
+        expected = np.pad(store.images[0], ((0, 24), (0, 8), (0, 0)), "reflect")
+        assert np.array_equal((patch[0] * 255).round().permute(1, 2, 0).numpy(), expected)
 
 
 def test_pairs_of_different_sizes_name_both(tmp_path):

@@ -91,8 +91,7 @@ def test_an_arena_from_training_to_pictures(ground):
     pytest.importorskip("efficientnet_lite_pytorch")
     command = ("arena.py", "--config", ground / "arena.yaml", "--tolerance", 10)
     output = run(*command).stdout
-    results = json.loads((ground / "results" / "arena.json").read_text())
-    rows = results["rows"]
+    rows = json.loads((ground / "results" / "arena.json").read_text())
     chosen = {row["model"]: row for row in rows if row["chosen"]}
     grid = [row for row in rows if not row["chosen"]]
     assert set(chosen) == {"iptv2", "dit"}
@@ -105,13 +104,21 @@ def test_an_arena_from_training_to_pictures(ground):
         assert [step for step, _ in row["held_out_curve"]] == [4, 8, 12]
         for figure in ("kid", "fd_pca64", "fd_train", "held_out_loss", "macs_fused", "macs_train", "parameters"):
             assert np.isfinite(row[figure])
-    reference = results["about"]["tiny dit iptv2"]["reference"]
+    about = json.loads((ground / "results" / "arena-about.json").read_text())
+    reference = about["tiny dit iptv2"]["reference"]
     assert (reference["train_images"], reference["heldout_images"]) == (66, 66)
     assert "training" in output
 
     again = run(*command).stdout
     assert "training" not in again.replace("unfused in training", "")  # finished runs are left alone
-    assert json.loads((ground / "results" / "arena.json").read_text())["rows"] == rows
+    assert json.loads((ground / "results" / "arena.json").read_text()) == rows
+
+    # a grid alone: its rows come beside those of other shapes
+    other = json.dumps({"dit": {"again": {**DIT, "sample_size": 8}}})
+    run(*command, "--models", other, "--stop_after", "grid")
+    more = json.loads((ground / "results" / "arena.json").read_text())
+    assert more[:-2] == rows
+    assert [(row["shape"], row["chosen"], row["kid"]) for row in more[-2:]] == [("again", False, None)] * 2
 
     report = run("arena_report.py", "--results", ground / "results" / "arena.json", "--runs", ground / "runs").stdout
     assert "| tiny | iptv2 (only" in report

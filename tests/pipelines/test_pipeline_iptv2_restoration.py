@@ -126,12 +126,12 @@ def test_out_of_memory_falls_back_to_smaller_tiles(pipe, monkeypatch):
     def limited(image, *args, **kwargs):
         sizes.append(image.shape[-1])
         if image.shape[-1] > 64:
-            raise torch.OutOfMemoryError("out of memory")
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")
         return forward(image, *args, **kwargs)
 
     monkeypatch.setattr(pipe.model, "forward", limited)
     with pytest.warns(UserWarning, match="tiles of 160 pixels; going on with 80"):
-        result = pipe(photograph(160, 160), sigma=25, tile=160, output_type="np").images[0]
+        result = pipe(photograph(160, 160), sigma=25, tile=160, overlap=96, output_type="np").images[0]  # 96: too large
     assert sizes[0] == 160
     assert max(sizes[2:]) <= 64
     assert result.shape == (160, 160, 3)
@@ -250,7 +250,31 @@ def test_the_bar_counts_tiles(pipe, monkeypatch):
     assert bars[0].total == bars[0].n == 8 * (2 * 3 + 1)
 
 
-def test_save_and_load(pipe, tmp_path):
+def test_a_turned_photograph_comes_out_upright(pipe, tmp_path):
+    upright = Image.fromarray((photograph(24, 40) * 255).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    expected = pipe(upright, sigma=25, output_type="np").images
+    for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        assert np.array_equal(pipe(image, sigma=25, output_type="np").images, expected)
+
+
+@pytest.mark.parametrize("sigma", [np.float32(25), np.array(25.0), torch.tensor(25.0), [25], "25"])
+def test_forms_of_a_noise_level(pipe, sigma):
+    image = torch.rand(3, 16, 16)
+    assert pipe(image, sigma=sigma).sigmas == [25.0]
+
+
+def test_half_precision_tensors(pipe):
+    image = torch.rand(1, 3, 16, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        expected = pipe(image.to(dtype).float(), sigma=25, output_type="pt").images
+        assert torch.equal(pipe(image.to(dtype), sigma=25, output_type="pt").images, expected)
+
+
+def test_save_and_load(pipe, tmp_path, capfd):
+    pipe.register_to_config(sigma_range=[5, 55])
     pipe.save_pretrained(tmp_path)
     image = photograph(16, 16)
     expected = pipe(image, sigma=25, output_type="np").images
@@ -258,6 +282,8 @@ def test_save_and_load(pipe, tmp_path):
         loaded = cls.from_pretrained(tmp_path)
         assert isinstance(loaded, IPTV2RestorationPipeline)
         assert np.array_equal(loaded(image, sigma=25, output_type="np").images, expected)
+        assert loaded.config.sigma_range == [5, 55]
+    assert "Expected types" not in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,6 +297,8 @@ def test_save_and_load(pipe, tmp_path):
         (np.zeros((5, 5, 7), np.float32), {}, "7 channels"),
         (np.zeros((5, 5, 3), np.int64), {}, "int64 is ambiguous"),
         (np.full((5, 5, 3), np.nan, np.float32), {}, "NaN"),
+        (np.full((5, 5, 3), 200.0, np.float32), {}, r"floats up to 200; give floats on \[0, 1\]"),
+        (Image.fromarray(np.full((5, 5), 200.0, np.float32)), {}, "floats up to 200"),
         ([], {}, "empty"),
         (3, {}, "int is no image"),
         (np.zeros((5, 5, 3), np.uint8), {"sigma": 300}, "sigma is 300"),

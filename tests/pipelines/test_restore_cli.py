@@ -64,7 +64,7 @@ def test_metadata_is_kept(model, tmp_path):
 
 @pytest.mark.parametrize(("suffix", "channels"), [(".png", 1), (".png", 4), (".tif", 2), (".tif", 3)])
 def test_16_bits_are_kept(model, tmp_path, suffix, channels):
-    """With --strength 0 the picture comes back, all of its 65,536 levels."""
+    """With --strength 0 the picture comes back upright, all of its 65,536 levels."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif.update({0x010F: "a camera", 0x0112: 6})
@@ -72,11 +72,11 @@ def test_16_bits_are_kept(model, tmp_path, suffix, channels):
     write_16_bit(image, tmp_path / f"a{suffix}", profile, exif.tobytes())
     command = [str(tmp_path / f"a{suffix}"), "--model", model, "--sigma", "25", "-o"]
     assert main([*command, str(tmp_path / "same"), "--strength", "0"]) == 0
-    assert np.array_equal(read_16_bit(tmp_path / f"same/a{suffix}"), image)
+    assert np.array_equal(read_16_bit(tmp_path / f"same/a{suffix}"), np.rot90(image, -1))
     if channels != 2:  # which Pillow does not open
         with Image.open(tmp_path / f"same/a{suffix}") as result:
             assert result.getexif()[0x010F] == "a camera"
-            assert result.getexif()[0x0112] == 6
+            assert result.getexif()[0x0112] == 1
             assert result.info["icc_profile"] == profile
 
     assert main([*command, str(tmp_path / "restored")]) == 0
@@ -90,11 +90,33 @@ def test_16_bits_are_kept(model, tmp_path, suffix, channels):
 def test_an_8_bit_tiff_keeps_its_texts(model, tmp_path):
     exif = Image.Exif()
     exif.update({0x010F: "a camera", 0x0112: 6})
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.tif", exif=exif, compression="tiff_lzw")
+    Image.new("RGB", (16, 24), "red").save(tmp_path / "a.tif", exif=exif, compression="tiff_lzw")
     assert main([str(tmp_path / "a.tif"), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]) == 0
     with Image.open(tmp_path / "out/a.tif") as result:
-        assert (result.mode, result.size) == ("RGB", (16, 16))
-        assert (result.getexif()[0x010F], result.getexif()[0x0112]) == ("a camera", 6)
+        assert (result.mode, result.size) == ("RGB", (24, 16))
+        assert (result.getexif()[0x010F], result.getexif()[0x0112]) == ("a camera", 1)
+
+
+def test_a_turned_photograph_comes_out_upright(model, tmp_path):
+    """Once: its EXIF says no longer that it is to be turned, and keeps the rest."""
+    exif = Image.Exif()
+    exif.update({0x010F: "a camera", 0x0112: 8})
+    photograph = Image.effect_mandelbrot((48, 32), (-2, -1, 1, 1), 20).convert("RGB")
+    photograph.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    command = [str(tmp_path / "a.jpg"), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]
+    assert main([*command, "--strength", "0"]) == 0
+    with Image.open(tmp_path / "out/a.jpg") as result:
+        assert (result.getexif()[0x010F], result.getexif()[0x0112]) == ("a camera", 1)
+        difference = np.asarray(result, dtype=float) - np.asarray(photograph.transpose(Image.Transpose.ROTATE_90))
+        assert np.abs(difference).mean() < 3
+
+
+def test_pictures_of_several_frames_are_not_cut_to_one(model, tmp_path, capsys):
+    frames = [Image.new("RGB", (16, 16), name) for name in ("red", "blue")]
+    for name in ("a.tif", "b.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    assert main([str(tmp_path), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]) == 1
+    assert capsys.readouterr().err.count("it holds 2 frames; save each as a picture of its own") == 2
 
 
 def test_jpeg_cannot_have_16_bits(model, pictures, tmp_path, capsys):
@@ -176,11 +198,30 @@ def test_webp_is_lossless_and_the_profile_of_cmyk_is_dropped(model, tmp_path):
         (["absent.png", "-o", "out", "--model", "m"], "absent.png does not exist"),
         (["{in}/a.png", "-o", "{in}/a.png/out", "--model", "m"], "cannot write to"),
         (["{in}/a.png", "-o", "{in}/out", "--model", "{in}"], "cannot load"),
+        (["{in}/a.png", "-o", "{in}/out", "--model", "{in}/absent"], "absent: no such folder, and from the Hub"),
+        (
+            ["{in}/a.png", "-o", "{in}/out", "--model", "assets/iptv2-emoji64"],
+            "holds a IPTV2Pipeline, not an",
+        ),
+        (["{in}", "-o", "{in}/out", "--model", "{model}", "--device", "gpu"], "--device gpu: "),
+        (["{in}", "-o", "{in}/out", "--model", "{model}", "--sigma", "-3"], "sigma is -3; it must lie in"),
+        (
+            ["{in}", "-o", "{in}/out", "--model", "{model}", "--tile", "5"],
+            "tile is 5; this model needs",
+        ),
+        (["{in}", "-o", "{in}/out", "--model", "{model}", "--memory", "0"], "memory is 0 GB; the smallest tile"),
     ],
 )
-def test_bad_commands(pictures, arguments, message):
-    with pytest.raises(CommandError, match=message):
-        main([argument.replace("{in}", str(pictures)) for argument in arguments])
+def test_bad_commands(model, pictures, arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(CommandError, match=message) as caught:
+        main([argument.replace("{in}", str(pictures)).replace("{model}", model) for argument in arguments])
+    assert "\n" not in str(caught.value)
+
+
+def test_hidden_files_are_no_inputs(model, pictures, tmp_path):
+    (pictures / "sub/._b.jpg").write_bytes(b"what macOS leaves beside a file")
+    assert main([str(pictures), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]) == 0
 
 
 @pytest.mark.slow
