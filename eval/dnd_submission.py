@@ -58,7 +58,8 @@ def denoise(data: DND, todo: dict[int, list[int]], options: argparse.Namespace) 
     """Run the model on the crops and write each at once."""
     from iptv2_diffusion import IPTV2RestorationPipeline
 
-    pipeline = IPTV2RestorationPipeline.from_pretrained(options.model).to(options.device)
+    with user_errors(RuntimeError, AssertionError):  # no such device
+        pipeline = IPTV2RestorationPipeline.from_pretrained(options.model).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     takes_sigma = pipeline.model.config.sigma_conditioning is not None
     for index, numbers in todo.items():

@@ -40,6 +40,7 @@ from iptv2_diffusion.training.config import coerce_fields, config_to_dict, optio
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.generation import GenerationConfig, SampleFolder, generate, start_accelerator
 from iptv2_diffusion.training.logging import read_metrics
+from iptv2_diffusion.training.loop import available_cores
 
 EXAMPLES = """
 examples:
@@ -75,7 +76,7 @@ class BenchmarkConfig(GenerationConfig):
     pca_components: int = option(64, "of the low-dimensional Fréchet distance")
     precision_recall_references: int = option(10_000, "at most; ADM: 10,000")
     repeats: int = option(20, "half samples for the standard errors; 0: none")
-    published: bool = option(False, "draw the papers' ImageNet 256 figures too")
+    published: bool = option(False, "draw the papers' ImageNet 256 figures too, where the first encoder is Inception")
 
     def validate(self) -> None:
         super().validate()
@@ -283,7 +284,7 @@ def plot(results: dict[str, Any], path: Path, published: bool) -> None:
         for row in rows:
             s = row["scores"][name]
             panel.errorbar(row[key], s["fd"], yerr=s.get("fd_error"), fmt="o", capsize=3, label=row["name"])
-        if published and key == "gmacs":
+        if published and key == "gmacs" and title(name) == "FID":
             for label, points in PUBLISHED.items():
                 panel.plot(*zip(*points, strict=True), "--x", color="grey", alpha=0.7, label=label)
         panel.axhline(results["floor"][name]["fd"], color="black", lw=0.8, ls=":", label="half/half floor")
@@ -337,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator.end_training()  # the others are not kept waiting while the first one scores
     if not main_process:
         return 0
+    torch.set_num_threads(available_cores())  # drawing had each process's share of them
     results = evaluate(config, extractors, reference, folders)
     text = f"`{results['command']}`\n\n{table(results)}"
     with user_errors(OSError):

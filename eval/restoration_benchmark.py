@@ -122,6 +122,7 @@ def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Pat
 # Degradations
 
 LEVELS = {"noise": (15, 25, 50), "motion_blur": (5, 10, 15), "rain": (0.003, 0.006, 0.012)}
+RANGES = {"noise": (0, 255), "motion_blur": (1, 100), "rain": (0, 1)}
 
 
 def degraded_photographs(
@@ -143,6 +144,8 @@ def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.
     degradation = {"motion_blur": MotionBlur, "rain": RainStreaks}[kind](level, level)
     image = torch.from_numpy(clean / 255).float().permute(2, 0, 1)[None]
     degraded, _ = degradation(image, torch.Generator().manual_seed(seed))
+    if min(clean.shape[:2]) <= 4 * degradation.margin:
+        raise ValueError(f"{kind} of {level:g} needs images of more than {4 * degradation.margin} pixels a side")
     inner = slice(degradation.margin, -degradation.margin)
     return (degraded[0].permute(1, 2, 0).double() * 255).round().numpy(), clean[inner, inner]
 
@@ -259,6 +262,9 @@ def measure(
     """One row per method and example; crops of the first examples side by side under `output`."""
     rows: list[dict] = []
     for number, example in enumerate(examples):
+        if number == 0:
+            for restore in restorers.values():  # a first call prepares what the others find
+                restore(example.degraded[:64, :64], example.level)
         shown = {"clean": example.clean, "input": example.degraded}
         for method, restore in {"input": lambda image, _: image, **restorers}.items():
             with PeakMemory() as memory:
@@ -314,10 +320,11 @@ def side_by_side(shown: dict[str, np.ndarray], size: int = 192) -> Image.Image:
     sheet = Image.new("RGB", (len(shown) * (2 * size + 4), 2 * size + 20), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (name, image) in enumerate(shown.items()):
-        top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+        top, left = (max(0, (side - size) // 2) for side in image.shape[:2])
         crop = image[top : top + size, left : left + size].clip(0, 255).round().astype(np.uint8)
         crop = np.broadcast_to(crop, (*crop.shape[:2], 3))
-        sheet.paste(Image.fromarray(crop).resize((2 * size, 2 * size), Image.NEAREST), (index * (2 * size + 4), 20))
+        enlarged = Image.fromarray(crop).resize((2 * crop.shape[1], 2 * crop.shape[0]), Image.NEAREST)
+        sheet.paste(enlarged, (index * (2 * size + 4), 20))
         draw.text((index * (2 * size + 4) + 4, 3), name, fill="black")
     return sheet
 
@@ -344,6 +351,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/restoration_benchmark"))
     options = parser.parse_args(argv)
     options.levels = options.levels or LEVELS[options.degradation]
+    low, high = RANGES[options.degradation]
+    if not all(low < level <= high for level in options.levels):
+        shown = " ".join(f"{level:g}" for level in options.levels)
+        raise UserError(f"--levels is {shown}; of {options.degradation} they lie above {low}, up to {high}")
+    if options.first is not None and options.first < 1:
+        raise UserError(f"--first is {options.first}; it must be at least 1")
     options.noise = options.degradation == "noise" and options.layout is None
     if (options.layout is None) != (options.data is None):
         raise UserError("--layout names the form of a data set and --data its folder; give both or none")

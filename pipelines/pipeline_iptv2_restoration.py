@@ -129,10 +129,12 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
     def noise_levels(self, sigma: float | Sequence[float] | None, pictures: list[Picture]) -> list[float | None]:
         """One σ per image: given, estimated, or None for a model that takes none."""
         takes = self.model.config.sigma_conditioning is not None
-        if sigma is None:
-            return [estimate_sigma(p.pixels) if takes else None for p in pictures]
+        if sigma is None and not takes:
+            return [None] * len(pictures)
         if not takes:
             raise ValueError("this model is blind: it was not trained with a noise level; leave sigma out")
+        estimated = sigma is None
+        sigma = [estimate_sigma(p.pixels) for p in pictures] if estimated else sigma
         given = np.ravel(np.asarray(sigma, dtype=float)).tolist()
         levels = given * len(pictures) if len(given) == 1 else given
         if len(levels) != len(pictures):
@@ -142,7 +144,8 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
                 raise ValueError(f"sigma is {level:g}; it must lie in [0, 255], the standard deviation on that scale")
             low, high = self.config.sigma_range or (0, 255)
             if not low <= level <= high:
-                warnings.warn(f"sigma is {level:g}; this model was trained with {low:g} to {high:g}", stacklevel=4)
+                what = "estimated sigma" if estimated else "sigma"
+                warnings.warn(f"{what} is {level:.3g}; this model was trained with {low:g} to {high:g}", stacklevel=4)
         return levels
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -314,15 +317,16 @@ def estimate_sigma(pixels: Tensor) -> float:
     diagonal = ((top - bottom)[..., 0::2] - (top - bottom)[..., 1::2]) / 2  # (C, H/2, W/2)
     deviations = []
     for plane, coefficients in zip(pixels, diagonal, strict=True):
+        deviations.append(coefficients.abs().median() / 0.6745)
+        if min(coefficients.shape) < 16:
+            continue
         squares = in_squares(coefficients.abs(), 16)
         extreme = in_squares(((plane == plane.min()) | (plane == plane.max())).float(), 32).mean(dim=1)
         squares = squares[extreme <= 0.1]
-        if len(squares) < 16:  # too few to choose from
-            deviations.append(coefficients.abs().median() / 0.6745)
-        else:
+        if len(squares) >= 16:  # enough to choose from
             # 0.0729: relative standard deviation of the median of 256 magnitudes; the quartile lies 0.6745 of it below.
             lower = squares.median(dim=1).values.quantile(0.25)
-            deviations.append(lower / 0.6745 / (1 - 0.6745 * 0.0729))
+            deviations[-1] = lower / 0.6745 / (1 - 0.6745 * 0.0729)
     return float(torch.stack(deviations).mean() * 255)
 
 

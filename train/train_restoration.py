@@ -122,6 +122,8 @@ class RestorationConfig(TrainingConfig):
         weights = list(self.losses.values())
         if not all(isinstance(w, (int, float)) and w >= 0 for w in weights) or not any(weights):
             raise ConfigError(f"losses is {self.losses}; weights are numbers, not negative, not all 0")
+        if "sobel" in self.losses and min(self.patch_sizes) < 3:
+            raise ConfigError(f"sobel needs patches of 3 pixels or more, not {min(self.patch_sizes)}")
         if not 0 <= self.mixup <= 1:
             raise ConfigError(f"mixup is {self.mixup}; it must lie in [0, 1]")
         smallest = min(self.patch_batch_sizes or (self.batch_size,))

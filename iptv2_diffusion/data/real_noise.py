@@ -84,13 +84,18 @@ class DND:
     def bundle(self, output: Path) -> Path:
         """Gather the crops of each photograph into one file under output/bundled, which is what is submitted."""
         from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
 
         folder = output / "bundled"
         folder.mkdir(exist_ok=True)
         for index, boxes in enumerate(self.boxes):
             cell = np.empty(len(boxes), dtype=object)
             for crop in range(len(boxes)):
-                cell[crop] = loadmat(self.crop_path(output, index, crop))["Idenoised_crop"]
+                path = self.crop_path(output, index, crop)
+                try:
+                    cell[crop] = loadmat(path)["Idenoised_crop"]
+                except (MatReadError, zlib.error, LookupError, TypeError, ValueError, NotImplementedError) as error:
+                    raise ValueError(f"{path} is damaged; delete it and start the same command again") from error
             contents = {"Idenoised": cell, "israw": False, "eval_version": "1.0"}
             save_mat(folder / f"{index + 1:04d}.mat", contents)
         return folder
@@ -143,10 +148,10 @@ def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, 
         except (MatReadError, zlib.error, OSError, KeyError, TypeError, ValueError, NotImplementedError) as error:
             raise ValueError(f"{path} is not as SIDD's: {' '.join(str(error).split())[:160]}") from error
     noisy, clean = blocks
-    if noisy.shape != clean.shape or noisy.ndim != 5 or noisy.dtype != np.uint8:
+    if noisy.shape != clean.shape or noisy.ndim != 5 or {noisy.dtype, clean.dtype} != {np.dtype(np.uint8)}:
         raise ValueError(
-            f"{root}: noisy blocks {noisy.shape} of {noisy.dtype}, clean ones {clean.shape}; (photographs, blocks, "
-            "H, W, 3) of uint8 are expected of both"
+            f"{root}: noisy blocks {noisy.shape} of {noisy.dtype}, clean ones {clean.shape} of {clean.dtype}; "
+            "(photographs, blocks, H, W, 3) of uint8 are expected of both"
         )
     for photograph, block in np.ndindex(noisy.shape[:2]):
         yield f"{photograph + 1:04d}_{block + 1:02d}", noisy[photograph, block], clean[photograph, block]

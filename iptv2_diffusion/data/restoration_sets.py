@@ -50,7 +50,11 @@ def find_pairs(layout: str, root: str | Path, split: str = "train") -> list[Pair
 
 def mirrored(degraded: Path, clean: Path, rename: Callable[[str], str] = lambda name: name) -> list[Pair]:
     """Pairs of two folders whose files are called alike (after `rename`); suffixes may differ."""
-    partners = {path.relative_to(clean).with_suffix(""): path for path in find_images(clean)}
+    partners: dict[Path, Path] = {}
+    for path in find_images(clean):
+        other = partners.setdefault(path.relative_to(clean).with_suffix(""), path)
+        if other != path:
+            raise ValueError(f"{other} and {path} have one name: which is the partner cannot be told; rename one")
     pairs = []
     for path in find_images(degraded):
         name = path.relative_to(degraded).with_suffix("")

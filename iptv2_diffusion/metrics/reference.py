@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,17 +53,20 @@ class ReferenceImages:
             self.count, self.preparation = len(self._indices), f"ADM centre crop to {size}"
 
     def _open_npz(self, path: Path) -> None:
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is damaged, or no .npz file; download it again")
         try:
-            archive = np.load(path, allow_pickle=False)
-        except (zipfile.BadZipFile, EOFError) as error:
+            with np.load(path, allow_pickle=False) as archive:
+                held = list(archive)
+                for head, names in _ADM_STATISTICS.items():
+                    if all(name in held for name in names):
+                        parts = (torch.from_numpy(archive[n].astype(np.float64)) for n in names)
+                        self.stored[head] = Statistics(*parts)
+                self._array = archive["arr_0"] if "arr_0" in held else None
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path} is damaged: {error}; download it again") from error
-        with archive:
-            for head, names in _ADM_STATISTICS.items():
-                if all(name in archive for name in names):
-                    self.stored[head] = Statistics(*(torch.from_numpy(archive[n].astype(np.float64)) for n in names))
-            if "arr_0" not in archive:
-                raise ValueError(f"{path} holds {', '.join(archive)}, but no images (arr_0)")
-            self._array = archive["arr_0"]
+        if self._array is None:
+            raise ValueError(f"{path} holds {', '.join(held)}, but no images (arr_0)")
         if self._array.dtype != np.uint8 or self._array.ndim != 4 or self._array.shape[3] != 3:
             raise ValueError(f"{path}: arr_0 is {self._array.dtype} {self._array.shape}, not uint8 (N, H, W, 3)")
 

@@ -27,7 +27,8 @@ class Protocol:
     """How two images are made ready to be compared.
 
     Attributes:
-        channels: "rgb" compares all channels, "y" the luma of ITU-R BT.601 as deraining papers do.
+        channels: "rgb" compares all channels, "y" the luma of ITU-R BT.601. Deraining papers' figures are "y" with
+            `round`: MATLAB's rgb2ycbcr takes and gives 8 bits.
         crop: pixels left out at each border.
         clip: clip the restored image to [0, 1].
         round: quantise both to 8 bits.
@@ -53,6 +54,7 @@ class Protocol:
             image = (image * 255).round() / 255
         if self.channels == "y" and image.shape[1] == 3:
             image = luma(image)
+            image = (image * 255).round() / 255 if self.round else image
         if 2 * self.crop >= min(image.shape[-2:]):
             raise ValueError(f"cropping {self.crop} pixels at each side leaves nothing of {tuple(image.shape[-2:])}")
         return image[..., self.crop : image.shape[-2] - self.crop, self.crop : image.shape[-1] - self.crop]
@@ -113,6 +115,6 @@ class LPIPS(nn.Module):
 
 
 def luma(image: Tensor) -> Tensor:
-    """Luma of an RGB image (B, 3, H, W) on [0, 1], as MATLAB's rgb2ycbcr: (B, 1, H, W) on [16/255, 235/255]."""
+    """Luma of an RGB image (B, 3, H, W) on [0, 1] by rgb2ycbcr's weights: (B, 1, H, W) on [16/255, 235/255]."""
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=image.dtype, device=image.device) / 255
     return (image * weights[:, None, None]).sum(dim=1, keepdim=True) + 16 / 255

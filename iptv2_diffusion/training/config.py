@@ -242,8 +242,9 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         if value is False and "no" in arguments:  # YAML 1.1 reads a bare `no` as false
             value = "no"
-        if value in arguments:
-            return value
+        for argument in arguments:  # a number comes as a word from the command line
+            if str(argument) == str(value):
+                return argument
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(str, arguments))}")
     if hint is Any:
         return value
@@ -282,9 +283,7 @@ def _parse_text(text: str, hint: Any) -> Any:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{text!r} is not JSON ({error.msg} at character {error.pos})") from error
     if kinds & {list, tuple} and ("," in text or not kinds & {int, float, str}):
-        return [part.strip() for part in text.split(",")]
-    if not text and kinds & {list, tuple}:
-        return []
+        return [part.strip() for part in text.split(",")] if text else []
     return text
 
 

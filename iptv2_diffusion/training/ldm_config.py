@@ -89,7 +89,10 @@ class LDMConfig(TrainingConfig):
     )
     kid_samples: int = option(0, "samples for KID against the held-out images; 0: none", group="results", free=True)
     kid_every: int = option(
-        5000, "steps between KIDs, a multiple of eval_every; also after the last", group="results", free=True
+        5000,
+        "steps between KIDs, a multiple of eval_every (whose 0: no KID); also after the last",
+        group="results",
+        free=True,
     )
     kid_extractor: str = option(
         "efficientnet-lite0", "its encoder; or inception, efficientnet-lite0@64, dinov2", group="results", free=True
@@ -118,8 +121,8 @@ class LDMConfig(TrainingConfig):
         if not self.align_weight > 0:
             raise ConfigError(f"align_weight is {self.align_weight}; it must be positive (align_target none: off)")
         if self.kid_samples:
-            self.require_positive("kid_every", "eval_every")
-            if self.kid_samples < 4 or self.kid_every % self.eval_every:
+            self.require_positive("kid_every")
+            if self.kid_samples < 4 or (self.eval_every and self.kid_every % self.eval_every):
                 raise ConfigError(
                     f"kid_samples is {self.kid_samples}, kid_every {self.kid_every}, eval_every {self.eval_every}: "
                     "give at least 4 samples and a kid_every that is a multiple of eval_every; kid_samples 0: none"

@@ -16,6 +16,7 @@ from script_loading import load_script
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
 from iptv2_diffusion.sixteen_bit import write_16_bit
+from iptv2_diffusion.training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 benchmark = load_script("eval/restoration_benchmark.py")
@@ -52,6 +53,28 @@ def test_a_run_writes_what_the_definition_gives(setting, monkeypatch, capsys):
     table = (folder / "out/results.md").read_text()
     assert "RGB, border 0, clipped, not rounded" in table
     assert len([line for line in table.splitlines() if line.startswith("| ")]) == 1 + 4
+
+
+def test_small_pictures_are_shown_whole(setting):
+    clean = np.zeros((120, 100, 1))
+    clean[60:] = 255
+    sheet = np.asarray(benchmark.side_by_side({"clean": clean}))[20:]
+    assert (sheet[:120, :200] == 0).all()
+    assert (sheet[120:240, :200] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--first", "0"], "--first is 0; it must be at least 1"),
+        (["--levels", "-5"], "--levels is -5; of noise they lie above 0, up to 255"),
+        (["--degradation", "motion_blur", "--levels", "0"], "of motion_blur they lie above 1, up to 100"),
+        (["--degradation", "motion_blur", "--levels", "100"], "motion_blur of 100 needs images of more than 2"),
+    ],
+)
+def test_bad_options_are_named(setting, words, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.main([*setting[1], *words])
 
 
 def test_runs_and_pictures_of_one_last_name_stay_apart(setting):

@@ -1,6 +1,7 @@
 """metrics/reference.py: what the reference images are, and whose statistics are used."""
 
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
@@ -58,7 +59,24 @@ def test_truncated_npz_is_refused(tmp_path):
     path = tmp_path / "half.npz"
     np.savez(path, arr_0=np.zeros((4, 64, 64, 3), np.uint8))
     path.write_bytes(path.read_bytes()[:20000])
-    with pytest.raises(ValueError, match=r"half\.npz is damaged: .*; download it again"):
+    with pytest.raises(ValueError, match=r"half\.npz is damaged.*; download it again"):
+        ReferenceImages(str(path))
+
+
+def test_npz_with_a_flipped_byte_is_refused(tmp_path):
+    path = tmp_path / "flipped.npz"
+    np.savez(path, arr_0=np.zeros((4, 64, 64, 3), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[20000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"flipped\.npz is damaged: .*; download it again"):
+        ReferenceImages(str(path))
+
+
+def test_a_pickle_by_the_name_of_an_npz_is_refused(tmp_path):
+    path = tmp_path / "pickle.npz"
+    path.write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match=r"pickle\.npz is damaged, or no \.npz file; download it again"):
         ReferenceImages(str(path))
 
 

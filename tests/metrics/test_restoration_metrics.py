@@ -72,6 +72,8 @@ def test_the_protocol_matters(images):
     assert (psnr(restored, clean, Protocol(clip=False)) < psnr(restored, clean)).all()
     slightly = clean.mul(255).round().div(255)
     assert psnr(slightly + 0.3 / 255, slightly, Protocol(round=True, clip=False)).isinf().all()
+    as_matlab = (luma(slightly.double().mul(255).round() / 255) * 255).round() / 255  # rgb2ycbcr of 8 bits gives 8 bits
+    torch.testing.assert_close(Protocol(channels="y", round=True).prepare(slightly), as_matlab, atol=1e-12, rtol=0)
     with pytest.raises(ValueError, match="leaves nothing"):
         psnr(restored, clean, Protocol(crop=12))
     with pytest.raises(ValueError, match="smaller than SSIM's window"):

@@ -238,6 +238,10 @@ def test_clipped_backgrounds_do_not_hide_the_noise():
     eight_bits = (noisy.clamp(0, 1) * 255).round() / 255
     assert abs(estimate_sigma(eight_bits) / 20 - 1) < 0.05
     assert estimate_sigma(torch.full((3, 64, 64), 0.5)) == 0
+    for shape in ((3, 30, 200), (3, 200, 17), (1, 2, 3), (3, 1, 1)):  # less than a square of 32
+        assert 0 <= estimate_sigma(torch.rand(shape)) < 255
+    strip = 0.5 + 20 / 255 * torch.randn(3, 30, 400, generator=torch.Generator().manual_seed(0))
+    assert abs(estimate_sigma(strip) / 20 - 1) < 0.05
 
 
 def test_the_bar_counts_tiles(pipe, monkeypatch):

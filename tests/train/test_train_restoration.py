@@ -154,6 +154,11 @@ def test_training_goes_on_from_shipped_weights(photos):
         ours(image, sigma=50)
 
 
+def test_gray_from_the_command_line(photos):
+    folder = train(photos, "gray", "--channels", "1", *SIGMA, "--eval_every", "0", steps=1)
+    assert IPTV2RestorationPipeline.from_pretrained(folder / "pipeline").model.config.in_channels == 1
+
+
 def test_a_generators_backbone_to_start_from(photos, capsys):
     create_model("tiny").save_pretrained(photos / "generator")
     words = ("--model", "restoration-tiny-exchange", "--backbone_from", str(photos / "generator"), "--eval_every", "0")
@@ -168,10 +173,12 @@ def test_a_generators_backbone_to_start_from(photos, capsys):
         (("--losses", '{"vgg": 1}'), "losses names vgg"),
         (("--degradations", "snow"), "'snow' is none of noise"),
         (("--noise", "50,5"), "noise is 50,5"),
-        (("--heldout", "photos", "--heldout_size", "100"), "no image of photos is large enough for .* of 100"),
+        (("--heldout_size", "100"), "no image of .*photos is large enough for .* of 100"),
         (("--gaussian_blur", "0,0", "--degradations", "gaussian_blur"), "gaussian_blur is 0,0; .* within 0.1 to 100"),
         (("--losses", '{"l1": "x"}'), "weights are numbers"),
         (("--losses", '{"l1": 0}'), "not all 0"),
+        (("--losses", '{"sobel": 1}', "--patch_sizes", "2"), "sobel needs patches of 3 pixels"),
+        (("--channels", "2"), "channels is '2'; choose one of 1, 3"),
         (("--mixup", "0.5", "--batch_size", "1"), "one of yours has 1; use 2 or more"),
         (("--seed", "-1"), "seed is -1; it must lie in 0 to 4294967295"),
         (("--tasks", "", "--degradations", ""), "degradations is empty"),
