@@ -110,16 +110,15 @@ def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
 
     batch_size = read_recipe(config)["batch_size"]
     costs = {}
-    for name, shapes in config.models.items():
-        for shape, arguments in shapes.items():
-            with user_errors(ValueError, TypeError, KeyError):
-                model = create_model(**{"name" if k == "model" else k: v for k, v in arguments.items()})
-            fused = model.fuse() if hasattr(model, "fuse") else model
-            costs[name, shape] = {
-                "parameters": count_parameters(model),
-                "macs_fused": count_macs(fused),
-                "macs_train": count_macs(model, batch_size=batch_size),
-            }
+    for name, shape in ((name, shape) for name, shapes in config.models.items() for shape in shapes):
+        arguments = {"name" if k == "model" else k: v for k, v in config.models[name][shape].items()}
+        with user_errors(ValueError, TypeError, KeyError):
+            model = create_model(**arguments)
+        costs[name, shape] = {
+            "parameters": count_parameters(model),
+            "macs_fused": count_macs(model.fuse() if hasattr(model, "fuse") else model),
+            "macs_train": count_macs(model, batch_size=batch_size),
+        }
     return costs
 
 
@@ -136,10 +135,10 @@ def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) 
     for (one, ours), (other, theirs) in itertools.combinations(costs.items(), 2):
         off = 100 * min(abs(ours[a] / theirs[b] - 1) for a in kinds for b in kinds)
         if off > tolerance:
+            macs = [f"{cost['macs_fused'] / 1e6:.2f} M" for cost in (ours, theirs)]
             raise ConfigError(
-                f"{'/'.join(one)} has {ours['macs_fused'] / 1e6:.2f} M MACs, {'/'.join(other)} has "
-                f"{theirs['macs_fused'] / 1e6:.2f} M: {off:.1f} % apart, {tolerance:g} are allowed; change widths or "
-                "layers"
+                f"{'/'.join(one)} has {macs[0]} MACs, {'/'.join(other)} has {macs[1]}: {off:.1f} % apart, "
+                f"{tolerance:g} are allowed; change widths or layers"
             )
 
 
@@ -152,10 +151,8 @@ def make_run(config: ArenaConfig, name: str, shape: str, learning_rate: float, s
 def train(config: ArenaConfig, run: Run) -> None:
     """Run `train_ldm.py`, or nothing if it has run; a killed one goes on from its checkpoint."""
     if run.log and run.log[-1]["step"] > run.steps:
-        raise ConfigError(
-            f"{run.folder} holds {run.log[-1]['step']} steps, and {run.steps} are asked for: give the old number, or "
-            "another output_dir"
-        )
+        told = f"{run.folder} holds {run.log[-1]['step']} steps, and {run.steps} are asked for"
+        raise ConfigError(f"{told}: give the old number, or another output_dir")
     if run.finished:
         return
     arguments = dict(config.models[run.model][run.shape])
@@ -227,9 +224,8 @@ def load_reference(config: ArenaConfig) -> Reference:
     recipe = read_recipe(config)
     with user_errors(ModuleNotFoundError, ValueError):
         extractor = efficientnet_lite0(config.encoder_size)
-    (train, _), (heldout, labels) = (
-        load_split(config, recipe, recipe[name]) for name in ("train_split", "heldout_split")
-    )
+    splits = (recipe["train_split"], recipe["heldout_split"])
+    (train, _), (heldout, labels) = (load_split(config, recipe, split) for split in splits)
     features = [extract_features(extractor, images.split(64))["pool"] for images in (train, heldout)]
     return Reference(train, heldout, *features, [labels.count(k) for k in range(max(labels) + 1)], extractor)
 
@@ -263,13 +259,11 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
     )
     from iptv2_diffusion.training.generation import GenerationConfig, generate, start_accelerator
 
+    same = ("num_samples", "num_inference_steps", "guidance_scale", "num_threads")
     generation = GenerationConfig(
         pipeline=str(run.folder / "pipeline"),
-        num_samples=config.num_samples,
         class_counts=reference.class_counts,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        num_threads=config.num_threads,
+        **{name: getattr(config, name) for name in same},
     )
     folder = generate(generation, start_accelerator(config.num_threads), run.folder / "samples")
     about = {
@@ -344,16 +338,13 @@ def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, An
 
     path = Path(config.results)
     beside = path.with_name(f"{path.stem}-about.json")
-    replaced = {(row["model"], row["shape"]) for row in rows}
-    recounted = {row["model"] for row in rows if row["chosen"]}
-
-    def stays(row: dict) -> bool:
-        again = (row["model"], row["shape"]) in replaced or (row["chosen"] and row["model"] in recounted)
-        return row["size"] != config.size or not again
-
     with user_errors(OSError, ValueError):
         saved = json.loads(path.read_text()) if path.is_file() else []
         about = json.loads(beside.read_text()) if beside.is_file() else {}
+    counted = {row["model"] for row in rows if row["chosen"]}
+    earlier = [row for row in saved if row["size"] == config.size and row["chosen"] and row["model"] in counted]
+    replaced = {(config.size, row["model"], row["shape"]) for row in rows + earlier}
+    saved = [row for row in saved if (row["size"], row["model"], row["shape"]) not in replaced]
     about[" ".join([config.size, *sorted(config.models)])] = {
         **describe_machine(),
         "command": " ".join(["python", "eval/arena.py", *sys.argv[1:]]),
@@ -363,7 +354,7 @@ def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, An
     }
     with user_errors(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([row for row in saved if stays(row)] + rows, indent=1) + "\n")
+        path.write_text(json.dumps(saved + rows, indent=1) + "\n")
         beside.write_text(json.dumps(about, indent=1) + "\n")
     return path
 
@@ -372,11 +363,8 @@ def main() -> int:
     config = parse_config(ArenaConfig, description=__doc__)
     costs = count_costs(config)
     for (name, shape), cost in costs.items():
-        print(
-            f"{name}/{shape}: {cost['parameters'] / 1e6:.3f} M parameters, {cost['macs_fused'] / 1e6:.2f} M MACs, "
-            f"{cost['macs_train'] / 1e6:.2f} M unfused in training",
-            flush=True,
-        )
+        size, fused, trained = (f"{cost[kind] / 1e6:.3g} M" for kind in ("parameters", "macs_fused", "macs_train"))
+        print(f"{name}/{shape}: {size} parameters, {fused} MACs, {trained} unfused in training", flush=True)
     check_equal(costs, config.tolerance)
     if config.stop_after == "count":
         return 0

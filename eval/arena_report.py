@@ -161,6 +161,8 @@ def sheets(groups: Group, config: ReportConfig, folder: Path) -> list[Path]:
 def main() -> int:
     config = parse_config(ReportConfig, description=__doc__)
     path = Path(config.results)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; eval/arena.py writes it")
     with user_errors(OSError, ValueError):
         results = json.loads(path.read_text())
     groups = full_runs(results)

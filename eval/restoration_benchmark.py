@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
@@ -39,6 +39,7 @@ from iptv2_diffusion.data.restoration_sets import LAYOUTS, find_pairs
 from iptv2_diffusion.metrics.restoration import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
 from iptv2_diffusion.metrics.speed import PeakMemory, describe_machine
 from iptv2_diffusion.training.errors import UserError, run_main, user_errors
+from iptv2_diffusion.training.pictures import side_by_side
 
 Restorer = Callable[[np.ndarray, float], np.ndarray]  # (H, W, C) on 0–255 and level -> (H, W, C) on 0–255
 SIDD_VALIDATION = "sidd_validation"
@@ -313,20 +314,6 @@ def table(rows: list[dict], title: str, protocol: Protocol, header: str) -> str:
             cells += [form.format(np.mean([row[key] for row in own])) for key, (_, form) in columns.items()]
             lines.append(f"| {label(level)} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def side_by_side(shown: dict[str, np.ndarray], size: int = 192) -> Image.Image:
-    """Crops from the middle of one photograph, twice enlarged, the method's name above each."""
-    sheet = Image.new("RGB", (len(shown) * (2 * size + 4), 2 * size + 20), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (name, image) in enumerate(shown.items()):
-        top, left = (max(0, (side - size) // 2) for side in image.shape[:2])
-        crop = image[top : top + size, left : left + size].clip(0, 255).round().astype(np.uint8)
-        crop = np.broadcast_to(crop, (*crop.shape[:2], 3))
-        enlarged = Image.fromarray(crop).resize((2 * crop.shape[1], 2 * crop.shape[0]), Image.NEAREST)
-        sheet.paste(enlarged, (index * (2 * size + 4), 20))
-        draw.text((index * (2 * size + 4) + 4, 3), name, fill="black")
-    return sheet
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ prediction type    alpha_t, sigma_t              target                         
 The loss is the mean squared error over C, H, W, one number per sample, always in float32. Options:
 
 * ``learned_variance``: the hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672, eqs. 15 and 16), the recipe of ADM
-  and DiT [SPEC §8]. The model has 2C outputs; see :meth:`DiffusionObjective.variational_bound`.
+  and DiT [model.md §8]. The model has 2C outputs; see :meth:`DiffusionObjective.variational_bound`.
 * ``min_snr_gamma``: Hang et al. 2023 (arXiv 2303.09556): the squared error *of x0* is weighted with min(SNR, gamma).
 * ``timestep_sampling="logit_normal"``: Esser et al. 2024 (arXiv 2403.03206, eq. 19): more samples at middle noise
   levels.
@@ -160,10 +160,10 @@ class DiffusionObjective:
     ) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
         """The scheduler to train with and to save in the pipeline. ``overrides`` go to its constructor.
 
-        "epsilon" and "v_prediction": linear betas 1e-4 -> 0.02 over 1000 steps [SPEC §8], no clipping, since latents
-        are not confined to [-1, 1]. Sampling steps are spaced "trailing", so that few steps still start from pure
-        noise (Lin et al. 2023, arXiv 2305.08891); with a learned variance "linspace" (Nichol & Dhariwal's), because
-        DDPMScheduler leaves the noise out of the last step only where that is timestep 0.
+        "epsilon" and "v_prediction": linear betas 1e-4 -> 0.02 over 1000 steps [model.md §8], no clipping, since
+        latents are not confined to [-1, 1]. Sampling steps are spaced "trailing", so that few steps still start from
+        pure noise (Lin et al. 2023, arXiv 2305.08891); with a learned variance "linspace" (Nichol & Dhariwal's),
+        because DDPMScheduler leaves the noise out of the last step only where that is timestep 0.
         """
         if prediction_type == "flow":
             if learned_variance:

@@ -49,6 +49,11 @@ VARIANCE_SCHEDULERS = (DDPMScheduler, DDPMParallelScheduler)
 Label = int | str
 
 
+def is_of_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler samples flow matching, rather than noise or v-prediction."""
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
 class IPTV2Pipeline(DiffusionPipeline):
     """Class-conditional or unconditional image generation.
 
@@ -84,6 +89,7 @@ class IPTV2Pipeline(DiffusionPipeline):
         # JSON turns integer keys into strings
         id2label = {int(key): str(name) for key, name in id2label.items()} if id2label else None
         self.register_to_config(id2label=id2label)
+        self._matches_flow = scheduler is not None and is_of_flow(scheduler)  # what the transformer was trained for
         self._vae_tiling: tuple[int, float] | None = None
         self._interrupt = False
         self._guidance_scale = 1.0
@@ -247,6 +253,13 @@ class IPTV2Pipeline(DiffusionPipeline):
     def _prepare_scheduler(self) -> SchedulerMixin:
         """The scheduler to step with, once it is clear that it fits the transformer's outputs."""
         scheduler, config = self.scheduler, self.scheduler.config
+        if is_of_flow(scheduler) != self._matches_flow:
+            trained = "flow matching" if self._matches_flow else "noise or v-prediction"
+            kin = "FlowMatchEulerDiscreteScheduler" if self._matches_flow else "DPMSolverMultistepScheduler"
+            raise ValueError(
+                f"the transformer was trained for {trained}, and {type(scheduler).__name__} is of the other kind; use "
+                f"{kin} or its kin"
+            )
         variance_type = config.get("variance_type")
         if variance_type in LEARNED_VARIANCES:
             if not isinstance(scheduler, VARIANCE_SCHEDULERS):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from iptv2_diffusion.training.config import TrainingConfig, option, parse_config
@@ -95,8 +96,11 @@ class RestorationConfig(TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
+        from iptv2_diffusion.data.restoration_sets import LAYOUTS
         from iptv2_diffusion.training.restoration import LOSSES
 
+        if self.layout not in ("clean", *LAYOUTS):
+            raise ConfigError(f"layout {self.layout!r} is none of clean, {', '.join(LAYOUTS)}")
         if self.heldout == "auto":
             self.heldout = f"{PHOTOGRAPHS}/heldout" if self.data == f"{PHOTOGRAPHS}/train" else None
         self.require_positive("patch_sizes", "heldout_images", "heldout_size")
@@ -162,6 +166,10 @@ def make_sources(config: RestorationConfig, data: str, split: str, accelerator: 
     from iptv2_diffusion.data.restoration import ImageStore, PatchSampler, find_images
     from iptv2_diffusion.data.restoration_sets import find_pairs
     from iptv2_diffusion.training.restoration import Source
+
+    if not Path(data).expanduser().is_dir():
+        fetch = ", or fetch the photographs: python data/photographs/fetch.py" if data.startswith(PHOTOGRAPHS) else ""
+        raise ConfigError(f"{data} is not a folder; name yours by --data{fetch}")
 
     def store(files):
         return ImageStore(files, config.cache_dir, config.channels, say=accelerator.print)

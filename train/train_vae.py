@@ -199,7 +199,7 @@ class VAETask:
     ) -> None:
         from torch.utils.data import DataLoader
 
-        from iptv2_diffusion.data.sampling import DataOrder, StepBatches, own_slices
+        from iptv2_diffusion.data.sampling import DataOrder, StepBatches, leave_signals_to_parent, own_slices
 
         self.config, self.accelerator, self.train, self.heldout = config, accelerator, train, heldout
         self.latent_shape = (config.latent_channels, *(side // config.downscale for side in config.size))
@@ -211,7 +211,8 @@ class VAETask:
         )
         self.order = DataOrder(len(train.valid_indices()), config.seed)
         sampler = StepBatches(self.order, config.batch_size, self.slices, start=start, flip=config.random_flip)
-        self._pixels = iter(DataLoader(_Flipped(train), batch_sampler=sampler, num_workers=config.num_workers))
+        workers = {"num_workers": config.num_workers, "worker_init_fn": leave_signals_to_parent}
+        self._pixels = iter(DataLoader(_Flipped(train), batch_sampler=sampler, **workers))
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(pixels, posterior noise) of each micro-batch of optimiser step `step`; steps must come in order."""
@@ -238,14 +239,16 @@ class VAETask:
         import torch
 
         from iptv2_diffusion.latents import LatentCodec
+        from iptv2_diffusion.training.precision import device_of_sums
 
-        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        device = device_of_sums(self.accelerator)
+        total = torch.zeros(2, dtype=torch.float64, device=device)
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         codec = LatentCodec(vae)
         for pixels in self._batches(self.heldout, mine):
             with torch.no_grad():
                 decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
-            levels = [((x.clamp(-1, 1) + 1) * 127.5).round().double() for x in (pixels, decoded)]
+            levels = [((x.clamp(-1, 1) + 1) * 127.5).round().to(device).double() for x in (pixels, decoded)]
             error = (levels[0] - levels[1]).square().mean((1, 2, 3))
             # A perfect reconstruction would be infinite: count it as half a level wrong in one value.
             error = error.clamp_min(0.25 / pixels[0].numel())
@@ -284,12 +287,15 @@ class VAETask:
         """
         import torch
 
-        sums = torch.zeros(3, self.config.latent_channels, dtype=torch.float64, device=self.accelerator.device)
+        from iptv2_diffusion.training.precision import device_of_sums
+
+        device = device_of_sums(self.accelerator)
+        sums = torch.zeros(3, self.config.latent_channels, dtype=torch.float64, device=device)
         count = 0
         with torch.no_grad():
             for pixels in self._batches(self.train, self._some(self.train, self.config.statistics_samples)):
                 posterior = vae.encode(pixels).latent_dist
-                mean, variance = posterior.mean.double(), posterior.var.double()
+                mean, variance = posterior.mean.to(device).double(), posterior.var.to(device).double()
                 sums += torch.stack([v.sum((0, 2, 3)) for v in (mean, mean.square(), variance)])
                 count += mean.numel() // self.config.latent_channels
         first, second, variance = sums / count

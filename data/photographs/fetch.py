@@ -164,8 +164,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except FileNotFoundError as error:
-        sys.exit(
-            fail(f"{error.filename} is not here: the photographs come by apt-get and dpkg-deb")
-        )
+        sys.exit(fail(f"{error.filename} is not here: the photographs come by apt-get and dpkg-deb"))
     except subprocess.CalledProcessError as error:
         sys.exit(fail(f"`{' '.join(map(str, error.cmd))}` failed; after `apt-get update` the same command goes on"))

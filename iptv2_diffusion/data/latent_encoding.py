@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iptv2_diffusion.data.sampling import DataOrder, StepBatches, StepDraws
+from iptv2_diffusion.data.sampling import DataOrder, StepBatches, StepDraws, leave_signals_to_parent
 
 if TYPE_CHECKING:
     from iptv2_diffusion.data.images import ImageTensors
@@ -117,7 +117,8 @@ class EncodedLatents:
         self._images, self._codec, self._precision = images, codec, encoding.precision
         sampler = StepBatches(order, batch_size, slices, start=start, flip=encoding.flips, crops=encoding.crops)
         single = _Single(images, images.valid_indices(), encoding.flips)
-        self._batches = iter(DataLoader(single, batch_sampler=sampler, num_workers=num_workers))
+        workers = {"num_workers": num_workers, "worker_init_fn": leave_signals_to_parent}
+        self._batches = iter(DataLoader(single, batch_sampler=sampler, **workers))
 
     def __len__(self) -> int:
         return len(self._images.valid_indices())

@@ -13,6 +13,7 @@ latents of 16x16x4, 25 ms for 256 of 32x32x4, on a thread of its own.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -194,3 +195,13 @@ class StepBatches:
             for part in self.slices:
                 yield list(zip(draws.items[part].tolist(), views[part].tolist(), strict=True))
             step += 1
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """`worker_init_fn` of a DataLoader: a signal to all processes of a run asks the parent to save, and needs it alive.
+
+    Workers end when the parent does.
+    """
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

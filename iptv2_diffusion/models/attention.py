@@ -52,7 +52,7 @@ def grid_merge(x: Tensor, stride: tuple[int, int], batch: int, height: int, widt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Focal context self-attention (SPEC §3)
+# Focal context self-attention (model.md §3)
 
 
 class FocalContextAttention(nn.Module):
@@ -152,7 +152,7 @@ class FocalContextAttention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Global grid self-attention (SPEC §4)
+# Global grid self-attention (model.md §4)
 
 
 class GlobalGridAttention(nn.Module):

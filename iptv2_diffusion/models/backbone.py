@@ -1,4 +1,4 @@
-"""The U of IPT-V2, shared by the denoiser and the restorer (SPEC §1)."""
+"""The U of IPT-V2, shared by the denoiser and the restorer (model.md §1)."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the U is made of: norms, the FG block, down- and up-sampling (SPEC §1, §2)."""
+"""What the U is made of: norms, the FG block, down- and up-sampling (model.md §1, §2)."""
 
 from collections.abc import Sequence
 

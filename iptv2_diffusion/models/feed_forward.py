@@ -1,4 +1,4 @@
-"""Rep-LeFFN, the re-parameterised, locally-enhanced feed-forward of an FG block (SPEC §5), and the plain one."""
+"""Rep-LeFFN, the re-parameterised, locally-enhanced feed-forward of an FG block (model.md §5), and the plain one."""
 
 import copy
 

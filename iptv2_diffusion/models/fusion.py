@@ -13,7 +13,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class FusibleModelMixin:
-    """For diffusers models whose `__init__` takes `fused` and whose feed-forwards are `RepLeFFN` (SPEC §5).
+    """For diffusers models whose `__init__` takes `fused` and whose feed-forwards are `RepLeFFN` (model.md §5).
 
     `fuse()` never changes the model it is called on and does not depend on train() or eval().
     """

@@ -102,7 +102,7 @@ class WindowPartition(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         shape, window, heads, margins = ctx.geometry
-        grad = grads[0].new_empty(shape)
+        grad = grads[0].new_empty(shape) if margins[0] is None else grads[0].new_zeros(shape)
         for i, margin in enumerate(margins):
             planes = window_planes(grad, window, heads, margin)
             for plane, part in zip(planes, grads[3 * i : 3 * i + 3], strict=True):
@@ -115,7 +115,7 @@ class WindowPartition(torch.autograd.Function):
 
 
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, affine: Tensor, temperature: Tensor) -> Tensor:
-    """v Aᵀ with A = softmax(τ q̂ᵀ k̂), q̂ = normalise_N(a·q), k̂ = normalise_N(a·k) (SPEC §3).
+    """v Aᵀ with A = softmax(τ q̂ᵀ k̂), q̂ = normalise_N(a·q), k̂ = normalise_N(a·k) (model.md §3).
 
     Neither q̂ nor k̂ is ever formed: with S = qᵀ diag(a²) k, the norms divide the d×d matrix S instead.
 
@@ -199,7 +199,7 @@ def add_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def rotate_normalised(tokens: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """s · rope(q/‖q‖), rope(k/‖k‖) and v: q and k of unit norm, turned by their token's position (SPEC §4).
+    """s · rope(q/‖q‖), rope(k/‖k‖) and v: q and k of unit norm, turned by their token's position (model.md §4).
 
     Args:
         tokens: (G, T, 3, h, d): q, k and v of a token beside each other.

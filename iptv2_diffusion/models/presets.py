@@ -57,7 +57,7 @@ def restorer(parameters: float, gmacs: float, **config: Any) -> Preset:
     return Preset({"sample_size": 128, **config}, parameters, gmacs, IPTV2RestorationModel)
 
 
-# restoration-b has the parameters and MACs of Restormer's neighbours (SPEC §7); heads of 24 to 48 channels [ours].
+# restoration-b has the parameters and MACs of Restormer's neighbours (model.md §7); heads of 24 to 48 channels [ours].
 RESTORATION_PRESETS: dict[str, Preset] = {
     "restoration-tiny": restorer(  # for tests
         0.0776,
@@ -122,8 +122,8 @@ RESTORATION_PRESETS: dict[str, Preset] = {
     ),
 }
 
-# The sizes match DiT-*/2 in GMACs (SPEC §7); heads of 32 channels at S and B, of 64 at L and XL; GGSA strides 4, 2, 1
-# make groups of 64 tokens at every level of a 32×32 latent [ours].
+# The sizes match DiT-*/2 in GMACs (model.md §7); heads of 32 channels at S and B, of 64 at L and XL; GGSA strides 4, 2,
+# 1 make groups of 64 tokens at every level of a 32×32 latent [ours].
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(  # for tests
         {

@@ -1,4 +1,4 @@
-"""The restorer: the same U as the denoiser's, between an image stem and a residual head (SPEC §1, §7)."""
+"""The restorer: the same U as the denoiser's, between an image stem and a residual head (model.md §1, §7)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -49,7 +49,7 @@ class RestorationEmbedding(nn.Module):
 class IPTV2RestorationModel(
     FusibleModelMixin, AlignedLoadingMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin
 ):
-    """U-shaped image restorer with hierarchical attentions (IPT-V2, arXiv 2404.00633; SPEC §1–§5, §7).
+    """U-shaped image restorer with hierarchical attentions (IPT-V2, arXiv 2404.00633; model.md §1–§5, §7).
 
         output = image + shuffle(conv3x3(U(conv3x3(unshuffle(4·image - 2)))))
 

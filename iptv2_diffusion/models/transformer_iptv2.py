@@ -21,7 +21,7 @@ __all__ = ["IPTV2Transformer2DModel"]
 
 
 class TimestepClassEmbedding(nn.Module):
-    """Sinusoid of 256 → MLP of the timestep, plus a class embedding with one more row, the null label (SPEC §6).
+    """Sinusoid of 256 → MLP of the timestep, plus a class embedding with one more row, the null label (model.md §6).
 
     Labels are not dropped here: the training loop drops them, once per sample.
     """
@@ -48,7 +48,7 @@ class TimestepClassEmbedding(nn.Module):
 class IPTV2Transformer2DModel(
     FusibleModelMixin, AlignedLoadingMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin
 ):
-    """U-shaped latent denoiser with hierarchical attentions (IPT-V2, arXiv 2404.00633; SPEC §1–§7).
+    """U-shaped latent denoiser with hierarchical attentions (IPT-V2, arXiv 2404.00633; model.md §1–§7).
 
     Args:
         sample_size: latent size, one number or (height, width), that the windows are fitted to. Any size runs.

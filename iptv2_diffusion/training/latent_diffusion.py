@@ -25,6 +25,7 @@ from iptv2_diffusion.objectives import DiffusionObjective
 from iptv2_diffusion.training.alignment import Alignment, TargetFeatures
 from iptv2_diffusion.training.errors import LocalError, user_errors
 from iptv2_diffusion.training.pictures import picture_sheet
+from iptv2_diffusion.training.precision import device_of_sums
 from iptv2_diffusion.training.sample_quality import KernelDistance
 from iptv2_diffusion.training.signals import no_interruption
 
@@ -143,7 +144,8 @@ class LatentDiffusionTask:
         count = min(len(self.heldout), config.heldout_samples)
         draws = draw_step(DataOrder(len(self.heldout), config.seed), 0, count, self.latent_shape)
         draws.flips.zero_()
-        sums = torch.zeros(2, NOISE_BANDS, dtype=torch.float64, device=accelerator.device)  # of losses, of samples
+        device = device_of_sums(accelerator)
+        sums = torch.zeros(2, NOISE_BANDS, dtype=torch.float64, device=device)  # of losses, of samples
         size = self.slices[0].stop - self.slices[0].start
         for start in range(0, count, accelerator.num_processes * size):
             # All processes run as many batches: those of a sharded model gather its weights together. What lies
@@ -152,8 +154,8 @@ class LatentDiffusionTask:
             own = start + accelerator.process_index * size
             counts = own < count
             batch = self._prepare(draws[own : own + size] if counts else draws[:size], self.heldout, 0.0)
-            losses = self._losses(model, batch).double()
-            band = (batch[2].double() / self.objective.num_train_timesteps * NOISE_BANDS).long()
+            losses = self._losses(model, batch).to(device).double()
+            band = (batch[2].to(device).double() / self.objective.num_train_timesteps * NOISE_BANDS).long()
             band = band.clamp(max=NOISE_BANDS - 1)
             sums[0].index_add_(0, band, losses * counts)
             sums[1].index_add_(0, band, torch.ones_like(losses) * counts)

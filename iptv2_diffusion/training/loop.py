@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_t
 from iptv2_diffusion.training.memory import keep_freed_memory
 from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
 from iptv2_diffusion.training.power_ema import forget_snapshots_after
-from iptv2_diffusion.training.precision import fastest_precision
+from iptv2_diffusion.training.precision import device_of_sums, fastest_precision
 from iptv2_diffusion.training.sharding import refuse_other_sharding, shard, whole
 from iptv2_diffusion.training.signals import Interrupted, StopSignal, no_interruption
 
@@ -106,6 +106,8 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+            # the loop divides by its micro-batches: accelerate must not, whatever the environment says
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
     set_threads(config.num_threads, accelerator)
     for message in messages:
@@ -158,10 +160,15 @@ class Trainer:
             accelerator.print(f"sharding is {config.sharding}, but there is one process only: nothing is sharded")
         if config.channels_last and not self.sharded:  # fully_shard takes contiguous parameters only
             model.to(memory_format=torch.channels_last)
+            for parameter in model.parameters():  # of one input channel both layouts are one: as gradients' strides
+                if parameter.ndim == 4 and parameter.shape[1] == 1:
+                    parameter.data = parameter.data.view(-1).view(parameter.shape)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if config.torch_compile:
             compile_blocks(model)
+        if self.sharded and accelerator.mixed_precision == "fp16":  # as `accelerate launch` may have it
+            raise ConfigError("sharding does not go with fp16, whose loss scaling it lacks; use bf16")
         if self.sharded:
             shard(model, accelerator, reshard_after_forward=config.sharding == "zero3")
         optimizer = make_optimizer(model, config, fused=accelerator.scaler is None)
@@ -370,8 +377,10 @@ class Trainer:
 
         Reading them waits for the device, once a step and before the weights are touched: a NaN never enters them.
         """
-        own = torch.tensor([float(stop), self._clock], dtype=torch.float64, device=loss.device)
-        vector = torch.cat([torch.stack([loss, torch.as_tensor(norm, device=loss.device)]).double(), own])
+        device = device_of_sums(self.accelerator)
+        own = torch.tensor([float(stop), self._clock], dtype=torch.float64, device=device)
+        figures = torch.stack([loss, torch.as_tensor(norm, device=loss.device)])
+        vector = torch.cat([figures.to(device).double(), own])
         if self.accelerator.num_processes > 1:
             vector = self.accelerator.reduce(vector, "mean")
         loss_value, norm_value, stop_value, self.seconds = vector.tolist()

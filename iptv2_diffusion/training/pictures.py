@@ -1,9 +1,10 @@
-"""Sheets of small pictures: rows with a name at the left."""
+"""Sheets of pictures: rows with a name at the left; crops of one picture side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -25,4 +26,18 @@ def picture_sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = 
         for x, picture in enumerate(row):
             enlarged = picture.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (margin + gap + x * cell_w, gap + y * cell_h))
+    return sheet
+
+
+def side_by_side(shown: dict[str, np.ndarray], size: int = 192) -> Image.Image:
+    """Crops from the middle of (H, W, C) arrays on 0–255, twice enlarged, a name above each."""
+    sheet = Image.new("RGB", (len(shown) * (2 * size + 4), 2 * size + 20), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (name, image) in enumerate(shown.items()):
+        top, left = (max(0, (side - size) // 2) for side in image.shape[:2])
+        crop = image[top : top + size, left : left + size].clip(0, 255).round().astype(np.uint8)
+        crop = np.broadcast_to(crop, (*crop.shape[:2], 3))
+        enlarged = Image.fromarray(crop).resize((2 * crop.shape[1], 2 * crop.shape[0]), Image.NEAREST)
+        sheet.paste(enlarged, (index * (2 * size + 4), 20))
+        draw.text((index * (2 * size + 4) + 4, 3), name, fill="black")
     return sheet

@@ -7,7 +7,7 @@ import time
 from typing import Literal
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 WORTH_IT = 1.5  # matrix products gain most from bfloat16; below this, what surrounds them eats the gain
@@ -40,3 +40,8 @@ def measured_gain(rounds: int = 50) -> float:
             factor @ factor
             seconds.setdefault(dtype, []).append(time.perf_counter() - start)
     return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
+
+
+def device_of_sums(accelerator: Accelerator) -> torch.device:
+    """Where float64 sums of a run are kept: a process alone needs no device for them, and Apple's has no float64."""
+    return accelerator.device if accelerator.num_processes > 1 else torch.device("cpu")

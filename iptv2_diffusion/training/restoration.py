@@ -162,7 +162,7 @@ class RestorationTask:
             self.interrupt()
             batch = batch.map(lambda value: value.to(self.accelerator.device))
             restored = [self.predict(model, batch.map(lambda v, i=i: v[i : i + 1])) for i in range(len(batch.clean))]
-            figures[f"psnr_{name}"] = float(psnr(torch.cat(restored), batch.clean).mean())
+            figures[f"psnr_{name}"] = float(psnr(torch.cat(restored).cpu(), batch.clean.cpu()).mean())
         if figures:
             figures["psnr"] = sum(figures.values()) / len(figures)
         return figures

@@ -17,6 +17,7 @@ from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
 from iptv2_diffusion.sixteen_bit import write_16_bit
 from iptv2_diffusion.training.errors import UserError
+from iptv2_diffusion.training.pictures import side_by_side
 
 ROOT = Path(__file__).parents[2]
 benchmark = load_script("eval/restoration_benchmark.py")
@@ -58,7 +59,7 @@ def test_a_run_writes_what_the_definition_gives(setting, monkeypatch, capsys):
 def test_small_pictures_are_shown_whole(setting):
     clean = np.zeros((120, 100, 1))
     clean[60:] = 255
-    sheet = np.asarray(benchmark.side_by_side({"clean": clean}))[20:]
+    sheet = np.asarray(side_by_side({"clean": clean}))[20:]
     assert (sheet[:120, :200] == 0).all()
     assert (sheet[120:240, :200] == 255).all()
 

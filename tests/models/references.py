@@ -1,4 +1,4 @@
-"""Slow, loop-written references of the layers, from the equations of SPEC.md §3-§6 and nothing else, in float64.
+"""Slow, loop-written references of the layers, from the equations of model.md §3-§6 and nothing else, in float64.
 
 They take only the *parameters* of the module under test and share no code with it: no window partition, no reshapes
 of a feature map, one position and one head at a time. What they check is therefore exactly what the vectorised code
@@ -65,7 +65,7 @@ def depthwise(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SPEC §3: focal context self-attention
+# model.md §3: focal context self-attention
 
 
 def _window_attention(q, k, v, temperature, affine, rows, columns) -> dict[tuple[int, int], Tensor]:
@@ -93,7 +93,7 @@ def _window_attention(q, k, v, temperature, affine, rows, columns) -> dict[tuple
 
 
 def focal_context_attention(module: nn.Module, x: Tensor) -> Tensor:
-    """FCSA (SPEC §3), x (B, C, H, W) → (B, C, H, W) in float64."""
+    """FCSA (model.md §3), x (B, C, H, W) → (B, C, H, W) in float64."""
     x = x.double()
     batch, channels, height, width = x.shape
     heads, window = module.num_heads, module.window_size
@@ -136,7 +136,7 @@ def focal_context_attention(module: nn.Module, x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SPEC §4: global grid self-attention
+# model.md §4: global grid self-attention
 
 
 def rotate(vector: Tensor, row: int, column: int) -> Tensor:
@@ -159,7 +159,7 @@ def grid_strides(height: int, width: int, stride: int | None, grid_size: int | N
 
 
 def global_grid_attention(module: nn.Module, x: Tensor, stride: int | None, grid_size: int | None = None) -> Tensor:
-    """GGSA (SPEC §4), x (B, C, H, W) → (B, C, H, W) in float64."""
+    """GGSA (model.md §4), x (B, C, H, W) → (B, C, H, W) in float64."""
     x = x.double()
     batch, channels, height, width = x.shape
     heads = module.num_heads
@@ -191,7 +191,7 @@ def global_grid_attention(module: nn.Module, x: Tensor, stride: int | None, grid
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SPEC §5: Rep-LeFFN, and SPEC §2: the normalisations
+# model.md §5: Rep-LeFFN, and model.md §2: the normalisations
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def rep_leffn(module: nn.Module, x: Tensor) -> Tensor:
-    """Rep-LeFFN in its training form (SPEC §5), every branch on its own. (B, C, H, W) → (B, C, H, W) in float64."""
+    """Rep-LeFFN in its training form (model.md §5), every branch on its own. (B, C, H, W) → (B, C, H, W) in float64."""
     hidden = gelu(pointwise(pointwise(x.double(), module.expand_in), module.expand_out))
     branches = (module.depthwise_5x5, module.depthwise_3x3, module.depthwise_1x1)
     hidden = hidden + sum(depthwise(hidden, branch) for branch in branches)
@@ -216,7 +216,7 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SPEC §1, §2: the FG block and the U
+# model.md §1, §2: the FG block and the U
 
 
 def sub_layer(layer: nn.Module, x: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def sub_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def fg_block(block: nn.Module, x: Tensor, conditioning: Tensor | None = None) -> Tensor:
-    """FG block (SPEC §2): pre-norm residual layers, adaLN-Zero if there is a conditioning vector (B, D)."""
+    """FG block (model.md §2): pre-norm residual layers, adaLN-Zero if there is a conditioning vector (B, D)."""
     x = x.double()
     for norm, layer in zip(block.norms, block.layers, strict=True):
         if conditioning is None:
@@ -270,7 +270,7 @@ def shuffle(x: Tensor) -> Tensor:
 
 
 def backbone(module: nn.Module, x: Tensor, conditioning: Tensor | None = None) -> Tensor:
-    """The U (SPEC §1) on a map whose sides are multiples of 2^(L-1). (B, C, H, W) → (B, 2C, H, W) in float64."""
+    """The U (model.md §1) on a map whose sides are multiples of 2^(L-1). (B, C, H, W) → (B, 2C, H, W) in float64."""
     x = x.double()
     skips = []
     for blocks, downsample in zip(module.encoder, module.downsamples, strict=True):
@@ -289,7 +289,7 @@ def backbone(module: nn.Module, x: Tensor, conditioning: Tensor | None = None) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SPEC §6: the conditioning vector; SPEC §1: stem and head of the latent denoiser
+# model.md §6: the conditioning vector; model.md §1: stem and head of the latent denoiser
 
 
 def timestep_sinusoid(timestep: float) -> Tensor:

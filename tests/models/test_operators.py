@@ -28,7 +28,7 @@ def assert_same_gradients(operator, plain, inputs: tuple[Tensor, ...], *constant
 
 
 def plain_channel_attention(q, k, v, affine, temperature):
-    """As SPEC §3 has it: normalise the vectors, then multiply."""
+    """As model.md §3 has it: normalise the vectors, then multiply."""
     q = torch.nn.functional.normalize(q * affine[..., None], dim=-2)
     k = torch.nn.functional.normalize(k * affine[..., None], dim=-2)
     logits = q.transpose(-2, -1) @ k * temperature[:, None, None]

@@ -1,4 +1,4 @@
-"""The size tables against SPEC §7, counted on the meta device, and `create_model`."""
+"""The size tables against model.md §7, counted on the meta device, and `create_model`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
 
 OURS = [name for name, preset in PRESETS.items() if preset.model_class is IPTV2Transformer2DModel]
 
-# name: (most parameters in millions, GMACs of the DiT to match), SPEC §7
+# name: (most parameters in millions, GMACs of the DiT to match), model.md §7
 TABLE = {
     "iptv2-s": (55, 6.06),
     "iptv2-b": (225, 23.0),
@@ -24,7 +24,7 @@ TABLE = {
     "iptv2-xl": (1200, 118.6),
 }
 
-# the lineage's U-DiT: (channels, heads): (fused parameters in millions, GMACs), SPEC §7
+# the lineage's U-DiT: (channels, heads): (fused parameters in millions, GMACs), model.md §7
 U_DIT = {"S": (96, 4, 52.05, 6.02), "B": (192, 8, 204.43, 22.18), "L": (384, 16, 810.19, 84.91)}
 
 
@@ -71,7 +71,7 @@ class TestSizes:
 
     @pytest.mark.parametrize("name", ["iptv2-s", "iptv2-b"])
     def test_training_costs_little_more_than_deployment(self, name):
-        """SPEC §7: unfused costs about 1.18 ×; the merged training form of a batch costs less."""
+        """model.md §7: unfused costs about 1.18 ×; the merged training form of a batch costs less."""
         ratio = macs(name, batch_size=32) / macs(name, fused=True)
         assert 1.0 < ratio < 1.18
 

@@ -123,7 +123,7 @@ class TestConditioning:
         assert torch.equal(*outs)
 
     def test_labels_are_never_dropped_in_the_model(self):
-        """SPEC §6: labels are dropped once per sample, by the training loop."""
+        """model.md §6: labels are dropped once per sample, by the training loop."""
         model = denoiser().train()
         assert torch.equal(model(**inputs()).sample, model(**inputs()).sample)
 

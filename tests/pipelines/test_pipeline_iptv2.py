@@ -174,6 +174,20 @@ class TestSchedulers:
         with pytest.raises(ValueError, match=r"learned_range.*needs a transformer with 2 x 4 output channels"):
             pipe(0, num_inference_steps=2)
 
+    def test_scheduler_of_the_other_kind_is_refused(self):
+        """It would run, and draw noise."""
+        flow, noise = (DiffusionObjective.make_scheduler(kind) for kind in ("flow", "epsilon"))
+        pipe = make_pipeline(scheduler=flow)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(flow.config)
+        with pytest.raises(ValueError, match=r"trained for flow matching, and DPMSolver.* use FlowMatchEuler"):
+            pipe(0, num_inference_steps=2)
+        pipe.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        assert pipe(0, num_inference_steps=2, output_type="pt").images.isfinite().all()
+        pipe = make_pipeline(scheduler=noise)
+        pipe.scheduler = flow
+        with pytest.raises(ValueError, match="trained for noise or v-prediction, and FlowMatchEuler"):
+            pipe(0, num_inference_steps=2)
+
     def test_scheduler_that_clips_latents_is_told_of(self, caplog):
         pipe = make_pipeline(scheduler=DDIMScheduler(prediction_type="v_prediction"))
         with caplog.at_level(logging.WARNING):

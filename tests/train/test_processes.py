@@ -137,6 +137,23 @@ def test_resume_after_a_signal_to_two_processes_in_an_evaluation(ground):
     assert_equal_bit_for_bit(folder, undisturbed)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_resume_after_a_signal_that_reaches_the_workers_of_the_data_too(ground, name):
+    """As Ctrl-C in a terminal, a launcher's end or Slurm send it: to every process of the group."""
+    folder = ground / f"workers-{name}"
+    options = ("--cache_latents", "false", "--num_workers", 2, "--eval_every", 0, "--checkpoint_every", 0)
+    process = launch(ground, folder, *STOPPED, *options, "--max_train_steps", 100_000)
+    await_step(process, folder, 3)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3  # the script and its workers
+    for child in children:
+        child.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert f"stopped by {name} at step" in output
+    assert "killed by signal" not in output
+    assert newest(folder)
+
+
 @pytest.mark.slow
 def test_kill_at_random_moments_loses_nothing_older(ground):
     """30 kills across training, saving, evaluating and drawing; then the run ends as if undisturbed."""
