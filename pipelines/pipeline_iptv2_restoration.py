@@ -1,7 +1,5 @@
 """Image restoration with IPT-V2: any image, any size, in overlapped tiles that blend without a seam."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -61,7 +59,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
     __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
     model_cpu_offload_seq = "model"
 
-    def __init__(self, model: IPTV2RestorationModel, sigma_range: Optional[list[float]] = None):  # noqa: UP045 (diffusers)
+    def __init__(self, model: IPTV2RestorationModel, sigma_range: Optional[list] = None):  # noqa: UP045 - see IPTV2Pipeline
         super().__init__()
         self.register_modules(model=model)
         self.register_to_config(sigma_range=sigma_range)

@@ -26,6 +26,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "cls")
 FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` reads these files with
+MOST_CLASSES = 1_000_000  # above, numbers are no classes
 MIN_CROP = 0.8  # share of the side that a random crop keeps at least, as in ADM
 STREAM_SHARDS = 64  # into which loose images are cut when they are streamed: the grain of the shuffling
 SPLIT_FOLDERS = {"train", "test", "val", "validation", "valid", "heldout"}
@@ -307,6 +308,11 @@ def _number_labels(data: datasets.Dataset, source: str, column: str) -> datasets
     if all(isinstance(v, int) for v in values):
         if min(values) < 0:
             raise ValueError(f'{source}: column "{column}" has the label {min(values)}; labels start at 0')
+        if max(values) >= MOST_CLASSES:
+            raise ValueError(
+                f'{source}: column "{column}" goes up to {max(values)} with {len(values)} values: are these numbers of '
+                'images? Number the classes from 0, or label_column "ignore" leaves them out'
+            )
         return data.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(max(values) + 1)]))
     if all(isinstance(v, str) for v in values):
         return data.cast_column("label", datasets.ClassLabel(names=sorted(values)))
@@ -372,8 +378,10 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def decode_image(record: Mapping[str, Any], name: str) -> Image.Image:
+def decode_image(record: Mapping[str, Any] | None, name: str) -> Image.Image:
     """RGB picture, at its own size, of an undecoded {"bytes", "path"}; ValueError with `name` if it cannot be read."""
+    if record is None:
+        raise ValueError(f"{name}: the row has no image")
     try:
         with Image.open(io.BytesIO(record["bytes"] or read_bytes(record["path"]))) as image:
             return to_rgb(image)
@@ -437,8 +445,8 @@ class ImageTensors(torch.utils.data.Dataset):
 
     def name(self, index: int) -> str:
         """What to call an image in a message: its file, else its row."""
-        path = self.dataset[index]["image"]["path"]
-        return path or f"image {index}"
+        record = self.dataset[index]["image"]
+        return (record and record["path"]) or f"image {index}"
 
     def valid_indices(self) -> list[int]:
         """Indices (into the data set) of the images that decode, in order; the first call decodes each image once."""

@@ -153,10 +153,11 @@ def dataset_fingerprint(images: ImageTensors) -> str:
     """
     dataset = images.dataset
     digest = hashlib.sha256(f"{len(dataset)} {images.labels}".encode())
-    if dataset[0]["image"]["bytes"] is not None:
+    first = dataset[0]["image"]
+    if first is None or first["bytes"] is not None:
         digest.update(dataset._fingerprint.encode())
     else:
-        for record in dataset.select_columns("image")[:]["image"]:
+        for record in filter(None, dataset.select_columns("image")[:]["image"]):
             digest.update(record["path"].encode())
             if "://" not in record["path"]:
                 state = file_of(record["path"]).stat()

@@ -280,8 +280,9 @@ class StreamedLatents:
         crop, flip = divmod(view, 2) if self._encoding.flips else (view, 0)
         errors: list[str] = []
         for record in records[first:] + records[:first]:
+            path = record["image"] and record["image"]["path"]
             try:
-                image = decode_image(record["image"], record["image"]["path"] or f"image {item} of the stream")
+                image = decode_image(record["image"], path or f"image {item} of the stream")
             except ValueError as error:
                 if self._images.strict:
                     raise

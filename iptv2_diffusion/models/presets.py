@@ -342,6 +342,9 @@ def count_macs(model: ModelMixin, height: int | None = None, width: int | None =
         batch_size: matters for an unfused model only, which merges weights once per batch.
     """
     size = model.config.sample_size
+    if size is None and (height is None or width is None):
+        raise ValueError("this model has no sample_size: give height and width")
+    size = size or (height, width)
     default_height, default_width = (size, size) if isinstance(size, int) else size
     with torch.device("meta"):
         twin = type(model).from_config(model.config)

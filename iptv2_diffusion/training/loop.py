@@ -25,7 +25,12 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -98,7 +103,8 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     refuse_other_sharding()
     trackers, messages = available_trackers(config.report_to)
     if config.mixed_precision == "auto":
-        PartialState(timeout=PROCESS_TIMEOUT)  # the processes meet here already, to agree
+        # The processes meet here already, to agree. PartialState, unlike Accelerator, does not read the variable.
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PROCESS_TIMEOUT)
         config.mixed_precision = fastest_precision()
     with user_errors(ValueError, ImportError):  # such as fp16 on a CPU
         accelerator = Accelerator(

@@ -31,7 +31,10 @@ def fastest_precision() -> Literal["no", "bf16"]:
 
 def measured_gain(rounds: int = 50) -> float:
     """Seconds of a float32 matrix product over those of a bfloat16 one on the CPU, each the shortest of its rounds: a
-    busy machine cuts into the others."""
+    busy machine cuts into the others. On one thread: several wait for each other there, and a run that resumes must
+    find what it found."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     seconds: dict[torch.dtype, list[float]] = {}
     factors = {dtype: torch.ones(384, 384, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     for _ in range(rounds):
@@ -39,6 +42,7 @@ def measured_gain(rounds: int = 50) -> float:
             start = time.perf_counter()
             factor @ factor
             seconds.setdefault(dtype, []).append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 

@@ -23,6 +23,7 @@ from iptv2_diffusion.data.images import (
     to_rgb,
     to_tensor,
 )
+from iptv2_diffusion.data.latent_cache import dataset_fingerprint
 
 
 def picture(size: tuple[int, int] = (12, 8), colour: tuple[int, ...] = (200, 30, 60)) -> Image.Image:
@@ -346,6 +347,15 @@ class TestCorruptImages:
         (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])  # cut short
         (tmp_path / "d.jpg").write_bytes(b"not a picture at all")
         return tmp_path
+
+    def test_rows_without_an_image_are_left_out(self, folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+        whole = {"bytes": (folder / "a.png").read_bytes(), "path": None}
+        for records in ([None, whole, None], [whole, None]):
+            features = datasets.Features({"image": datasets.Image(decode=False)})
+            images = ImageTensors(datasets.Dataset.from_dict({"image": records}, features=features), size=8)
+            assert images.valid_indices() == [records.index(whole)]
+            assert len(dataset_fingerprint(images)) == 16
+        assert "image 0: the row has no image; image 2: the row has no image" in str(recwarn[0].message)
 
     def test_skipped_counted_and_told_once(self, folder: Path, recwarn: pytest.WarningsRecorder) -> None:
         images = ImageTensors(load_image_dataset(folder), size=8)

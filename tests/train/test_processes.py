@@ -55,6 +55,12 @@ def test_processes_two_give_the_loss_curve_of_one(ground, reference):
     assert_equal_to_rounding(folder, reference)
 
 
+def test_processes_agree_on_the_precision_that_they_measure(ground):
+    output = finish(launch(ground, ground / "auto", "--dry_run", "--mixed_precision", "auto", processes=2))
+    assert output.count("every stage ran") == 1
+    assert len(list(newest(ground / "auto/dry_run").glob("random_states_*"))) == 2
+
+
 @pytest.mark.slow
 def test_processes_four_give_the_loss_curve_of_one(ground, reference):
     folder = ground / "four"
