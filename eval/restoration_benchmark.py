@@ -238,7 +238,8 @@ def peer(name: str) -> Restorer:
     """A peer by name; an error says what to install."""
     package, make = PEERS[name]
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{name} needs the package {package}: install it or leave {name} out of --peers")
+        install = "pip install -e '.[benchmark,peers]'"
+        raise UserError(f"{name} needs the package {package}: {install}, or leave {name} out of --peers")
     return make()
 
 

@@ -203,6 +203,9 @@ class _Maker:
         total = sum(len(self.parts[number]) for number in mine)
         with tqdm(total=total, desc="encoding images", unit="image", disable=process > 0) as bar:
             for number in mine:
+                if _is_shard(self.paths[number]):  # by another machine, on a common disk
+                    bar.update(len(self.parts[number]))
+                    continue
                 tensors, metadata = encode_shard(
                     self.images,
                     self.codec,

@@ -293,8 +293,9 @@ class StreamedLatents:
 
     def _label(self, record: Mapping[str, Any]) -> int:
         label = record.get("label", 0)
-        if self._num_classes is not None and not 0 <= label < self._num_classes:
-            raise ValueError(f"{record['image']['path']}: label {label}; labels are 0 to {self._num_classes - 1}")
+        if self._num_classes is not None and (label is None or not 0 <= label < self._num_classes):
+            path = record["image"] and record["image"]["path"]
+            raise ValueError(f"{path}: label {label}; labels are 0 to {self._num_classes - 1}")
         return label
 
     def _count(self, errors: Sequence[str]) -> None:

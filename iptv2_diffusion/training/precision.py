@@ -25,7 +25,7 @@ def fastest_precision() -> Literal["no", "bf16"]:
     if state.device.type == "cpu":
         answer = ["bf16" if state.is_main_process and measured_gain() >= WORTH_IT else "no"]
     else:
-        answer = ["bf16" if state.device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "no"]
+        answer = ["bf16" if state.device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "no"]
     return broadcast_object_list(answer)[0]
 
 

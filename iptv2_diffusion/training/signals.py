@@ -24,7 +24,7 @@ class StopSignal:
         self.reason: str | None = None
         self._previous: dict[int, object] = {}
         # `accelerate launch` of one process dies of SIGTERM without telling its child: an orphan then stops by itself.
-        self._parent = os.getppid() if any(name.startswith("ACCELERATE_") for name in os.environ) else None
+        self._parent = os.getppid() if _is_launcher(os.getppid()) else None
 
     def __enter__(self) -> StopSignal:
         for name in self._SIGNALS:
@@ -46,3 +46,14 @@ class StopSignal:
         if self.reason is None and self._parent is not None and os.getppid() != self._parent:
             self.reason = "the end of its launcher"
         return self.reason is not None
+
+
+def _is_launcher(process: int) -> bool:
+    """Whether a process is `accelerate launch` or torchrun, whose end is the run's; that of a shell is not."""
+    import psutil
+
+    try:
+        command = " ".join(psutil.Process(process).cmdline())
+    except psutil.Error:
+        return False
+    return "accelerate" in command or "torchrun" in command or "torch.distributed" in command
