@@ -8,7 +8,6 @@ Latents come from a VAE through `LatentCodec`, cached once or on the fly; `Diffu
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from iptv2_diffusion.training.config import parse_config
@@ -313,29 +312,17 @@ def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask,
     """The pipeline folder with the averaged weights, then samples.png from that folder, read back."""
     from iptv2_diffusion import IPTV2Pipeline
     from iptv2_diffusion.training.alignment import without_alignment
+    from iptv2_diffusion.training.results import cast, replaced
 
-    folder, temporary = trainer.output_dir / "pipeline", trainer.output_dir / ".tmp-pipeline"
+    folder = trainer.output_dir / "pipeline"
     module = trainer.state.module
     model = type(module).from_config(module.config)
     model.load_state_dict(without_alignment(weights))
     with user_errors(OSError):
-        shutil.rmtree(temporary, ignore_errors=True)
-        task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
+        with replaced(folder) as temporary:
+            task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)
         pipeline = IPTV2Pipeline.from_pretrained(folder).to(trainer.accelerator.device)
         task.sheet(pipeline, trainer.output_dir / "samples.png")
-
-
-def cast(model: nn.Module, dtype: str) -> nn.Module:
-    """The model's parameters in another dtype, but for the parts that it wants in float32."""
-    import torch
-
-    kept = model._keep_in_fp32_modules or []
-    for name, parameter in model.named_parameters():
-        if not any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-    return model
 
 
 def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -> str:

@@ -291,22 +291,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
     """output_dir/pipeline: the fused restorer with the averaged weights, and the run's configuration beside it."""
-    import torch
-
     from iptv2_diffusion import IPTV2RestorationPipeline
+    from iptv2_diffusion.training.results import cast, replaced
 
-    folder, temporary = trainer.output_dir / "pipeline", trainer.output_dir / ".tmp-pipeline"
     module = trainer.state.module
     model = type(module).from_config(module.config)
     model.load_state_dict(trainer.state.averaged_state_dict())
-    model = model.fuse().to(getattr(torch, config.save_dtype))
-    with user_errors(OSError):
-        shutil.rmtree(temporary, ignore_errors=True)
-        sigma_range = None if model.config.sigma_conditioning is None else config.noise
+    model = cast(model.fuse(), config.save_dtype)
+    sigma_range = None if model.config.sigma_conditioning is None else config.noise
+    with user_errors(OSError), replaced(trainer.output_dir / "pipeline") as temporary:
         IPTV2RestorationPipeline(model, sigma_range).save_pretrained(temporary)
         shutil.copy(trainer.output_dir / "config.yaml", temporary / "training_config.yaml")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
 
 
 def next_steps(config: RestorationConfig, trainer: Trainer) -> str:

@@ -10,7 +10,6 @@ channel over the training images, by which `LatentCodec` brings latents to mean 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,20 +364,16 @@ def save_results(trainer: Trainer, task: VAETask, accelerator: Accelerator) -> N
     import torch
     from diffusers import AutoencoderKL
 
+    from iptv2_diffusion.training.results import cast, replaced
+
     config, folder = task.config, trainer.output_dir / "vae"
     with trainer.state.averaged() as model:
         mean, std = task.statistics(model.vae)
         vae = AutoencoderKL.from_config(model.vae.config, latents_mean=mean, latents_std=std)
         vae.load_state_dict(model.vae.state_dict())
     if accelerator.is_main_process:
-        temporary = trainer.output_dir / ".tmp-vae"
-        with user_errors(OSError):
-            shutil.rmtree(temporary, ignore_errors=True)
-            for parameter in vae.parameters():  # not `vae.to(dtype)`, of which diffusers warns
-                parameter.data = parameter.data.to(getattr(torch, config.save_dtype))
-            vae.save_pretrained(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.replace(folder)
+        with user_errors(OSError), replaced(folder) as temporary:
+            cast(vae, config.save_dtype).save_pretrained(temporary)
     accelerator.wait_for_everyone()
     vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval().to(accelerator.device)
     heldout = task.heldout.valid_indices()

@@ -93,13 +93,20 @@ class MergeKernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *kernels: Tensor) -> Tensor:
-        ctx.sizes = [kernel.shape[-1] for kernel in kernels]
+        ctx.layouts = [(kernel.shape, kernel.stride()) for kernel in kernels]
         return merge_kernels(*kernels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(centre(grad, size).clone() for size in ctx.sizes)
+        whole = torch.contiguous_format
+        return tuple(like(centre(grad, shape[-1]).clone(memory_format=whole), stride) for shape, stride in ctx.layouts)
+
+
+def like(kernels: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Contiguous (C, 1, k, k) under other strides: of one input channel all layouts are one in memory, but DDP
+    complains of a gradient whose strides are not its parameter's."""
+    return kernels.as_strided(kernels.shape, stride)
 
 
 class Depthwise5x5(torch.autograd.Function):
@@ -120,7 +127,7 @@ class Depthwise5x5(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = convolution_backward(grad, x, weight, padding=(2, 2), wanted=0)
         if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(grad, x)
+            grad_weight = like(weight_gradient(grad, x), weight.stride())
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=(0, 2, 3))
         return grad_x, grad_weight, grad_bias

@@ -75,6 +75,7 @@ class LatentDiffusionTask:
         self.source, self.heldout, self.order, self.slices = source, heldout, order, slices
         self.latent_shape, self.distance = latent_shape, distance
         self.null_label = null_label(model)
+        self.images = order.num_items if isinstance(order, DataOrder) else None
         self.id2label = dict(enumerate(names))
         self.target_features = target_features
         self.alignment: Alignment | None = getattr(model, "alignment", None)
@@ -136,7 +137,8 @@ class LatentDiffusionTask:
     def heldout_loss(self, model: nn.Module) -> dict[str, float]:
         """Held-out loss, with the same images, noise and timesteps each time; in all and by quarter of the timesteps.
 
-        Timesteps are drawn like in training. Each process takes its share of the images.
+        Timesteps are spread evenly over the images, whatever `stratified_timesteps` says. Each process takes its share
+        of the images.
         """
         if self.heldout is None:
             return {}

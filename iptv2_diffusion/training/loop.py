@@ -54,6 +54,8 @@ FP16_HALVINGS = 30  # steps in a row that fp16 may overflow: from a loss scale o
 class TrainingTask(Protocol):
     """What is trained. Called by every process alike."""
 
+    #: How many there are to train on, or None; told if it is another number after resumption.
+    images: int | None
     #: Set by the trainer, for `evaluate` (and a `preview` that all processes draw) to call between batches, equally
     #: often on each process: it raises `Interrupted` if a stop was asked for. The work is then done after resumption.
     interrupt: Callable[[], None]
@@ -166,9 +168,6 @@ class Trainer:
             accelerator.print(f"sharding is {config.sharding}, but there is one process only: nothing is sharded")
         if config.channels_last and not self.sharded:  # fully_shard takes contiguous parameters only
             model.to(memory_format=torch.channels_last)
-            for parameter in model.parameters():  # of one input channel both layouts are one: as gradients' strides
-                if parameter.ndim == 4 and parameter.shape[1] == 1:
-                    parameter.data = parameter.data.view(-1).view(parameter.shape)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if config.torch_compile:
@@ -209,6 +208,7 @@ class Trainer:
         self._clock = 0.0  # the same, as this process measures it
         self._budget = 60.0 * config.max_train_minutes if config.max_train_minutes else math.inf
         self._saved_step = -1
+        self._images: int | None = None  # of the training data when the checkpoint was saved
         self._due = False  # whether what follows a step (`_after_step`) is still to be done for this one
         self.skipped = self._skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self._next_batches: list[Any] = []
@@ -227,7 +227,7 @@ class Trainer:
             self.seconds = self._clock = float(found.progress["seconds"])
             self.skipped, self._skipped_in_a_row = found.progress.get("skipped", (0, 0))
             self.position = found.progress.get("position")
-            self._due = found.progress.get("due", False)
+            self._due, self._images = found.progress.get("due", False), found.progress.get("images")
             self._saved_step = found.step
             self.accelerator.print(f"resumed from {found.path} at step {self.step}")
         main = self.accelerator.is_main_process
@@ -247,6 +247,9 @@ class Trainer:
         config, self._task = self.config, task
         if self.sharded and not _works_together(task):
             raise ConfigError(f"sharding is {config.sharding}; this training runs unsharded only: use --sharding none")
+        images = getattr(task, "images", None)
+        if self._images not in (None, images):
+            self.accelerator.print(f"the data has {images} images now, {self._images} before: their order changes here")
         bar = ProgressBar(
             max(self.step, config.max_train_steps),
             initial=self.step,
@@ -313,6 +316,7 @@ class Trainer:
         if self._saved_step != self.step:
             skipped = (self.skipped, self._skipped_in_a_row)
             progress: dict[str, Any] = {"seconds": self.seconds, "skipped": skipped, "due": self._due}
+            progress["images"] = getattr(self._task, "images", None)
             tell = getattr(self._task, "position", None)
             if tell is not None and (position := tell(self.step)) is not None:
                 progress["position"] = position

@@ -85,6 +85,7 @@ class RestorationTask:
         heldout: Mapping[str, Batch],
     ) -> None:
         self.config, self.accelerator, self.sources, self.heldout = config, accelerator, sources, heldout
+        self.images = len(sources[0].sampler.clean)
         self.takes_sigma = model.config.sigma_conditioning is not None
         self.takes_task = model.config.num_tasks is not None
         self.merge_logits = [p for name, p in model.named_parameters() if name.endswith("merge_logits")]

@@ -91,6 +91,14 @@ def test_resume_is_exact_in_weights_optimiser_average_and_log(tmp_path, stop_at)
     assert [r for r in rows(resumed) if r["step"] in evaluated or "loss" in r] == rows(whole)
 
 
+def test_another_number_of_images_is_told(tmp_path, capsys):
+    for images, told in ((20, ""), (20, ""), (19, "the data has 19 images now, 20 before")):
+        trainer, task = start(tmp_path, max_train_steps=8 if told else 4)
+        task.images = images
+        trainer.fit(task)
+        assert (told in capsys.readouterr().out) if told else ("images now" not in capsys.readouterr().out)
+
+
 def test_a_finished_run_does_nothing_more(tmp_path):
     whole = run(tmp_path)
     before = snapshot(whole)
