@@ -64,6 +64,8 @@ class IPTV2Pipeline(DiffusionPipeline):
             and their kin for noise and v-prediction, FlowMatchEuler for flow matching. Swap one for another of the
             same kind by ``pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)``.
         id2label: class names by id. A name may list synonyms, separated by commas.
+        flow_matching: whether the transformer was trained for it; None: as the scheduler is. It is saved, so that a
+            scheduler of the other kind, given to ``from_pretrained`` or set later, is refused.
 
     Example:
         >>> pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
@@ -80,6 +82,7 @@ class IPTV2Pipeline(DiffusionPipeline):
         vae: ModelMixin,
         scheduler: SchedulerMixin,
         id2label: Optional[dict] = None,  # noqa: UP045 - diffusers before 0.37 reads no `dict | None`
+        flow_matching: Optional[bool] = None,  # noqa: UP045
     ):
         super().__init__()
         for component in (transformer, vae):
@@ -88,8 +91,9 @@ class IPTV2Pipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # JSON turns integer keys into strings
         id2label = {int(key): str(name) for key, name in id2label.items()} if id2label else None
-        self.register_to_config(id2label=id2label)
-        self._matches_flow = scheduler is not None and is_of_flow(scheduler)  # what the transformer was trained for
+        if flow_matching is None and scheduler is not None:
+            flow_matching = is_of_flow(scheduler)
+        self.register_to_config(id2label=id2label, flow_matching=flow_matching)
         self._vae_tiling: tuple[int, float] | None = None
         self._interrupt = False
         self._guidance_scale = 1.0
@@ -253,9 +257,10 @@ class IPTV2Pipeline(DiffusionPipeline):
     def _prepare_scheduler(self) -> SchedulerMixin:
         """The scheduler to step with, once it is clear that it fits the transformer's outputs."""
         scheduler, config = self.scheduler, self.scheduler.config
-        if is_of_flow(scheduler) != self._matches_flow:
-            trained = "flow matching" if self._matches_flow else "noise or v-prediction"
-            kin = "FlowMatchEulerDiscreteScheduler" if self._matches_flow else "DPMSolverMultistepScheduler"
+        flow = self.config.flow_matching
+        if flow is not None and is_of_flow(scheduler) != flow:
+            trained = "flow matching" if flow else "noise or v-prediction"
+            kin = "FlowMatchEulerDiscreteScheduler" if flow else "DPMSolverMultistepScheduler"
             raise ValueError(
                 f"the transformer was trained for {trained}, and {type(scheduler).__name__} is of the other kind; use "
                 f"{kin} or its kin"

@@ -174,13 +174,17 @@ class TestSchedulers:
         with pytest.raises(ValueError, match=r"learned_range.*needs a transformer with 2 x 4 output channels"):
             pipe(0, num_inference_steps=2)
 
-    def test_scheduler_of_the_other_kind_is_refused(self):
+    def test_scheduler_of_the_other_kind_is_refused(self, tmp_path):
         """It would run, and draw noise."""
         flow, noise = (DiffusionObjective.make_scheduler(kind) for kind in ("flow", "epsilon"))
         pipe = make_pipeline(scheduler=flow)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(flow.config)
         with pytest.raises(ValueError, match=r"trained for flow matching, and DPMSolver.* use FlowMatchEuler"):
             pipe(0, num_inference_steps=2)
+        pipe.save_pretrained(tmp_path)  # with that scheduler
+        for options in ({}, {"scheduler": DDIMScheduler(clip_sample=False)}):
+            with pytest.raises(ValueError, match="trained for flow matching"):
+                IPTV2Pipeline.from_pretrained(tmp_path, **options)(0, num_inference_steps=2)
         pipe.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
         assert pipe(0, num_inference_steps=2, output_type="pt").images.isfinite().all()
         pipe = make_pipeline(scheduler=noise)
