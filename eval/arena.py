@@ -110,15 +110,15 @@ def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
 
     batch_size = read_recipe(config)["batch_size"]
     costs = {}
-    for name, shape in ((name, shape) for name, shapes in config.models.items() for shape in shapes):
-        arguments = {"name" if k == "model" else k: v for k, v in config.models[name][shape].items()}
-        with user_errors(ValueError, TypeError, KeyError):
-            model = create_model(**arguments)
-        costs[name, shape] = {
-            "parameters": count_parameters(model),
-            "macs_fused": count_macs(model.fuse() if hasattr(model, "fuse") else model),
-            "macs_train": count_macs(model, batch_size=batch_size),
-        }
+    for name, shapes in config.models.items():
+        for shape, arguments in shapes.items():
+            with user_errors(ValueError, TypeError, KeyError):
+                model = create_model(**{"name" if k == "model" else k: v for k, v in arguments.items()})
+            costs[name, shape] = {
+                "parameters": count_parameters(model),
+                "macs_fused": count_macs(model.fuse() if hasattr(model, "fuse") else model),
+                "macs_train": count_macs(model, batch_size=batch_size),
+            }
     return costs
 
 
@@ -249,23 +249,18 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
     """Samples of a full run (drawn once) against both splits; kept in scores.json beside what decided them."""
     import torch
 
-    from iptv2_diffusion.metrics.generation import (
-        extract_features,
-        frechet_distance,
-        frechet_distance_pca,
-        half_sample_error,
-        kid,
-        nearest_neighbour_distance,
-    )
+    from iptv2_diffusion.metrics import generation
     from iptv2_diffusion.training.generation import GenerationConfig, generate, start_accelerator
 
-    same = ("num_samples", "num_inference_steps", "guidance_scale", "num_threads")
-    generation = GenerationConfig(
+    drawn = GenerationConfig(
         pipeline=str(run.folder / "pipeline"),
+        num_samples=config.num_samples,
         class_counts=reference.class_counts,
-        **{name: getattr(config, name) for name in same},
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        num_threads=config.num_threads,
     )
-    folder = generate(generation, start_accelerator(config.num_threads), run.folder / "samples")
+    folder = generate(drawn, start_accelerator(config.num_threads), run.folder / "samples")
     about = {
         "samples": [config.num_samples, folder.about()],
         "encoder": [reference.extractor.name, reference.extractor.sha256],
@@ -276,13 +271,14 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
     if saved.get("about") == about:
         return saved["scores"]
     samples = torch.cat(list(folder.batches(config.num_samples)))
-    features = extract_features(reference.extractor, samples.split(64))["pool"]
-    distance, _ = nearest_neighbour_distance(samples, reference.train)
+    features = generation.extract_features(reference.extractor, samples.split(64))["pool"]
+    distance, _ = generation.nearest_neighbour_distance(samples, reference.train)
+    heldout = reference.heldout_features
     result = {
-        "kid": kid(features, reference.heldout_features),
-        "kid_error": half_sample_error(lambda part: kid(part, reference.heldout_features), features),
-        "fd_pca64": frechet_distance_pca(features, reference.heldout_features),
-        "fd_train": frechet_distance(features, reference.train_features),
+        "kid": generation.kid(features, heldout),
+        "kid_error": generation.half_sample_error(lambda part: generation.kid(part, heldout), features),
+        "fd_pca64": generation.frechet_distance_pca(features, heldout),
+        "fd_train": generation.frechet_distance(features, reference.train_features),
         "nearest_neighbour_median": distance.median().item(),
         "sampling_seconds_per_image": folder.seconds_per_image(),
     }

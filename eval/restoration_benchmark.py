@@ -143,10 +143,10 @@ def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.
     if kind == "noise":
         return clean + np.random.default_rng(seed).normal(0, level, clean.shape), clean
     degradation = {"motion_blur": MotionBlur, "rain": RainStreaks}[kind](level, level)
-    image = torch.from_numpy(clean / 255).float().permute(2, 0, 1)[None]
-    degraded, _ = degradation(image, torch.Generator().manual_seed(seed))
     if min(clean.shape[:2]) <= 4 * degradation.margin:
         raise ValueError(f"{kind} of {level:g} needs images of more than {4 * degradation.margin} pixels a side")
+    image = torch.from_numpy(clean / 255).float().permute(2, 0, 1)[None]
+    degraded, _ = degradation(image, torch.Generator().manual_seed(seed))
     inner = slice(degradation.margin, -degradation.margin)
     return (degraded[0].permute(1, 2, 0).double() * 255).round().numpy(), clean[inner, inner]
 

@@ -181,9 +181,9 @@ def pipeline_class(folder: Path) -> str | None:
 def restore(pipeline, source: Path, target: Path, arguments: argparse.Namespace) -> None:
     """One picture: restored, then written under its final name at once."""
     options = {
-        name: getattr(arguments, name) for name in ("task", "strength", "tile", "overlap", "memory", "self_ensemble")
+        name: getattr(arguments, name)
+        for name in ("sigma", "task", "strength", "tile", "overlap", "memory", "self_ensemble")
     }
-    options["sigma"] = arguments.sigma
     metadata, deep = describe(source)
     deep = deep if arguments.bits is None else arguments.bits == 16
     if deep and target.suffix.lower() not in DEEP_SUFFIXES:

@@ -58,10 +58,11 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
 
     channels = codec.latent_channels
     height, width = codec.latent_size(*config.size)
+    out_channels = 2 * channels if config.learned_variance else channels
     overrides = {
         "sample_size": height if height == width else (height, width),
         "in_channels": channels,
-        "out_channels": 2 * channels if config.learned_variance else channels,
+        "out_channels": out_channels,
         "num_class_embeds": num_classes,
         **config.model_overrides,
     }
@@ -73,11 +74,10 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
             f"the model takes {model.config.in_channels} channels, the VAE {config.vae} gives {channels}; choose "
             "another VAE or leave in_channels out of model_overrides"
         )
-    wanted = 2 * channels if config.learned_variance else channels
-    if model.config.out_channels not in (None, wanted):
+    if model.config.out_channels not in (None, out_channels):
         raise ConfigError(
             f"the model gives {model.config.out_channels} channels for latents of {channels}; with learned_variance "
-            f"{config.learned_variance} it must give {wanted}: leave out_channels out of model_overrides"
+            f"{config.learned_variance} it must give {out_channels}: leave out_channels out of model_overrides"
         )
     if num_classes is not None and null_label(model) != num_classes:
         raise ConfigError(

@@ -220,7 +220,8 @@ def make_task(config: RestorationConfig, trainer: Trainer) -> RestorationTask:
     accelerator = trainer.accelerator
     sources = make_sources(config, config.data, "train", accelerator)
     heldout = make_heldout(config, accelerator)
-    images, largest = len(sources[0].sampler.clean), max(config.patch_sizes)
+    images = len(sources[0].sampler.clean)
+    largest = max(config.patch_sizes) + 2 * max(source.margin for source in sources)
     if small := sources[0].sampler.smaller_than(largest):
         accelerator.print(f"{len(small)} images, as {small[0]}, are smaller than {largest} pixels: reflected beyond")
     accelerator.print(f"{images} images to train on, {sum(len(b.clean) for b in heldout.values())} held-out crops")

@@ -378,6 +378,11 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
+def path_of(record: Mapping[str, Any] | None) -> str | None:
+    """Where an undecoded {"bytes", "path"} came from, if its row has an image and tells."""
+    return None if record is None else record["path"]
+
+
 def decode_image(record: Mapping[str, Any] | None, name: str) -> Image.Image:
     """RGB picture, at its own size, of an undecoded {"bytes", "path"}; ValueError with `name` if it cannot be read."""
     if record is None:
@@ -445,8 +450,7 @@ class ImageTensors(torch.utils.data.Dataset):
 
     def name(self, index: int) -> str:
         """What to call an image in a message: its file, else its row."""
-        record = self.dataset[index]["image"]
-        return (record and record["path"]) or f"image {index}"
+        return path_of(self.dataset[index]["image"]) or f"image {index}"
 
     def valid_indices(self) -> list[int]:
         """Indices (into the data set) of the images that decode, in order; the first call decodes each image once."""

@@ -83,9 +83,6 @@ class DND:
 
     def bundle(self, output: Path) -> Path:
         """Gather the crops of each photograph into one file under output/bundled, which is what is submitted."""
-        from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
-
         folder = output / "bundled"
         folder.mkdir(exist_ok=True)
         for index, boxes in enumerate(self.boxes):
@@ -93,8 +90,8 @@ class DND:
             for crop in range(len(boxes)):
                 path = self.crop_path(output, index, crop)
                 try:
-                    cell[crop] = loadmat(path)["Idenoised_crop"]
-                except (MatReadError, zlib.error, LookupError, TypeError, ValueError, NotImplementedError) as error:
+                    cell[crop] = read_mat(path, "Idenoised_crop")
+                except ValueError as error:
                     raise ValueError(f"{path} is damaged; delete it and start the same command again") from error
             contents = {"Idenoised": cell, "israw": False, "eval_version": "1.0"}
             save_mat(folder / f"{index + 1:04d}.mat", contents)
@@ -117,6 +114,17 @@ def read_hdf5(path: Path, read: Callable):
         raise ValueError(f"{path} is not as DND's: {reason}") from error
 
 
+def read_mat(path: Path, name: str) -> np.ndarray:
+    """A variable of a MATLAB file. A damaged file, or one without it, is a ValueError with the reason."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        return loadmat(path)[name]
+    except (MatReadError, zlib.error, LookupError, TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(" ".join(str(error).split())[:160]) from error
+
+
 def save_mat(path: Path, contents: dict) -> None:
     """Write a MATLAB file under its final name at once."""
     from scipy.io import savemat
@@ -135,17 +143,14 @@ def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, 
     Raises:
         ValueError: a file is missing, damaged, or of another shape than its partner; the message names it.
     """
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     blocks = []
     for name in ("ValidationNoisyBlocksSrgb", "ValidationGtBlocksSrgb"):
         path = Path(root).expanduser() / f"{name}.mat"
         if not path.is_file():
             raise ValueError(f"{path} does not exist; it belongs to the layout of SIDD's validation data")
         try:
-            blocks.append(loadmat(path)[name])
-        except (MatReadError, zlib.error, OSError, KeyError, TypeError, ValueError, NotImplementedError) as error:
+            blocks.append(read_mat(path, name))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not as SIDD's: {' '.join(str(error).split())[:160]}") from error
     noisy, clean = blocks
     if noisy.shape != clean.shape or noisy.ndim != 5 or {noisy.dtype, clean.dtype} != {np.dtype(np.uint8)}:

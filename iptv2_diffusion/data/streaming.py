@@ -26,7 +26,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from iptv2_diffusion.data.images import decode_image, view_of
+from iptv2_diffusion.data.images import decode_image, path_of, view_of
 from iptv2_diffusion.data.latent_encoding import Encoding, moments
 from iptv2_diffusion.data.sampling import StepDraws, draw_step, generator_for
 
@@ -280,9 +280,8 @@ class StreamedLatents:
         crop, flip = divmod(view, 2) if self._encoding.flips else (view, 0)
         errors: list[str] = []
         for record in records[first:] + records[:first]:
-            path = record["image"] and record["image"]["path"]
             try:
-                image = decode_image(record["image"], path or f"image {item} of the stream")
+                image = decode_image(record["image"], path_of(record["image"]) or f"image {item} of the stream")
             except ValueError as error:
                 if self._images.strict:
                     raise
@@ -294,8 +293,7 @@ class StreamedLatents:
     def _label(self, record: Mapping[str, Any]) -> int:
         label = record.get("label", 0)
         if self._num_classes is not None and (label is None or not 0 <= label < self._num_classes):
-            path = record["image"] and record["image"]["path"]
-            raise ValueError(f"{path}: label {label}; labels are 0 to {self._num_classes - 1}")
+            raise ValueError(f"{path_of(record['image'])}: label {label}; labels are 0 to {self._num_classes - 1}")
         return label
 
     def _count(self, errors: Sequence[str]) -> None:

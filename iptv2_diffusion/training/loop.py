@@ -126,9 +126,8 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
 def set_threads(num_threads: int | None, accelerator: Accelerator) -> None:
     """CPU threads of this process. `accelerate launch` sets one a process, which leaves a CPU run's cores idle."""
     if num_threads is None and accelerator.device.type == "cpu":
-        num_threads = max(
-            1, available_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
-        )
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        num_threads = max(1, available_cores() // max(1, processes))
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if accelerator.device.type == "cpu":

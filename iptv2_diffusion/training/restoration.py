@@ -49,9 +49,14 @@ class Source:
     sampler: PatchSampler
     degradation: Degradation | None
 
+    @property
+    def margin(self) -> int:
+        """Pixels around a patch that its degradation reaches over."""
+        return 0 if self.degradation is None else self.degradation.margin
+
     def draw(self, count: int, size: int, generator: torch.Generator) -> Batch:
         """`count` patches of size×size."""
-        margin = 0 if self.degradation is None else self.degradation.margin
+        margin = self.margin
         places = self.sampler.places(torch.rand(count, 3, generator=generator), size + 2 * margin)
         clean, degraded = self.sampler.patches(places, size + 2 * margin)
         codes = torch.randint(8, (count,), generator=generator)
@@ -205,8 +210,7 @@ def heldout_batches(source: Source, count: int, size: int, sigmas: Sequence[floa
     """Fixed crops from the middle of the first `count` held-out images, degraded once; per σ where it is noise."""
     from iptv2_diffusion.data.degradations import GaussianNoise
 
-    sampler, degradation = source.sampler, source.degradation
-    margin = 0 if degradation is None else degradation.margin
+    sampler, degradation, margin = source.sampler, source.degradation, source.margin
     whole = size + 2 * margin
     places = []
     for item, image in enumerate(sampler.clean.images[:count]):
