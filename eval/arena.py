@@ -35,8 +35,12 @@ class ArenaConfig:
     """One size of the arena."""
 
     size: str = option("small", "name of this size in the results")
-    recipe: str = option("configs/arena/emoji64/recipe.yaml", "a train_ldm.py configuration that all models share")
-    models: dict = option({}, "JSON or YAML: model -> shape -> preset (`model`) and overrides")  # noqa: RUF009
+    recipe: tuple[str, ...] = option(
+        ("configs/arena/emoji64/recipe.yaml",), "train_ldm.py's configuration files, the later over the earlier"
+    )
+    models: dict = option(  # noqa: RUF009
+        {}, "JSON or YAML: model -> shape -> preset (`model`), overrides, and `learning_rate` if it is known"
+    )
     tolerance: float = option(3.0, "per cent by which MACs may differ between shapes")
     learning_rates: list[float] = option([1e-3, 2e-3, 4e-3], "the grid, the same for every shape")  # noqa: RUF009
     grid_steps: int = option(1000, "steps of a run of the grid")
@@ -113,6 +117,7 @@ def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
     for name, shapes in config.models.items():
         for shape, arguments in shapes.items():
             with user_errors(ValueError, TypeError, KeyError):
+                arguments = {k: v for k, v in arguments.items() if k != "learning_rate"}
                 model = create_model(**{"name" if k == "model" else k: v for k, v in arguments.items()})
             costs[name, shape] = {
                 "parameters": count_parameters(model),
@@ -126,7 +131,11 @@ def read_recipe(config: ArenaConfig) -> dict[str, Any]:
     from iptv2_diffusion.training.config import config_to_dict
     from iptv2_diffusion.training.ldm_config import LDMConfig
 
-    return config_to_dict(parse_config(LDMConfig, ["--config", config.recipe]))
+    return config_to_dict(parse_config(LDMConfig, recipe_words(config)))
+
+
+def recipe_words(config: ArenaConfig) -> list[str]:
+    return [word for path in config.recipe for word in ("--config", path)]
 
 
 def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) -> None:
@@ -157,8 +166,8 @@ def train(config: ArenaConfig, run: Run) -> None:
         return
     arguments = dict(config.models[run.model][run.shape])
     preset = arguments.pop("model")
+    arguments.pop("learning_rate", None)
     options = {
-        "config": config.recipe,
         "model": preset,
         "model_overrides": json.dumps(arguments),
         "learning_rate": run.learning_rate,
@@ -167,7 +176,7 @@ def train(config: ArenaConfig, run: Run) -> None:
         "num_threads": config.num_threads,
         "output_dir": run.folder,
     }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words = [*recipe_words(config), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
     print(f"training {run.folder.name}, {run.steps} steps", flush=True)
     result = subprocess.run([sys.executable, str(ROOT / "train" / "train_ldm.py"), *words])
     if result.returncode:
@@ -177,14 +186,14 @@ def train(config: ArenaConfig, run: Run) -> None:
 
 
 def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
-    """The short runs of all shapes of a model at all rates, and the one of the lowest held-out loss.
+    """The short runs of all shapes of a model at all rates (or its known one), and the one of the lowest held-out loss.
 
     One shape at one rate needs no run to be chosen.
     """
     runs = [
         make_run(config, name, shape, rate, config.seeds[0], grid=True)
-        for shape in config.models[name]
-        for rate in config.learning_rates
+        for shape, arguments in config.models[name].items()
+        for rate in ([arguments["learning_rate"]] if "learning_rate" in arguments else config.learning_rates)
     ]
     if len(runs) == 1:
         return [], runs[0]
@@ -196,7 +205,8 @@ def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
         loss, seconds = run.curve[-1]["heldout_loss"], run.seconds
         print(f"{run.folder.name:44} held-out loss {loss:.4f} after {run.steps} steps, {seconds:.0f} s{mark}")
     edges = (min(config.learning_rates), max(config.learning_rates))
-    if len(config.learning_rates) > 1 and best.learning_rate in edges:
+    known = "learning_rate" in config.models[name][best.shape]
+    if len(config.learning_rates) > 1 and best.learning_rate in edges and not known:
         print(f"{name}: the best rate {best.learning_rate:g} is at the edge of the grid; widen it")
     return runs, best
 

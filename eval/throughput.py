@@ -6,6 +6,7 @@
         --num_threads 1,2 --forms fused,unfused,compiled --memory --output_dir runs/throughput
     python eval/throughput.py --models restoration-s --megapixels 0.25,1,4,16 --tiles none,512
     python eval/throughput.py --operators --modes inference --batch_size 4 --num_threads 1
+    python eval/throughput.py --device cuda --models iptv2-s,dit-s-2 --batch_size 1,64 --forms fused,compiled --memory
 
 A model is a preset, `unet-s` (diffusers' UNet2DModel of about DiT-S/2's MACs), or one of these with other arguments:
 `iptv2-s:conditioning_dim=64`. Models take turns in one process, round by round; reported are the median over the rounds
@@ -33,7 +34,6 @@ from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, us
 if TYPE_CHECKING:
     from torch import nn
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CHOICES = {
     "modes": ("inference", "training"),
     "forms": ("fused", "unfused", "compiled"),
@@ -53,6 +53,8 @@ class ThroughputConfig:
     batch_size: tuple[int, ...] = option((32,), "samples a step")
     latent_size: tuple[int, ...] = option((), "sides of the latent; empty: each model's own")
     precisions: tuple[str, ...] = option(("float32", "bfloat16"), "of autocast; float32 is none")
+    device: Literal["cpu", "cuda"] = option("cpu", "where the models run; a GPU is waited for before the clock is read")
+    cuda_graphs: bool = option(False, "on a GPU: replay recorded steps, so that starting kernels takes no time")
     num_threads: tuple[int, ...] = option((2,), "CPU threads")
     rounds: int = option(7, "counted rounds after one warm-up")
     clock: Literal["wall", "cpu"] = option(
@@ -70,6 +72,13 @@ class ThroughputConfig:
     )
 
     @property
+    def seconds(self) -> Callable[[], float]:
+        """The clock."""
+        if self.device == "cuda":
+            return waiting_clock
+        return {"wall": time.perf_counter, "cpu": time.process_time}[self.clock]
+
+    @property
     def names(self) -> list[str]:
         return re.split(r",(?![^\[]*\])", self.models)  # not at the commas inside of brackets
 
@@ -85,6 +94,18 @@ class ThroughputConfig:
         for tile in self.tiles:
             if tile != "none" and not tile.isdecimal():
                 raise ConfigError(f"tiles names {tile!r}; use none or a number of pixels")
+        if self.device == "cuda" and self.clock == "cpu":
+            raise ConfigError("clock cpu counts none of a GPU's time; use --clock wall with --device cuda")
+        if self.cuda_graphs and self.device != "cuda":
+            raise ConfigError("cuda_graphs records a GPU's work; add --device cuda")
+
+
+def waiting_clock() -> float:
+    """The wall clock, when the GPU has done what it was given."""
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -134,23 +155,29 @@ def deploy(model: nn.Module, form: str) -> nn.Module:
     return torch.compile(model) if form == "compiled" else model
 
 
-def make_step(model: nn.Module, batch_size: int, precision: str, training: bool) -> Callable[[], None]:
+def make_step(
+    model: nn.Module, batch_size: int, precision: str, training: bool, graphs: bool = False
+) -> Callable[[], None]:
     """A function that runs one forward, or one forward and backward, on fixed random inputs."""
     import torch
 
+    from iptv2_diffusion.training.cuda_graphs import GraphedModel
     from iptv2_diffusion.training.latent_diffusion import null_label
 
     size, labels = model.config.sample_size, null_label(model)
     latents = torch.randn(batch_size, model.config.in_channels, size, size)
     timestep = torch.linspace(0, 999, batch_size)
     class_labels = torch.arange(batch_size) % labels
+    call = GraphedModel(model) if graphs else model
 
     def run() -> None:
         with (
             torch.set_grad_enabled(training),
-            torch.autocast("cpu", getattr(torch, precision), enabled=precision != "float32"),
+            torch.autocast(
+                latents.device.type, getattr(torch, precision), enabled=precision != "float32", cache_enabled=not graphs
+            ),
         ):
-            sample = model(latents, timestep, class_labels).sample
+            sample = call(latents, timestep, class_labels=class_labels, return_dict=False)[0]
         if training:
             sample.float().square().mean().backward()
             model.zero_grad(set_to_none=True)
@@ -180,7 +207,7 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
     threads, size, mode, form, precision, batch = group
     torch.set_num_threads(threads)
     if (threads, precision) not in rates:
-        rates[threads, precision] = matmul_rate(config.rounds, precision, CLOCKS[config.clock])
+        rates[threads, precision] = matmul_rate(config.rounds, precision, config.seconds)
     models = {spec: make_model(spec, size) for spec in config.names}
     if mode == "inference":
         models = {spec: deploy(model, form) for spec, model in models.items()}
@@ -188,8 +215,11 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
     for spec, model in models.items():
         counted = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         costs[spec] = count_macs(counted, batch_size=batch), count_parameters(counted), model.config.sample_size
-    steps = {spec: make_step(model, batch, precision, mode == "training") for spec, model in models.items()}
-    seconds = time_interleaved(steps, config.rounds, CLOCKS[config.clock])
+    steps = {
+        spec: make_step(model, batch, precision, mode == "training", config.cuda_graphs)
+        for spec, model in models.items()
+    }
+    seconds = time_interleaved(steps, config.rounds, config.seconds)
     rows = []
     for spec, (macs, parameters, side) in costs.items():
         row = {"model": spec, "what": mode, "form": form, "precision": precision, "latent": side, "batch": batch}
@@ -199,7 +229,8 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
         row["gflops"] = passes * 2 * macs * batch / row["median_s"] / 1e9
         row["of_matmul_rate"] = row["gflops"] / rates[threads, precision]
         if config.memory:
-            row["peak_mb"] = peak_of(f"--models={spec}", *as_options(group))
+            device = (f"--device={config.device}", f"--cuda_graphs={config.cuda_graphs}")
+            row["peak_mb"] = peak_of(*device, f"--models={spec}", *as_options(group))
         rows.append(row)
         show(row)
     return rows
@@ -229,31 +260,36 @@ def peak_of(*options: str) -> float:
 
 
 def own_peak(config: ThroughputConfig) -> float:
-    """MB that this process holds at most in two steps of its first row, less what it holds before."""
+    """MB that this process holds at most in two steps of its first row, less what it holds before; a GPU's, if it is
+    asked for."""
     import psutil
     import torch
 
     from iptv2_diffusion.metrics.speed import peak_bytes
     from iptv2_diffusion.training.latent_diffusion import null_label  # noqa: F401  make_step's libraries are not the row's
 
+    if config.device == "cuda":
+        held, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+    else:
+        held, peak = lambda: psutil.Process().memory_info().rss, peak_bytes
     spec = config.names[0]
     if config.megapixels:
         restore, _ = make_restoration(spec, config.megapixels[0], config.tiles[0])
-        before = psutil.Process().memory_info().rss
+        before = held()
         restore()
-        return (peak_bytes() - before) / 1e6
+        return (peak() - before) / 1e6
     _, size, mode, form, precision, batch = next(settings(config))
     with torch.device("meta"):
         fusible = hasattr(make_model(spec), "fuse")
-    before = psutil.Process().memory_info().rss
+    before = held()
     if mode == "inference" and form != "unfused" and fusible:
         spec += ":fused=true"  # from the start: fuse() holds both forms for a moment
     model = make_model(spec, size)
     model = deploy(model, "unfused" if form == "fused" else form) if mode == "inference" else model
-    step = make_step(model, batch, precision, mode == "training")
+    step = make_step(model, batch, precision, mode == "training", config.cuda_graphs)
     step()
     step()
-    return (peak_bytes() - before) / 1e6
+    return (peak() - before) / 1e6
 
 
 def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
@@ -270,7 +306,7 @@ def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
             model = make_model(spec, size)
             model = deploy(model, form) if mode == "inference" else model
             step = make_step(model, batch, precision, mode == "training")
-            times[spec] = operator_times(step, config.rounds, CLOCKS[config.clock])
+            times[spec] = operator_times(step, config.rounds, config.seconds)
         kinds = dict.fromkeys(kind for table in times.values() for kind in table)
         table = [{"operators": k, **{spec: 1e3 * t.get(k, 0.0) for spec, t in times.items()}} for k in kinds]
         print(f"ms of a step: {mode}, {form}, {precision}, batch {batch}, {threads} threads\n")
@@ -311,11 +347,11 @@ def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
             restore, pixels = make_restoration(spec, megapixels, tile)
             row = {"model": spec, "what": "restoration", "megapixels": megapixels, "tile": tile, "threads": threads}
             with user_errors(ValueError):  # a tile too small
-                row |= summary(time_interleaved({spec: restore}, config.rounds, CLOCKS[config.clock])[spec])
+                row |= summary(time_interleaved({spec: restore}, config.rounds, config.seconds)[spec])
             row["s_per_megapixel"] = row["median_s"] / (pixels / 1e6)
             if config.memory:
                 options = (f"--models={spec}", f"--megapixels={megapixels}", f"--tiles={tile}")
-                row["peak_mb"] = peak_of(*options, f"--num_threads={threads}")
+                row["peak_mb"] = peak_of(f"--device={config.device}", *options, f"--num_threads={threads}")
             rows.append(row)
             show(row)
     return rows
@@ -334,7 +370,7 @@ def quick(config: ThroughputConfig) -> dict[str, float]:
     fused = trainable.fuse()
     models = {"iptv2-s": fused, "unfused": trainable, "dit-s-2": dit}
     steps = {name: make_step(model, 4, "float32", training=False) for name, model in models.items()}
-    clock = CLOCKS[config.clock]
+    clock = config.seconds
     inference = time_interleaved(steps, config.rounds, clock)
     rate = matmul_rate(config.rounds, clock=clock)
 
@@ -368,17 +404,22 @@ def save(rows: list[dict[str, Any]], folder: Path) -> None:
 
 def main() -> int:
     config = parse_config(ThroughputConfig, description=__doc__)
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # a CPU benchmark
+    if config.device == "cpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     import torch
 
     from iptv2_diffusion.training.memory import keep_freed_memory
 
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, and torch finds no GPU here")
+    torch.set_default_device(config.device)
     torch.set_num_threads(config.num_threads[0])
     keep_freed_memory()
     if config.memory_only:
         print(json.dumps({"peak_mb": own_peak(config)}))
         return 0
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, threads {', '.join(map(str, config.num_threads))}")
+    card = f", {torch.cuda.get_device_name()}" if config.device == "cuda" else ""
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, threads {', '.join(map(str, config.num_threads))}{card}")
     if config.quick:
         print(json.dumps(quick(config)))
         return 0

@@ -123,6 +123,16 @@ class TrainingConfig:
         False, "recompute activations: less memory, slower", group="machine", free=True
     )
     torch_compile: bool = option(False, "compile the model's blocks (first steps are slow)", group="machine", free=True)
+    cuda_graphs: bool = option(
+        False,
+        "on one GPU: record the model's forward and backward once and replay them; for models whose many small kernels "
+        "the CPU cannot start fast enough",
+        group="machine",
+        free=True,
+    )
+    allow_tf32: bool = option(
+        False, "on a GPU: float32 products with 10 bits of mantissa, several times as fast", group="machine", free=True
+    )
     num_threads: int | None = option(
         None, "CPU threads a process; none: on a CPU all cores, shared among the processes", group="machine", free=True
     )

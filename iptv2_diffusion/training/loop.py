@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from iptv2_diffusion.training.checkpoint import CheckpointManager
 from iptv2_diffusion.training.config import TrainingConfig, config_to_dict, frozen_fields, save_config
+from iptv2_diffusion.training.cuda_graphs import GraphedModel, check_cuda_graphs
 from iptv2_diffusion.training.ema import ModelState
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, user_errors
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
@@ -117,6 +118,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             # the loop divides by its micro-batches: accelerate must not, whatever the environment says
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32  # cuDNN's own is on unless someone turned it off
     set_threads(config.num_threads, accelerator)
     for message in messages:
         accelerator.print(message)
@@ -157,6 +159,8 @@ class Trainer:
         *,
         curves: tuple[str, ...] = ("loss", "heldout_loss"),
     ) -> None:
+        if config.cuda_graphs:
+            check_cuda_graphs(config, accelerator)
         self.config, self.accelerator, self.curves = config, accelerator, curves
         self.output_dir = Path(config.output_dir)
         with user_errors(OSError):
@@ -181,6 +185,7 @@ class Trainer:
             self.model, self.optimizer = accelerator.prepare_model(model, evaluation_mode=True), optimizer
         else:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self._trained = GraphedModel(self.model) if config.cuda_graphs else self.model  # what the losses call
         self.state = ModelState(
             accelerator,
             self.model,
@@ -357,7 +362,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             # Gradients are averaged over the processes once a step, with the last micro-batch.
             with accelerator.no_sync(self.model) if index + 1 < len(batches) else contextlib.nullcontext():
-                loss = task.loss(self.model, batch) / len(batches)
+                loss = task.loss(self._trained, batch) / len(batches)
                 accelerator.backward(loss)
             total += loss.detach()
         # Drawn and sent while the device still computes: `_agree` waits for it.

@@ -154,8 +154,10 @@ class RestorationTask:
         """Weighted sum of pixel losses of a micro-batch."""
         restored = self.predict(model, batch).float()
         total = sum(weight * LOSSES[name](restored, batch.clean) for name, weight in self.config.losses.items())
-        # Maps of one window leave FCSA's shifted branch out; DDP waits for a gradient of every parameter all the same.
-        return total + 0.0 * sum(logits.sum() for logits in self.merge_logits)
+        if self.accelerator.num_processes > 1:
+            # Maps of one window leave FCSA's shifted branch out; DDP waits for a gradient of every parameter even so.
+            total = total + 0.0 * sum(logits.sum() for logits in self.merge_logits)
+        return total
 
     # ----------------------------------------------------------------------------------------------------------------
     # Held-out quality

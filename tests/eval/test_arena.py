@@ -60,7 +60,7 @@ def ground(tmp_path_factory):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arena = {
         "size": "tiny",
-        "recipe": str(folder / "recipe.yaml"),
+        "recipe": [str(folder / "recipe.yaml")],
         "max_train_steps": 12,
         "grid_steps": 8,
         "learning_rates": [1e-5, 2e-3],

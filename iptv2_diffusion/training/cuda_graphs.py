@@ -1,0 +1,75 @@
+"""A model's forward and backward as CUDA graphs: recorded once for each shape, then replayed as two launches.
+
+A step of a model of this package is some 2,000 small kernels, and where these are short the CPU that starts them is the
+limit, whatever the batch (docs/performance.md). The recording is torch's `make_graphed_callables`; ours is only what it
+asks for: positional tensors, and one recording for each set of shapes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from iptv2_diffusion.training.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from iptv2_diffusion.training.config import TrainingConfig
+
+__all__ = ["GraphedModel", "check_cuda_graphs"]
+
+
+def check_cuda_graphs(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Raise `ConfigError` where a graph would not do what the run asks for."""
+    if accelerator.device.type != "cuda":
+        raise ConfigError(f"cuda_graphs records a GPU's work, but this run is on {accelerator.device}; leave it out")
+    if accelerator.num_processes > 1:
+        raise ConfigError(f"cuda_graphs is for one process, not {accelerator.num_processes}; use torch_compile")
+    if config.gradient_accumulation_steps > 1:
+        # a replayed backward writes gradients to where the last one's were taken from
+        raise ConfigError(
+            f"cuda_graphs takes a batch at once: gradient_accumulation_steps must be 1, not "
+            f"{config.gradient_accumulation_steps}"
+        )
+    if config.gradient_checkpointing:
+        raise ConfigError("cuda_graphs and gradient_checkpointing do not go together; leave one out")
+
+
+class GraphedModel:
+    """Calls `model`, a module in training mode on a GPU, by graphs; its parameters stay where they are in memory.
+
+    An output holds until the next call only.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._recorded: dict[tuple, nn.Module] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`model(*args, **kwargs)`: tensors on the GPU that want no gradient, and constants."""
+        given = {**dict(enumerate(args)), **kwargs}
+        tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+        constants = {key: value for key, value in given.items() if key not in tensors}
+        key = (*((k, t.shape, t.dtype) for k, t in tensors.items()), *constants.items())
+        if key not in self._recorded:
+            samples = tuple(value.detach().clone() for value in tensors.values())
+            call = PositionalCall(self.model, tuple(tensors), constants).train()
+            # Unused parameters: FCSA's shifted branch on maps of one window.
+            self._recorded[key] = torch.cuda.make_graphed_callables(call, samples, allow_unused_input=True)
+        return self._recorded[key](*tensors.values())
+
+
+class PositionalCall(nn.Module):
+    """A call of a model as a function of its tensors alone."""
+
+    def __init__(self, model: nn.Module, names: tuple[int | str, ...], constants: dict[int | str, Any]) -> None:
+        super().__init__()
+        self.model, self.names, self.constants = model, names, constants
+
+    def forward(self, *tensors: Tensor) -> Any:
+        given = {**dict(zip(self.names, tensors, strict=True)), **self.constants}
+        args = [given[key] for key in sorted(key for key in given if isinstance(key, int))]
+        return self.model(*args, **{key: value for key, value in given.items() if isinstance(key, str)})
