@@ -60,6 +60,9 @@ class RestorationConfig(TrainingConfig):
         "auto", "as data, for the PSNR; none: no PSNR; auto: the photographs' beside theirs, else none", group="data"
     )
     cache_dir: str = option("~/.cache/iptv2-diffusion/decoded", "folder of decoded images", group="data", free=True)
+    scales: tuple[float, ...] = option(
+        (1.0,), "sizes at which to train on each clean image; below 1 it is shrunk: more detail a pixel", group="data"
+    )
     prefer_texture: bool = option(True, "draw textured places more often than flat ones", group="data")
     channels: Literal[1, 3] = option(3, "1: gray, 3: colour", group="data")
 
@@ -116,6 +119,10 @@ class RestorationConfig(TrainingConfig):
             raise ConfigError(
                 f"patch_batch_sizes has {len(self.patch_batch_sizes)} numbers for {stages} patch_sizes; give as many"
             )
+        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
+            raise ConfigError(f"scales is {self.scales}; give numbers above 0 and at most 1")
+        if self.scales != (1.0,) and self.layout != "clean":
+            raise ConfigError(f"scales shrinks clean images, but layout {self.layout} has its own pairs; leave one out")
         if self.layout == "clean" and not (self.tasks or self.degradations):
             raise ConfigError("degradations is empty, and so is tasks; name at least one")
         if self.tasks and self.layout != "clean":
@@ -171,8 +178,8 @@ def make_sources(config: RestorationConfig, data: str, split: str, accelerator: 
         fetch = ", or fetch the photographs: python data/photographs/fetch.py" if data.startswith(PHOTOGRAPHS) else ""
         raise ConfigError(f"{data} is not a folder; name yours by --data{fetch}")
 
-    def store(files):
-        return ImageStore(files, config.cache_dir, config.channels, say=accelerator.print)
+    def store(files, scales=(1.0,)):
+        return ImageStore(files, config.cache_dir, config.channels, scales, say=accelerator.print)
 
     with user_errors(OSError, ValueError), accelerator.local_main_process_first():
         if config.layout != "clean":
@@ -181,7 +188,8 @@ def make_sources(config: RestorationConfig, data: str, split: str, accelerator: 
                 store([pair.clean for pair in pairs]), store([pair.degraded for pair in pairs]), config.prefer_texture
             )
             return [Source(sampler, None)]
-        sampler = PatchSampler(store(find_images(data)), None, config.prefer_texture)
+        scales = config.scales if split == "train" else (1.0,)
+        sampler = PatchSampler(store(find_images(data), scales), None, config.prefer_texture)
         tasks = [tuple(task.split("+")) for task in config.tasks] or [config.degradations]
         return [Source(sampler, make_degradation(config, names)) for names in tasks]
 

@@ -65,10 +65,12 @@ class ImageStore:
         files: image files, all of 8 bits or all of 16.
         cache_dir: where the decoded file lies, named by a hash of names, sizes and times of the files.
         channels: 1 or 3.
+        scales: each image comes once for each of these: as it is (1), and shrunk by Lanczos resampling, 8 bits only.
         say: called with one line before a long decoding.
 
     Attributes:
-        images: for each file an array (H, W, channels) of uint8 or uint16, a view of the memory map.
+        files: the file of each image.
+        images: arrays (H, W, channels) of uint8 or uint16, views of the memory map.
         peak: 255 or 65535.
     """
 
@@ -77,15 +79,16 @@ class ImageStore:
         files: Sequence[Path],
         cache_dir: str | Path,
         channels: int = 3,
+        scales: Sequence[float] = (1.0,),
         say: Callable[[str], None] = print,
     ) -> None:
-        self.files = list(files)
-        description = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
-        key = hashlib.sha256(json.dumps([channels, description]).encode()).hexdigest()[:24]
+        self.files = [file for file in files for _ in scales]
+        description = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        key = hashlib.sha256(json.dumps([channels, *scales, description]).encode()).hexdigest()[:24]
         data, index = (Path(cache_dir).expanduser() / f"images-{key}{suffix}" for suffix in (".raw", ".json"))
         if not index.is_file():
-            say(f"decoding {len(self.files)} images into {data}")
-            decode_into(self.files, data, index, channels)
+            say(f"decoding {len(files)} images into {data}")
+            decode_into(files, data, index, channels, scales)
         described = json.loads(index.read_text(encoding="utf-8"))
         flat = np.memmap(data, dtype=described["dtype"], mode="r")
         self.peak = float(np.iinfo(flat.dtype).max)
@@ -106,7 +109,7 @@ class ImageStore:
         return torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1) / self.peak
 
 
-def decode_into(files: Sequence[Path], data: Path, index: Path, channels: int) -> None:
+def decode_into(files: Sequence[Path], data: Path, index: Path, channels: int, scales: Sequence[float]) -> None:
     """Write the pixels of all files one after another; the index, written last, makes the store valid."""
     data.parent.mkdir(parents=True, exist_ok=True)
     temporary = data.with_name(f".tmp-{os.getpid()}-{data.name}")
@@ -120,14 +123,25 @@ def decode_into(files: Sequence[Path], data: Path, index: Path, channels: int) -
                         f"{path} is {image.dtype}, the images before it are {dtype}; do not mix bit depths"
                     )
                 dtype = image.dtype
-                sizes.append(image.shape[:2])
-                file.write(np.ascontiguousarray(image).tobytes())
+                for scale in scales:
+                    scaled = image if scale == 1 else shrink(image, scale, path)
+                    sizes.append(scaled.shape[:2])
+                    file.write(np.ascontiguousarray(scaled).tobytes())
         temporary.replace(data)
     finally:
         temporary.unlink(missing_ok=True)
     temporary = index.with_name(f".tmp-{os.getpid()}-{index.name}")
     temporary.write_text(json.dumps({"dtype": str(dtype), "sizes": sizes}), encoding="utf-8")
     temporary.replace(index)
+
+
+def shrink(image: np.ndarray, scale: float, path: Path) -> np.ndarray:
+    """An (H, W, channels) image of 8 bits at another size."""
+    if image.dtype != np.uint8:
+        raise ValueError(f"{path} has 16 bits, and images of 8 bits only are shrunk; leave out scales")
+    size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
+    small = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(small).reshape(size[1], size[0], -1)
 
 
 class PatchSampler:

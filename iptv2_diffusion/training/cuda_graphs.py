@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
     from iptv2_diffusion.training.config import TrainingConfig
 
-__all__ = ["GraphedModel", "check_cuda_graphs"]
+__all__ = ["GraphedModel", "records"]
 
 
-def check_cuda_graphs(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Raise `ConfigError` where a graph would not do what the run asks for."""
+def records(config: TrainingConfig, accelerator: Accelerator) -> bool:
+    """Whether this run is to record graphs. Raises `ConfigError` where they would not do what it asks for."""
+    if not config.cuda_graphs:
+        return False
     if accelerator.device.type != "cuda":
-        raise ConfigError(f"cuda_graphs records a GPU's work, but this run is on {accelerator.device}; leave it out")
+        accelerator.print(f"cuda_graphs is on, but this run is on {accelerator.device}: nothing is recorded")
+        return False
     if accelerator.num_processes > 1:
         raise ConfigError(f"cuda_graphs is for one process, not {accelerator.num_processes}; use torch_compile")
     if config.gradient_accumulation_steps > 1:
@@ -36,10 +39,11 @@ def check_cuda_graphs(config: TrainingConfig, accelerator: Accelerator) -> None:
         )
     if config.gradient_checkpointing:
         raise ConfigError("cuda_graphs and gradient_checkpointing do not go together; leave one out")
+    return True
 
 
 class GraphedModel:
-    """Calls `model`, a module in training mode on a GPU, by graphs; its parameters stay where they are in memory.
+    """Calls `model`, a module on a GPU, by graphs; its parameters stay where they are in memory, and its mode as it is.
 
     An output holds until the next call only.
     """
@@ -56,7 +60,7 @@ class GraphedModel:
         key = (*((k, t.shape, t.dtype) for k, t in tensors.items()), *constants.items())
         if key not in self._recorded:
             samples = tuple(value.detach().clone() for value in tensors.values())
-            call = PositionalCall(self.model, tuple(tensors), constants).train()
+            call = PositionalCall(self.model, tuple(tensors), constants)
             # Unused parameters: FCSA's shifted branch on maps of one window.
             self._recorded[key] = torch.cuda.make_graphed_callables(call, samples, allow_unused_input=True)
         return self._recorded[key](*tensors.values())

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from iptv2_diffusion.training.checkpoint import CheckpointManager
 from iptv2_diffusion.training.config import TrainingConfig, config_to_dict, frozen_fields, save_config
-from iptv2_diffusion.training.cuda_graphs import GraphedModel, check_cuda_graphs
+from iptv2_diffusion.training.cuda_graphs import GraphedModel, records
 from iptv2_diffusion.training.ema import ModelState
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, user_errors
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
@@ -159,8 +159,7 @@ class Trainer:
         *,
         curves: tuple[str, ...] = ("loss", "heldout_loss"),
     ) -> None:
-        if config.cuda_graphs:
-            check_cuda_graphs(config, accelerator)
+        graphs = records(config, accelerator)
         self.config, self.accelerator, self.curves = config, accelerator, curves
         self.output_dir = Path(config.output_dir)
         with user_errors(OSError):
@@ -185,7 +184,7 @@ class Trainer:
             self.model, self.optimizer = accelerator.prepare_model(model, evaluation_mode=True), optimizer
         else:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self._trained = GraphedModel(self.model) if config.cuda_graphs else self.model  # what the losses call
+        self._trained = GraphedModel(self.model) if graphs else self.model  # what the losses call
         self.state = ModelState(
             accelerator,
             self.model,

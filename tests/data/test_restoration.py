@@ -43,6 +43,23 @@ def test_a_store_holds_the_pixels_and_is_found_again(store, tmp_path):
     assert len(said) == 1  # a changed file is decoded again
 
 
+def test_a_store_holds_each_image_at_each_scale(tmp_path):
+    files = [save(tmp_path / "colour.png", picture(0)), save(tmp_path / "other.png", picture(1, 64, 48))]
+    store = ImageStore(files, tmp_path / "cache", scales=(1.0, 0.5), say=lambda line: None)
+    assert [image.shape for image in store.images] == [(40, 56, 3), (20, 28, 3), (64, 48, 3), (32, 24, 3)]
+    assert store.files == [files[0], files[0], files[1], files[1]]
+    small = Image.fromarray(picture(1, 64, 48)).resize((24, 32), Image.Resampling.LANCZOS)
+    assert np.array_equal(store.images[3], np.asarray(small))
+    gray = ImageStore(files, tmp_path / "cache", channels=1, scales=(0.5,), say=lambda line: None)
+    assert gray.images[0].shape == (20, 28, 1)
+
+
+def test_sixteen_bits_are_not_shrunk(tmp_path):
+    write_16_bit(picture(0).astype(np.uint16) * 257, tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png has 16 bits.*leave out scales"):
+        ImageStore([tmp_path / "a.png"], tmp_path / "cache", scales=(1.0, 0.5), say=lambda line: None)
+
+
 def test_patches_are_parts_of_the_images(store):
     sampler = PatchSampler(store)
     places = sampler.places(torch.rand(50, 3, generator=torch.Generator().manual_seed(0)), 24)

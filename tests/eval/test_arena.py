@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
+from script_loading import load_script
 
 ROOT = Path(__file__).parents[2]
 TINY = {"model": "tiny"}
@@ -84,6 +85,18 @@ def test_unequal_macs_are_refused_with_both_figures(ground):
     assert result.returncode != 0
     assert "dit/wide has" in result.stderr
     assert "% apart, 3 are allowed" in result.stderr
+
+
+def test_a_known_rate_needs_no_grid(ground):
+    arena = load_script("eval/arena.py")
+    known = {"patch2": {**DIT, "learning_rate": 3e-3}}
+    config = arena.parse_config(
+        arena.ArenaConfig, ["--config", str(ground / "arena.yaml"), "--models", json.dumps({"dit": known})]
+    )
+    grid, best = arena.run_grid(config, "dit")
+    assert not grid
+    assert best.learning_rate == 3e-3
+    assert arena.count_costs(config)["dit", "patch2"]["parameters"] > 0
 
 
 @pytest.mark.slow

@@ -67,7 +67,12 @@ def test_operators():
 
 @pytest.mark.parametrize(
     ("option", "value", "known"),
-    [("forms", "fussed", "unfused"), ("modes", "train", "training"), ("tiles", "a", "none")],
+    [
+        ("forms", "fussed", "unfused"),
+        ("modes", "train", "training"),
+        ("tiles", "a", "none"),
+        ("cuda_graphs", "true", "--device cuda"),
+    ],
 )
 def test_a_wrong_word_is_one_line(option, value, known):
     done = run(f"--{option}", value)

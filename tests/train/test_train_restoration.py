@@ -185,6 +185,8 @@ def test_a_generators_backbone_to_start_from(photos, capsys):
         (("--data", "absent"), "absent is not a folder"),
         (("--degradations", "rain", *SIGMA), "takes a noise level and the data has none"),
         (("--tasks", "noise", "--layout", "gopro"), "layout gopro has its own pairs"),
+        (("--scales", "0.5", "--layout", "gopro"), "layout gopro has its own pairs"),
+        (("--scales", "1,2"), "at most 1"),
         (("--model", "tiny"), "Transformer2DModel"),
     ],
 )

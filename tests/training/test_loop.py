@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from iptv2_diffusion.data.sampling import generator_for, own_slices
 from iptv2_diffusion.training.config import TrainingConfig, parse_config
+from iptv2_diffusion.training.cuda_graphs import records
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import Trainer, make_accelerator
@@ -269,6 +271,29 @@ def test_the_resume_check_of_a_dry_run(tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="batch_size 8 does not divide over 1 processes x 3 micro-batches; use 9"):
         start(tmp_path, gradient_accumulation_steps=3)
+
+
+def test_graphs_of_a_gpu_are_left_out_on_a_cpu(tmp_path, capsys):
+    trainer = run(tmp_path, cuda_graphs=True)
+    assert "cuda_graphs is on, but this run is on cpu: nothing is recorded" in capsys.readouterr().out
+    assert rows(trainer)[-2]["loss"] < rows(trainer)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1, not 2"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing do not go together"),
+    ],
+)
+def test_graphs_refuse_what_they_would_do_wrong(options, message):
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    assert records(TrainingConfig(cuda_graphs=True), gpu)
+    assert not records(TrainingConfig(), gpu)
+    with pytest.raises(ConfigError, match=message):
+        records(TrainingConfig(cuda_graphs=True, **options), gpu)
+    with pytest.raises(ConfigError, match="one process, not 2"):
+        records(TrainingConfig(cuda_graphs=True), SimpleNamespace(device=torch.device("cuda"), num_processes=2))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
