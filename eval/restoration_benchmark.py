@@ -124,6 +124,7 @@ def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Pat
 
 LEVELS = {"noise": (15, 25, 50), "motion_blur": (5, 10, 15), "rain": (0.003, 0.006, 0.012)}
 RANGES = {"noise": (0, 255), "motion_blur": (1, 100), "rain": (0, 1)}
+KERNELS = {"motion_blur": MotionBlur, "rain": RainStreaks}
 
 
 def degraded_photographs(
@@ -142,7 +143,7 @@ def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.
     clean, seed = clean.astype(np.float64), round(1000 * level) + index
     if kind == "noise":
         return clean + np.random.default_rng(seed).normal(0, level, clean.shape), clean
-    degradation = {"motion_blur": MotionBlur, "rain": RainStreaks}[kind](level, level)
+    degradation = KERNELS[kind](level, level)
     if min(clean.shape[:2]) <= 4 * degradation.margin:
         raise ValueError(f"{kind} of {level:g} needs images of more than {4 * degradation.margin} pixels a side")
     image = torch.from_numpy(clean / 255).float().permute(2, 0, 1)[None]
@@ -298,7 +299,7 @@ def label(level: float | str) -> str:
     return level if isinstance(level, str) else f"{level:g}"
 
 
-def table(rows: list[dict], title: str, protocol: Protocol, header: str) -> str:
+def table(rows: list[dict], title: str, protocol: str, header: str) -> str:
     """Markdown: PSNR per photograph where they are few, means, seconds and memory."""
     images = list(dict.fromkeys(row["image"] for row in rows))
     lines = [header, "", f"PSNR in dB, of {len(images)} images; {protocol}.", ""]
@@ -357,6 +358,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def stated(protocol: Protocol, options: argparse.Namespace) -> str:
+    """The protocol in words, with the border that `degrade` leaves out of what is given to a restorer."""
+    if options.layout or options.noise:
+        return str(protocol)
+    margins = sorted({KERNELS[options.degradation](level, level).margin for level in options.levels})
+    return f"{protocol}; images without the {' / '.join(map(str, margins))} outer pixels that the kernel reaches over"
+
+
 def make_examples(options: argparse.Namespace) -> Iterator[Example]:
     """What the options ask to measure on."""
     if options.layout:
@@ -385,9 +394,9 @@ def main(argv: list[str] | None = None) -> int:
     machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
     machine = f"{options.num_threads} thread{'s' * (options.num_threads > 1)}, {machine}"
     title = "data set" if options.layout else "σ" if options.noise else options.degradation
-    text = table(rows, title, protocol, f"`{command}` ({machine})")
+    text = table(rows, title, stated(protocol, options), f"`{command}` ({machine})")
     (options.output / "results.md").write_text(text, encoding="utf-8")
-    described = {"command": command, "machine": machine, "protocol": str(protocol)}
+    described = {"command": command, "machine": machine, "protocol": stated(protocol, options)}
     described |= {"degradation": options.layout or options.degradation, "rows": rows}
     (options.output / "results.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     print(text)

@@ -62,12 +62,22 @@ def file_of(path: str) -> Path:
     return Path(match["file"] if match else path)
 
 
+class FetchError(OSError):
+    """What a URL names could not be fetched now."""
+
+
 def read_bytes(path: str) -> bytes:
     """The bytes of an image: a file, a piece of a tar, or what a URL of fsspec names (as of the Hub)."""
     match = _PIECE.match(path)
     if match is None and "://" in path:
-        with fsspec.open(path, "rb") as file:
-            return file.read()
+        try:
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # fsspec's backends have errors of their own
+            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise FetchError(f"{path} could not be fetched ({told}); the same command goes on") from error
     if match is None:
         return Path(path).read_bytes()
     with open(match["file"], "rb") as file:

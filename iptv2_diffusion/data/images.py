@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from iptv2_diffusion.data.archives import is_nested_tar, load_nested_tar, read_bytes
+from iptv2_diffusion.data.archives import FetchError, is_nested_tar, load_nested_tar, read_bytes
 from iptv2_diffusion.data.sampling import generator_for
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -384,12 +384,17 @@ def path_of(record: Mapping[str, Any] | None) -> str | None:
 
 
 def decode_image(record: Mapping[str, Any] | None, name: str) -> Image.Image:
-    """RGB picture, at its own size, of an undecoded {"bytes", "path"}; ValueError with `name` if it cannot be read."""
+    """RGB picture, at its own size, of an undecoded {"bytes", "path"}.
+
+    ValueError with `name` if it cannot be read. FetchError, an OSError, if it could not be fetched: it may be sound.
+    """
     if record is None:
         raise ValueError(f"{name}: the row has no image")
     try:
         with Image.open(io.BytesIO(record["bytes"] or read_bytes(record["path"]))) as image:
             return to_rgb(image)
+    except FetchError:
+        raise
     # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG) and struct or zlib errors, and
     # refuses pictures of over 179 megapixels (`Image.MAX_IMAGE_PIXELS`), which may be decompression bombs.
     except Exception as error:

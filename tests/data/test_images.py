@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
+import socket
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from iptv2_diffusion.data.archives import FetchError
 from iptv2_diffusion.data.images import (
     ImageTensors,
     center_crop,
     class_names,
+    decode_image,
     load_image_dataset,
     load_train_and_heldout,
     random_crop,
@@ -377,3 +381,16 @@ class TestCorruptImages:
             (folder / f"{name}.png").unlink()
         with pytest.raises(ValueError, match="none of the 2 images"):
             ImageTensors(load_image_dataset(folder), size=8).valid_indices()
+
+
+def test_what_cannot_be_fetched_now_is_not_taken_for_corrupt():
+    """A port of this machine that nobody listens on, and fsspec's own memory, with and without the picture."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"ftp://127.0.0.1:{unused.getsockname()[1]}/a.png"
+        with pytest.raises(FetchError, match=r"a\.png could not be fetched \(.*refused.*the same command goes on"):
+            decode_image({"bytes": None, "path": url}, "a")
+    fsspec.filesystem("memory").pipe("/test-images/b.png", png(picture()))
+    assert decode_image({"bytes": None, "path": "memory://test-images/b.png"}, "b").size == (12, 8)
+    with pytest.raises(ValueError, match="c: cannot be read as an image"):
+        decode_image({"bytes": None, "path": "memory://test-images/c.png"}, "c")
