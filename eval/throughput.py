@@ -26,13 +26,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from iptv2_diffusion.training.config import option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, user_errors
-
-if TYPE_CHECKING:
-    from torch import nn
 
 CHOICES = {
     "modes": ("inference", "training"),
@@ -55,6 +52,7 @@ class ThroughputConfig:
     precisions: tuple[str, ...] = option(("float32", "bfloat16"), "of autocast; float32 is none")
     device: Literal["cpu", "cuda"] = option("cpu", "where the models run; a GPU is waited for before the clock is read")
     cuda_graphs: bool = option(False, "on a GPU: replay recorded steps, so that starting kernels takes no time")
+    allow_tf32: bool = option(False, "on a GPU: float32 products with 10 bits of mantissa")
     num_threads: tuple[int, ...] = option((2,), "CPU threads")
     rounds: int = option(7, "counted rounds after one warm-up")
     clock: Literal["wall", "cpu"] = option(
@@ -109,83 +107,6 @@ def waiting_clock() -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Models
-
-
-def make_model(spec: str, sample_size: int | None = None) -> nn.Module:
-    """A fresh model of a name such as `iptv2-s` or `iptv2-s:conditioning_dim=64:window_size=4`, channels-last."""
-    import torch
-    import yaml
-
-    from iptv2_diffusion.models.presets import create_model
-
-    name, *arguments = spec.split(":")
-    overrides = {key: yaml.safe_load(value) for key, _, value in (argument.partition("=") for argument in arguments)}
-    overrides |= {} if sample_size is None else {"sample_size": sample_size}
-    with user_errors(ValueError):
-        model = make_unet(**overrides) if name == "unet-s" else create_model(name, **overrides)
-    return model.to(memory_format=torch.channels_last)
-
-
-def make_unet(**overrides: Any) -> nn.Module:
-    """diffusers' class-conditional UNet with attention at the two lower resolutions."""
-    from diffusers import UNet2DModel
-
-    config = {
-        "sample_size": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_class_embeds": 1001,
-        "block_out_channels": (128, 256, 224),
-        "layers_per_block": 2,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": 32,
-    }
-    return UNet2DModel(**{**config, **overrides})
-
-
-def deploy(model: nn.Module, form: str) -> nn.Module:
-    """The model as it is used for inference, in one of the `forms`."""
-    import torch
-
-    if form != "unfused" and hasattr(model, "fuse"):
-        model = model.fuse()
-    model = model.eval().requires_grad_(False)
-    return torch.compile(model) if form == "compiled" else model
-
-
-def make_step(
-    model: nn.Module, batch_size: int, precision: str, training: bool, graphs: bool = False
-) -> Callable[[], None]:
-    """A function that runs one forward, or one forward and backward, on fixed random inputs."""
-    import torch
-
-    from iptv2_diffusion.training.cuda_graphs import GraphedModel
-    from iptv2_diffusion.training.latent_diffusion import null_label
-
-    size, labels = model.config.sample_size, null_label(model)
-    latents = torch.randn(batch_size, model.config.in_channels, size, size)
-    timestep = torch.linspace(0, 999, batch_size)
-    class_labels = torch.arange(batch_size) % labels
-    call = GraphedModel(model) if graphs else model
-
-    def run() -> None:
-        with (
-            torch.set_grad_enabled(training),
-            torch.autocast(
-                latents.device.type, getattr(torch, precision), enabled=precision != "float32", cache_enabled=not graphs
-            ),
-        ):
-            sample = call(latents, timestep, class_labels=class_labels, return_dict=False)[0]
-        if training:
-            sample.float().square().mean().backward()
-            model.zero_grad(set_to_none=True)
-
-    return run
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Rows
 
 
@@ -203,6 +124,7 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
 
     from iptv2_diffusion.metrics.speed import matmul_rate, ratio, summary, time_interleaved
     from iptv2_diffusion.models.presets import count_macs, count_parameters
+    from iptv2_diffusion.training.timed_steps import deploy, make_model, make_step
 
     threads, size, mode, form, precision, batch = group
     torch.set_num_threads(threads)
@@ -229,8 +151,7 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
         row["gflops"] = passes * 2 * macs * batch / row["median_s"] / 1e9
         row["of_matmul_rate"] = row["gflops"] / rates[threads, precision]
         if config.memory:
-            device = (f"--device={config.device}", f"--cuda_graphs={config.cuda_graphs}")
-            row["peak_mb"] = peak_of(*device, f"--models={spec}", *as_options(group))
+            row["peak_mb"] = peak_of(*device_options(config), f"--models={spec}", *as_options(group))
         rows.append(row)
         show(row)
     return rows
@@ -240,6 +161,10 @@ def as_options(group: tuple) -> list[str]:
     threads, size, mode, form, precision, batch = group
     options = [f"--num_threads={threads}", f"--modes={mode}", f"--forms={form}", f"--precisions={precision}"]
     return [*options, f"--batch_size={batch}", *([] if size is None else [f"--latent_size={size}"])]
+
+
+def device_options(config: ThroughputConfig) -> list[str]:
+    return [f"--{name}={getattr(config, name)}" for name in ("device", "cuda_graphs", "allow_tf32")]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -266,7 +191,7 @@ def own_peak(config: ThroughputConfig) -> float:
     import torch
 
     from iptv2_diffusion.metrics.speed import peak_bytes
-    from iptv2_diffusion.training.latent_diffusion import null_label  # noqa: F401  make_step's libraries are not the row's
+    from iptv2_diffusion.training.timed_steps import deploy, make_model, make_step
 
     if config.device == "cuda":
         held, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
@@ -297,6 +222,7 @@ def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
     import torch
 
     from iptv2_diffusion.metrics.speed import operator_times, to_markdown
+    from iptv2_diffusion.training.timed_steps import deploy, make_model, make_step
 
     rows = []
     for threads, size, mode, form, precision, batch in settings(config):
@@ -324,6 +250,7 @@ def make_restoration(spec: str, megapixels: float, tile: str) -> tuple[Callable[
     import torch
 
     from iptv2_diffusion import IPTV2RestorationPipeline
+    from iptv2_diffusion.training.timed_steps import make_model
 
     pipeline = IPTV2RestorationPipeline(make_model(spec).fuse())
     pipeline.set_progress_bar_config(disable=True)
@@ -351,7 +278,7 @@ def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
             row["s_per_megapixel"] = row["median_s"] / (pixels / 1e6)
             if config.memory:
                 options = (f"--models={spec}", f"--megapixels={megapixels}", f"--tiles={tile}")
-                row["peak_mb"] = peak_of(f"--device={config.device}", *options, f"--num_threads={threads}")
+                row["peak_mb"] = peak_of(*device_options(config), *options, f"--num_threads={threads}")
             rows.append(row)
             show(row)
     return rows
@@ -365,6 +292,7 @@ def quick(config: ThroughputConfig) -> dict[str, float]:
     """The figures that matter most, under a minute on two cores: S for inference, the demo's size for training."""
     from iptv2_diffusion.metrics.speed import matmul_rate, ratio, summary, time_interleaved
     from iptv2_diffusion.models.presets import count_macs
+    from iptv2_diffusion.training.timed_steps import make_model, make_step
 
     trainable, dit = make_model("iptv2-s").eval(), make_model("dit-s-2").eval()
     fused = trainable.fuse()
@@ -408,11 +336,12 @@ def main() -> int:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     import torch
 
-    from iptv2_diffusion.training.memory import keep_freed_memory
+    from iptv2_diffusion.memory import keep_freed_memory
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, and torch finds no GPU here")
     torch.set_default_device(config.device)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.set_num_threads(config.num_threads[0])
     keep_freed_memory()
     if config.memory_only:

@@ -148,7 +148,9 @@ def load(arguments: argparse.Namespace):
     except OSError as error:
         raise CommandError(f"cannot write to {arguments.output}: {error.strerror}") from error
     from iptv2_diffusion import IPTV2RestorationPipeline
+    from iptv2_diffusion.memory import keep_freed_memory
 
+    keep_freed_memory()  # twice as fast on a CPU
     kind = pipeline_class(Path(arguments.model))
     if kind not in (None, IPTV2RestorationPipeline.__name__):
         raise CommandError(f"{arguments.model} holds a {kind}, not an {IPTV2RestorationPipeline.__name__}")

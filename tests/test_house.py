@@ -12,11 +12,17 @@ OURS = ("iptv2_diffusion", "pipelines", "train", "eval")
 BELOW = {
     "iptv2_diffusion.models": [],
     "iptv2_diffusion.latents": [],
+    "iptv2_diffusion.memory": [],
     "iptv2_diffusion.objectives": [],
     "iptv2_diffusion.sixteen_bit": [],
     "iptv2_diffusion.data": ["iptv2_diffusion.latents", "iptv2_diffusion.sixteen_bit"],
     "iptv2_diffusion.metrics": ["iptv2_diffusion.data"],
-    "pipelines": ["iptv2_diffusion.models", "iptv2_diffusion.latents", "iptv2_diffusion.sixteen_bit"],
+    "pipelines": [
+        "iptv2_diffusion.models",
+        "iptv2_diffusion.latents",
+        "iptv2_diffusion.memory",
+        "iptv2_diffusion.sixteen_bit",
+    ],
 }
 FOREIGN = ("accelerate", "datasets", "torchmetrics", "torch_fidelity", "diffusers.schedulers", "diffusers.pipelines")
 

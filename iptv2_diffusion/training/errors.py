@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, names the operating system's errors
@@ -44,6 +45,18 @@ def user_errors(*kinds: type[Exception], as_error: type[UserError] = UserError) 
     except expected as error:
         message = full_disk(error) or " ".join(str(error).split()) or type(error).__name__
         raise as_error(message) from error
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn the libraries' errors about a saved model or pipeline, a folder or a name on the Hub, into a `UserError`."""
+    try:
+        with user_errors(OSError, ValueError):
+            yield
+    except UserError as error:
+        hub = "" if Path(name).exists() else "no such folder here, and from the Hub: "
+        told = str(error)
+        raise UserError(f"cannot load {name}: {hub}{told[:200]}{'…' if len(told) > 200 else ''}") from error
 
 
 def system_error(error: BaseException) -> int | None:

@@ -33,7 +33,7 @@ from iptv2_diffusion.data.sampling import derive_seed, generator_for
 from iptv2_diffusion.models.presets import count_macs, count_parameters
 from iptv2_diffusion.training.checkpoint import differing_fields
 from iptv2_diffusion.training.config import frozen_fields, option
-from iptv2_diffusion.training.errors import ConfigError, UserError, user_errors
+from iptv2_diffusion.training.errors import ConfigError, UserError, loading, user_errors
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import PROCESS_TIMEOUT, set_threads
 
@@ -127,7 +127,7 @@ def load_pipeline(config: GenerationConfig, device: torch.device) -> tuple[Any, 
     from iptv2_diffusion import IPTV2Pipeline  # late: diffusers' pipelines take seconds to import
 
     diffusers.utils.logging.disable_progress_bar()
-    with user_errors(OSError, ValueError):
+    with loading(config.pipeline):
         folder = config.pipeline if Path(config.pipeline).is_dir() else DiffusionPipeline.download(config.pipeline)
         pipeline = DiffusionPipeline.from_pretrained(folder)
     if isinstance(pipeline, DiTPipeline):

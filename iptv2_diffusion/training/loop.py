@@ -34,13 +34,13 @@ from accelerate.utils import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from iptv2_diffusion.memory import keep_freed_memory
 from iptv2_diffusion.training.checkpoint import CheckpointManager
 from iptv2_diffusion.training.config import TrainingConfig, config_to_dict, frozen_fields, save_config
 from iptv2_diffusion.training.cuda_graphs import GraphedModel, records
 from iptv2_diffusion.training.ema import ModelState
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, user_errors
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
-from iptv2_diffusion.training.memory import keep_freed_memory
 from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
 from iptv2_diffusion.training.power_ema import forget_snapshots_after
 from iptv2_diffusion.training.precision import device_of_sums, fastest_precision

@@ -252,3 +252,8 @@ class TestPipelinesAndSchedulers:
         with pytest.raises(UserError) as caught:
             script.main(words(tmp_path / "empty", tmp_path / "out"))
         assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_folder_is_one_line(script, tmp_path):
+    with pytest.raises(UserError, match="cannot load asets/emoji: no such folder here, and from the Hub: "):
+        script.main(words("asets/emoji", tmp_path / "out"))

@@ -15,6 +15,7 @@ from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
+from iptv2_diffusion.metrics import peers
 from iptv2_diffusion.sixteen_bit import write_16_bit
 from iptv2_diffusion.training.errors import UserError
 from iptv2_diffusion.training.pictures import side_by_side
@@ -185,23 +186,24 @@ PEERS = {"nlm": 30.43, "ffdnet": 32.97, "bm3d": 32.61}
 
 @pytest.mark.parametrize("name", ["nlm", "ffdnet", pytest.param("bm3d", marks=pytest.mark.slow)])
 def test_peers_reach_what_was_measured_before(name):
-    if importlib.util.find_spec(benchmark.PEERS[name][0]) is None:
-        with pytest.raises(benchmark.UserError, match=f"{name} needs the package"):
-            benchmark.peer(name)
+    if importlib.util.find_spec(peers.PEERS[name][0]) is None:
+        with pytest.raises(ModuleNotFoundError, match=f"{name} needs the package"):
+            peers.peer(name)
         return
     degraded, clean = benchmark.degrade(benchmark.test_photographs()["chelsea"], "noise", 25, 1)
-    error = ((benchmark.peer(name)(degraded, 25).clip(0, 255) - clean) ** 2).mean()
+    error = ((peers.peer(name)(degraded, 25).clip(0, 255) - clean) ** 2).mean()
     assert 10 * np.log10(255**2 / error) == pytest.approx(PEERS[name], abs=0.011)
 
 
 def test_ffdnet_has_the_published_number_of_parameters():
-    assert sum(p.numel() for p in benchmark.FFDNet().parameters()) == 852_108
+    assert sum(p.numel() for p in peers.FFDNet().parameters()) == 852_108
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--images", "absent"], "absent is not a folder"),
+        (["--models", "absent"], "cannot load absent: no such folder here"),
         (["--degradation", "rain", "--peers", "nlm"], "nlm remove noise of a known level"),
         (["--gray", "--peers", "ffdnet"], "ffdnet's weights are for colour"),
         (["--layout", "gopro"], "give both or none"),

@@ -62,7 +62,7 @@ def test_the_peak_does_not_depend_on_what_was_freed_before():
     program = """
 import torch
 from iptv2_diffusion.metrics.speed import PeakMemory
-from iptv2_diffusion.training.memory import keep_freed_memory
+from iptv2_diffusion.memory import keep_freed_memory
 
 keep_freed_memory()  # for the rest of a process
 for _ in range(2):

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from iptv2_diffusion.training.memory import keep_freed_memory
+from iptv2_diffusion.memory import keep_freed_memory
 kept = keep_freed_memory()
 def faults(rounds):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
