@@ -189,7 +189,7 @@ def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
     runs = [
         make_run(config, name, shape, rate, config.seeds[0], grid=True)
         for shape, arguments in config.models[name].items()
-        for rate in ([arguments["learning_rate"]] if "learning_rate" in arguments else config.learning_rates)
+        for rate in ([float(arguments["learning_rate"])] if "learning_rate" in arguments else config.learning_rates)
     ]
     if len(runs) == 1:
         return [], runs[0]

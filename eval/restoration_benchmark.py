@@ -123,7 +123,7 @@ def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Pat
 
 LEVELS = {"noise": (15, 25, 50), "motion_blur": (5, 10, 15), "rain": (0.003, 0.006, 0.012)}
 RANGES = {"noise": (0, 255), "motion_blur": (1, 100), "rain": (0, 1)}
-KERNELS = {"motion_blur": MotionBlur, "rain": RainStreaks}
+SYNTHETIC = {"motion_blur": MotionBlur, "rain": RainStreaks}
 
 
 def degraded_photographs(
@@ -142,7 +142,7 @@ def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.
     clean, seed = clean.astype(np.float64), round(1000 * level) + index
     if kind == "noise":
         return clean + np.random.default_rng(seed).normal(0, level, clean.shape), clean
-    degradation = KERNELS[kind](level, level)
+    degradation = SYNTHETIC[kind](level, level)
     if min(clean.shape[:2]) <= 4 * degradation.margin:
         raise ValueError(f"{kind} of {level:g} needs images of more than {4 * degradation.margin} pixels a side")
     image = torch.from_numpy(clean / 255).float().permute(2, 0, 1)[None]
@@ -296,8 +296,8 @@ def stated(protocol: Protocol, options: argparse.Namespace) -> str:
     """The protocol in words, with the border that `degrade` leaves out of what is given to a restorer."""
     if options.layout or options.noise:
         return str(protocol)
-    margins = sorted({KERNELS[options.degradation](level, level).margin for level in options.levels})
-    return f"{protocol}; images without the {' / '.join(map(str, margins))} outer pixels that the kernel reaches over"
+    margins = " / ".join(str(SYNTHETIC[options.degradation](level, level).margin) for level in options.levels)
+    return f"{protocol}; without the {margins} outermost pixels, which the kernel reaches over"
 
 
 def make_examples(options: argparse.Namespace) -> Iterator[Example]:

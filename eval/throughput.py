@@ -96,6 +96,8 @@ class ThroughputConfig:
             raise ConfigError("clock cpu counts none of a GPU's time; use --clock wall with --device cuda")
         if self.cuda_graphs and self.device != "cuda":
             raise ConfigError("cuda_graphs records a GPU's work; add --device cuda")
+        if self.cuda_graphs and (self.quick or self.operators or self.megapixels):
+            raise ConfigError("cuda_graphs goes with plain rows only; leave out quick, operators and megapixels")
 
 
 def waiting_clock() -> float:
@@ -129,8 +131,8 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
     threads, size, mode, form, precision, batch = group
     torch.set_num_threads(threads)
     if (threads, precision) not in rates:
-        rates[threads, precision] = matmul_rate(config.rounds, precision, config.seconds)
-    models = {spec: make_model(spec, size) for spec in config.names}
+        rates[threads, precision] = matmul_rate(config.rounds, precision, config.seconds, config.device)
+    models = {spec: make_model(spec, size, config.device) for spec in config.names}
     if mode == "inference":
         models = {spec: deploy(model, form) for spec, model in models.items()}
     costs = {}
@@ -199,17 +201,16 @@ def own_peak(config: ThroughputConfig) -> float:
         held, peak = lambda: psutil.Process().memory_info().rss, peak_bytes
     spec = config.names[0]
     if config.megapixels:
-        restore, _ = make_restoration(spec, config.megapixels[0], config.tiles[0])
+        restore, _ = make_restoration(spec, config.megapixels[0], config.tiles[0], config.device)
         before = held()
         restore()
         return (peak() - before) / 1e6
     _, size, mode, form, precision, batch = next(settings(config))
-    with torch.device("meta"):
-        fusible = hasattr(make_model(spec), "fuse")
+    fusible = hasattr(make_model(spec, device="meta"), "fuse")
     before = held()
     if mode == "inference" and form != "unfused" and fusible:
         spec += ":fused=true"  # from the start: fuse() holds both forms for a moment
-    model = make_model(spec, size)
+    model = make_model(spec, size, config.device)
     model = deploy(model, "unfused" if form == "fused" else form) if mode == "inference" else model
     step = make_step(model, batch, precision, mode == "training", config.cuda_graphs)
     step()
@@ -229,7 +230,7 @@ def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
         torch.set_num_threads(threads)
         times = {}
         for spec in config.names:
-            model = make_model(spec, size)
+            model = make_model(spec, size, config.device)
             model = deploy(model, form) if mode == "inference" else model
             step = make_step(model, batch, precision, mode == "training")
             times[spec] = operator_times(step, config.rounds, config.seconds)
@@ -245,14 +246,14 @@ def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
 # Restoration
 
 
-def make_restoration(spec: str, megapixels: float, tile: str) -> tuple[Callable[[], Any], int]:
+def make_restoration(spec: str, megapixels: float, tile: str, device: str) -> tuple[Callable[[], Any], int]:
     """A function that restores one square colour image, and the image's pixels."""
     import torch
 
     from iptv2_diffusion import IPTV2RestorationPipeline
     from iptv2_diffusion.training.timed_steps import make_model
 
-    pipeline = IPTV2RestorationPipeline(make_model(spec).fuse())
+    pipeline = IPTV2RestorationPipeline(make_model(spec, device=device).fuse())
     pipeline.set_progress_bar_config(disable=True)
     side = round((megapixels * 1e6) ** 0.5)
     image = torch.rand(3, side, side)
@@ -271,7 +272,7 @@ def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
     for threads, megapixels in itertools.product(config.num_threads, config.megapixels):
         torch.set_num_threads(threads)
         for spec, tile in itertools.product(config.names, config.tiles):
-            restore, pixels = make_restoration(spec, megapixels, tile)
+            restore, pixels = make_restoration(spec, megapixels, tile, config.device)
             row = {"model": spec, "what": "restoration", "megapixels": megapixels, "tile": tile, "threads": threads}
             with user_errors(ValueError):  # a tile too small
                 row |= summary(time_interleaved({spec: restore}, config.rounds, config.seconds)[spec])
@@ -294,15 +295,15 @@ def quick(config: ThroughputConfig) -> dict[str, float]:
     from iptv2_diffusion.models.presets import count_macs
     from iptv2_diffusion.training.timed_steps import make_model, make_step
 
-    trainable, dit = make_model("iptv2-s").eval(), make_model("dit-s-2").eval()
+    trainable, dit = (make_model(name, device=config.device).eval() for name in ("iptv2-s", "dit-s-2"))
     fused = trainable.fuse()
     models = {"iptv2-s": fused, "unfused": trainable, "dit-s-2": dit}
     steps = {name: make_step(model, 4, "float32", training=False) for name, model in models.items()}
     clock = config.seconds
     inference = time_interleaved(steps, config.rounds, clock)
-    rate = matmul_rate(config.rounds, clock=clock)
+    rate = matmul_rate(config.rounds, clock=clock, device=config.device)
 
-    models = {name: make_model(name) for name in ("emoji64-s", "dit-emoji64-s")}
+    models = {name: make_model(name, device=config.device) for name in ("emoji64-s", "dit-emoji64-s")}
     steps = {name: make_step(model, 64, "float32", training=True) for name, model in models.items()}
     training = time_interleaved(steps, config.rounds, clock)
     for what, seconds in (("inference", inference), ("training", training)):
@@ -339,11 +340,11 @@ def main() -> int:
     from iptv2_diffusion.memory import keep_freed_memory
 
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, and torch finds no GPU here")
-    torch.set_default_device(config.device)
+        raise ConfigError("device is cuda, and torch finds no GPU here; leave it out for the CPU")
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.set_num_threads(config.num_threads[0])
-    keep_freed_memory()
+    if config.device == "cpu":
+        keep_freed_memory()
     if config.memory_only:
         print(json.dumps({"peak_mb": own_peak(config)}))
         return 0

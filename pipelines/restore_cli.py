@@ -90,7 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto, or none [auto]")
     parser.add_argument("--overlap", type=int, help="pixels that tiles share [an eighth of the tile]")
     parser.add_argument(
-        "--memory", type=float, default=1.0, help="GB for the activations of a tile with --tile auto [1]"
+        "--memory", type=float, default=0.5, help="GB for the activations of a tile with --tile auto [0.5]"
     )
     parser.add_argument("--self-ensemble", action="store_true", help="mean over 8 flips and rotations; 8 x slower")
     parser.add_argument("--bits", type=int, choices=(8, 16), help="a channel, 16 for PNG and TIFF only [the input's]")
@@ -150,7 +150,8 @@ def load(arguments: argparse.Namespace):
     from iptv2_diffusion import IPTV2RestorationPipeline
     from iptv2_diffusion.memory import keep_freed_memory
 
-    keep_freed_memory()  # twice as fast on a CPU
+    if arguments.device == "cpu":
+        keep_freed_memory()  # about twice as fast: docs/performance.md
     kind = pipeline_class(Path(arguments.model))
     if kind not in (None, IPTV2RestorationPipeline.__name__):
         raise CommandError(f"{arguments.model} holds a {kind}, not an {IPTV2RestorationPipeline.__name__}")

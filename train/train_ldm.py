@@ -156,9 +156,9 @@ def make_distance(
 
     with user_errors(OSError, ValueError, ModuleNotFoundError):
         extractor = make_extractor(config.kid_extractor, config.inception_weights).to(accelerator.device)
-    return KernelDistance(
-        heldout, extractor, accelerator, count=config.kid_samples, seed=config.seed, labelled=labelled
-    )
+        return KernelDistance(
+            heldout, extractor, accelerator, count=config.kid_samples, seed=config.seed, labelled=labelled
+        )
 
 
 def make_task(

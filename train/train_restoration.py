@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 examples, where ... is accelerate launch train/train_restoration.py, and * needs python data/photographs/fetch.py first:
-  the shipped denoiser *         ... --config configs/restoration/denoise-color-nano.yaml
+  a small denoiser, 24 minutes * ... --config configs/restoration/denoise-color-nano.yaml
+  the shipped denoiser, a GPU *  ... --config configs/restoration/denoise-color-xs.yaml
   your photographs, blurred      ... --data my_photos --degradations motion_blur,noise --noise 0,5
   your pairs                     ... --layout folders --data my_pairs --model_overrides '{"sigma_conditioning": null}'
                                  (my_pairs/input/*, my_pairs/target/*)
@@ -61,7 +62,10 @@ class RestorationConfig(TrainingConfig):
     )
     cache_dir: str = option("~/.cache/iptv2-diffusion/decoded", "folder of decoded images", group="data", free=True)
     scales: tuple[float, ...] = option(
-        (1.0,), "sizes at which to train on each clean image; below 1 it is shrunk: more detail a pixel", group="data"
+        (1.0,),
+        "sizes at which to train on each clean image: below 1 it is shrunk, for more detail a pixel; patches come from "
+        "each in proportion to its area",
+        group="data",
     )
     prefer_texture: bool = option(True, "draw textured places more often than flat ones", group="data")
     channels: Literal[1, 3] = option(3, "1: gray, 3: colour", group="data")
@@ -228,10 +232,12 @@ def make_task(config: RestorationConfig, trainer: Trainer) -> RestorationTask:
     accelerator = trainer.accelerator
     sources = make_sources(config, config.data, "train", accelerator)
     heldout = make_heldout(config, accelerator)
-    images = len(sources[0].sampler.clean)
+    images = len(set(sources[0].sampler.clean.files))
     largest = max(config.patch_sizes) + 2 * max(source.margin for source in sources)
     if small := sources[0].sampler.smaller_than(largest):
-        accelerator.print(f"{len(small)} images, as {small[0]}, are smaller than {largest} pixels: reflected beyond")
+        scaled = " (counted at each of the scales)" if len(config.scales) > 1 else ""
+        told = f"{len(small)} images{scaled}, as {small[0]}, are smaller than {largest} pixels: reflected beyond"
+        accelerator.print(told)
     accelerator.print(f"{images} images to train on, {sum(len(b.clean) for b in heldout.values())} held-out crops")
     return RestorationTask(config, accelerator, model=trainer.state.module, sources=sources, heldout=heldout)
 

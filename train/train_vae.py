@@ -132,7 +132,7 @@ def load_images(config: VAEConfig, accelerator: Accelerator) -> tuple[ImageTenso
         raise ConfigError(f"{config.data} has {len(train)} image; two are needed, one of them held out")
     if config.dry_run:
         train, heldout = (d.select(range(min(len(d), 4 * config.batch_size))) for d in (train, heldout))
-    with user_errors(ValueError):
+    with user_errors(OSError, ValueError):
         images = [ImageTensors(d, size=config.size, strict=config.strict) for d in (train, heldout)]
         for part in images:
             part.valid_indices()

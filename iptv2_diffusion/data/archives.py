@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import datasets
 import fsspec
 
 _PIECE = re.compile(r"^(?P<file>.+\.tar)::(?P<offset>\d+)\+(?P<size>\d+)::.+$")
+
+
+WAITS = (0.5, 2.0)  # seconds before further attempts at what a network did not give
 
 
 def is_nested_tar(path: Path) -> bool:
@@ -66,18 +70,26 @@ class FetchError(OSError):
     """What a URL names could not be fetched now."""
 
 
+def fetch(url: str) -> bytes:
+    """What an fsspec URL names, in `len(WAITS) + 1` attempts. FetchError if none succeeds."""
+    for wait in (*WAITS, None):
+        try:
+            with fsspec.open(url, "rb") as file:
+                return file.read()
+        except (FileNotFoundError, ImportError, ValueError):  # another attempt would not help
+            raise
+        except Exception as error:  # fsspec's backends have errors of their own
+            if wait is None:
+                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise FetchError(f"{url} could not be fetched ({told}); start the same command again") from error
+            time.sleep(wait)
+
+
 def read_bytes(path: str) -> bytes:
     """The bytes of an image: a file, a piece of a tar, or what a URL of fsspec names (as of the Hub)."""
     match = _PIECE.match(path)
     if match is None and "://" in path:
-        try:
-            with fsspec.open(path, "rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # fsspec's backends have errors of their own
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise FetchError(f"{path} could not be fetched ({told}); the same command goes on") from error
+        return fetch(path)
     if match is None:
         return Path(path).read_bytes()
     with open(match["file"], "rb") as file:

@@ -84,7 +84,8 @@ class ImageStore:
     ) -> None:
         self.files = [file for file in files for _ in scales]
         description = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        key = hashlib.sha256(json.dumps([channels, *scales, description]).encode()).hexdigest()[:24]
+        scaled = [list(scales)] if tuple(scales) != (1.0,) else []
+        key = hashlib.sha256(json.dumps([channels, *scaled, description]).encode()).hexdigest()[:24]
         data, index = (Path(cache_dir).expanduser() / f"images-{key}{suffix}" for suffix in (".raw", ".json"))
         if not index.is_file():
             say(f"decoding {len(files)} images into {data}")

@@ -106,7 +106,7 @@ RESTORATION_PRESETS: dict[str, Preset] = {
         attention_pattern=("focal",),
         sigma_conditioning="map",
     ),
-    "restoration-xs": restorer(  # for CPUs, twice nano's MACs: wider at the top, two levels; at 64×64
+    "restoration-xs": restorer(  # 2.7 times nano's MACs: wider at the top, two levels; at 64×64
         0.834,
         0.425,
         sample_size=64,

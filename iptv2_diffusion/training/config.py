@@ -131,7 +131,10 @@ class TrainingConfig:
         free=True,
     )
     allow_tf32: bool = option(
-        False, "on a GPU: float32 products with 10 bits of mantissa, several times as fast", group="machine", free=True
+        False,
+        "on a GPU: matrix products in float32 with 10 bits of mantissa (cuDNN's convolutions are so either way)",
+        group="machine",
+        free=True,
     )
     num_threads: int | None = option(
         None, "CPU threads a process; none: on a CPU all cores, shared among the processes", group="machine", free=True

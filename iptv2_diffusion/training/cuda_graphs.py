@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from iptv2_diffusion.training.config import TrainingConfig
 
-__all__ = ["GraphedModel", "records"]
+__all__ = ["GraphedModel", "PositionalCall", "wants_graphs"]
 
 
-def records(config: TrainingConfig, accelerator: Accelerator) -> bool:
+def wants_graphs(config: TrainingConfig, accelerator: Accelerator) -> bool:
     """Whether this run is to record graphs. Raises `ConfigError` where they would not do what it asks for."""
     if not config.cuda_graphs:
         return False
@@ -30,22 +30,26 @@ def records(config: TrainingConfig, accelerator: Accelerator) -> bool:
         accelerator.print(f"cuda_graphs is on, but this run is on {accelerator.device}: nothing is recorded")
         return False
     if accelerator.num_processes > 1:
-        raise ConfigError(f"cuda_graphs is for one process, not {accelerator.num_processes}; use torch_compile")
+        raise ConfigError(
+            f"cuda_graphs is for one process, not {accelerator.num_processes}; leave it out, or try torch_compile"
+        )
     if config.gradient_accumulation_steps > 1:
         # a replayed backward writes gradients to where the last one's were taken from
         raise ConfigError(
             f"cuda_graphs takes a batch at once: gradient_accumulation_steps must be 1, not "
             f"{config.gradient_accumulation_steps}"
         )
-    if config.gradient_checkpointing:
-        raise ConfigError("cuda_graphs and gradient_checkpointing do not go together; leave one out")
+    for other in ("gradient_checkpointing", "torch_compile", "align_target"):  # the last: tokens from inside the model
+        if getattr(config, other, None):
+            raise ConfigError(f"cuda_graphs and {other} do not go together; leave one out")
     return True
 
 
 class GraphedModel:
     """Calls `model`, a module on a GPU, by graphs; its parameters stay where they are in memory, and its mode as it is.
 
-    An output holds until the next call only.
+    An output holds until the next call only. Another set of shapes is recorded anew, and the one before forgotten: a
+    recording holds the memory of its activations.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,6 +66,7 @@ class GraphedModel:
             samples = tuple(value.detach().clone() for value in tensors.values())
             call = PositionalCall(self.model, tuple(tensors), constants)
             # Unused parameters: FCSA's shifted branch on maps of one window.
+            self._recorded.clear()
             self._recorded[key] = torch.cuda.make_graphed_callables(call, samples, allow_unused_input=True)
         return self._recorded[key](*tensors.values())
 

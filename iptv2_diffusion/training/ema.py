@@ -201,7 +201,7 @@ class ModelState:
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                state = self.optimizer.state[parameter]
+                state = self.optimizer.state.get(parameter, {})  # a look-up by [] would make an entry
                 for name, value in state.items():
                     if value.shape == parameter.shape and value.stride() != parameter.stride():
                         state[name] = torch.empty_like(parameter.detach()).copy_(value)

@@ -120,10 +120,6 @@ class LDMConfig(TrainingConfig):
         self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")
         if not self.align_weight > 0:
             raise ConfigError(f"align_weight is {self.align_weight}; it must be positive (align_target none: off)")
-        if self.align_target and self.cuda_graphs:
-            raise ConfigError(
-                "align_target takes tokens out of the model's middle, which cuda_graphs hides; leave one out"
-            )
         if self.kid_samples:
             self.require_positive("kid_every")
             if self.kid_samples < 4 or (self.eval_every and self.kid_every % self.eval_every):

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from iptv2_diffusion.memory import keep_freed_memory
 from iptv2_diffusion.training.checkpoint import CheckpointManager
 from iptv2_diffusion.training.config import TrainingConfig, config_to_dict, frozen_fields, save_config
-from iptv2_diffusion.training.cuda_graphs import GraphedModel, records
+from iptv2_diffusion.training.cuda_graphs import GraphedModel, wants_graphs
 from iptv2_diffusion.training.ema import ModelState
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, user_errors
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
@@ -118,7 +118,8 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             # the loop divides by its micro-batches: accelerate must not, whatever the environment says
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32  # cuDNN's own is on unless someone turned it off
+    if accelerator.device.type == "cuda":  # elsewhere too this sets the precision of float32 products
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     set_threads(config.num_threads, accelerator)
     for message in messages:
         accelerator.print(message)
@@ -159,7 +160,7 @@ class Trainer:
         *,
         curves: tuple[str, ...] = ("loss", "heldout_loss"),
     ) -> None:
-        graphs = records(config, accelerator)
+        graphs = wants_graphs(config, accelerator)
         self.config, self.accelerator, self.curves = config, accelerator, curves
         self.output_dir = Path(config.output_dir)
         with user_errors(OSError):

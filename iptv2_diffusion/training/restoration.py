@@ -90,7 +90,7 @@ class RestorationTask:
         heldout: Mapping[str, Batch],
     ) -> None:
         self.config, self.accelerator, self.sources, self.heldout = config, accelerator, sources, heldout
-        self.images = len(sources[0].sampler.clean)
+        self.images = len(set(sources[0].sampler.clean.files))
         self.takes_sigma = model.config.sigma_conditioning is not None
         self.takes_task = model.config.num_tasks is not None
         self.merge_logits = [p for name, p in model.named_parameters() if name.endswith("merge_logits")]
@@ -154,10 +154,8 @@ class RestorationTask:
         """Weighted sum of pixel losses of a micro-batch."""
         restored = self.predict(model, batch).float()
         total = sum(weight * LOSSES[name](restored, batch.clean) for name, weight in self.config.losses.items())
-        if self.accelerator.num_processes > 1:
-            # Maps of one window leave FCSA's shifted branch out; DDP waits for a gradient of every parameter even so.
-            total = total + 0.0 * sum(logits.sum() for logits in self.merge_logits)
-        return total
+        # Maps of one window leave FCSA's shifted branch out; DDP waits for a gradient of every parameter all the same.
+        return total + 0.0 * sum(logits.sum() for logits in self.merge_logits)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Held-out quality

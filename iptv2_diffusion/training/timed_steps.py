@@ -16,12 +16,12 @@ from iptv2_diffusion.training.errors import user_errors
 from iptv2_diffusion.training.latent_diffusion import null_label
 
 
-def make_model(spec: str, sample_size: int | None = None) -> nn.Module:
+def make_model(spec: str, sample_size: int | None = None, device: str = "cpu") -> nn.Module:
     """A fresh model of a name such as `iptv2-s` or `iptv2-s:conditioning_dim=64:window_size=4`, channels-last."""
     name, *arguments = spec.split(":")
     overrides = {key: yaml.safe_load(value) for key, _, value in (argument.partition("=") for argument in arguments)}
     overrides |= {} if sample_size is None else {"sample_size": sample_size}
-    with user_errors(ValueError):
+    with user_errors(ValueError), torch.device(device):
         model = make_unet(**overrides) if name == "unet-s" else create_model(name, **overrides)
     return model.to(memory_format=torch.channels_last)
 
@@ -51,23 +51,33 @@ def deploy(model: nn.Module, form: str) -> nn.Module:
     return torch.compile(model) if form == "compiled" else model
 
 
+class Autocast(nn.Module):
+    """A model under autocast, where a trainer's `Accelerator.prepare` puts it: around the forward, not the backward."""
+
+    def __init__(self, model: nn.Module, device: str, precision: str) -> None:
+        super().__init__()
+        self.model, self.device, self.precision = model, device, precision
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs."""
+        with torch.autocast(self.device, getattr(torch, self.precision), enabled=self.precision != "float32"):
+            return self.model(*args, **kwargs)
+
+
 def make_step(
     model: nn.Module, batch_size: int, precision: str, training: bool, graphs: bool = False
 ) -> Callable[[], None]:
-    """A function that runs one forward, or one forward and backward, on fixed random inputs."""
+    """A function that runs one forward, or one forward and backward, on fixed random inputs, on the model's device."""
     size, labels = model.config.sample_size, null_label(model)
-    latents = torch.randn(batch_size, model.config.in_channels, size, size)
-    timestep = torch.linspace(0, 999, batch_size)
-    class_labels = torch.arange(batch_size) % labels
-    call = GraphedModel(model) if graphs else model
+    with model.device:
+        latents = torch.randn(batch_size, model.config.in_channels, size, size)
+        timestep = torch.linspace(0, 999, batch_size)
+        class_labels = torch.arange(batch_size) % labels
+    call = Autocast(model, model.device.type, precision)
+    call = GraphedModel(call) if graphs else call
 
     def run() -> None:
-        with (
-            torch.set_grad_enabled(training),
-            torch.autocast(
-                latents.device.type, getattr(torch, precision), enabled=precision != "float32", cache_enabled=not graphs
-            ),
-        ):
+        with torch.set_grad_enabled(training):
             sample = call(latents, timestep, class_labels=class_labels, return_dict=False)[0]
         if training:
             sample.float().square().mean().backward()

@@ -15,7 +15,7 @@ ASSETS = Path(__file__).parents[2] / "assets"
 SHIPPED = {
     "iptv2-denoise-color": (GaussianNoise(25, 25), 6.0),
     "iptv2-derain-color": (RainStreaks(0.006, 0.006), 3.0),
-    "iptv2-deblur-color": (MotionBlur(6, 6), 0.5),
+    "iptv2-deblur-color": (MotionBlur(6, 6), 1.5),
 }
 
 

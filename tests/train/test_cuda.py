@@ -1,6 +1,6 @@
-"""On a GPU: the CPU's functions and gradients, half precision, compilation, and whole runs of the training scripts.
+"""On a GPU: the CPU's functions and gradients, half precision, compilation, graphs, and whole runs of two scripts.
 
-Skipped where torch finds no GPU; docs/performance.md says on which card they passed.
+Skipped where torch finds no GPU; docs/performance.md says what of it has been run, and on which card.
 """
 
 import copy
@@ -18,6 +18,7 @@ from PIL import Image
 from iptv2_diffusion import IPTV2Pipeline, IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.training.cuda_graphs import GraphedModel
 from iptv2_diffusion.training.logging import read_metrics
+from iptv2_diffusion.training.timed_steps import Autocast
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 PRESETS = ["tiny", "emoji64-s", "restoration-tiny", "restoration-nano"]
@@ -140,11 +141,12 @@ def test_generator_trains_resumes_and_draws(tmp_path, precision):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_graphs_replay_the_same_steps(name, precision):
-    """Four steps of SGD on changing inputs and, in the end, another batch size; then the eager model agrees."""
+    """Five steps of SGD on changing inputs, one of them on another batch size; then the eager model agrees."""
     model, given = on_gpu(*make(name))
     twin = copy.deepcopy(model)
-    models = (GraphedModel(wrapped(model, precision)), wrapped(twin, precision))
-    for step in range(4):
+    kind = {"no": "float32", "bf16": "bfloat16"}[precision]
+    models = (GraphedModel(Autocast(model, "cuda", kind)), Autocast(twin, "cuda", kind))
+    for step in range(5):
         batch = [x.roll(step, -1) if x.ndim == 4 else x for x in given]
         batch = [x[:1] for x in batch] if step == 3 else batch
         for call, owner in zip(models, (model, twin), strict=True):
@@ -158,18 +160,6 @@ def test_graphs_replay_the_same_steps(name, precision):
     assert error(left - start, right - start) < (1e-3 if precision == "no" else 0.05)
     with torch.no_grad():
         assert error(model(*given).sample, twin(*given).sample) < (1e-4 if precision == "no" else 0.01)
-
-
-def wrapped(model, precision):
-    """As `Accelerator.prepare` leaves it."""
-
-    def call(*args, **kwargs):
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-            return model(*args, **kwargs)
-
-    module = torch.nn.Module()
-    module.model, module.forward = model, call
-    return module
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

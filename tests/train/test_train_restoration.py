@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
@@ -164,6 +165,22 @@ def test_a_generators_backbone_to_start_from(photos, capsys):
     words = ("--model", "restoration-tiny-exchange", "--backbone_from", str(photos / "generator"), "--eval_every", "0")
     train(photos, "exchange", *words, steps=1)
     assert "(100.0%)" in capsys.readouterr().out
+
+
+def test_scales_add_smaller_copies_to_train_on_and_leave_the_heldout_crops_alone(photos, capsys):
+    config = train_restoration.parse_config(
+        train_restoration.RestorationConfig,
+        ["--data", str(photos / "photos"), "--cache_dir", str(photos / "cache"), "--scales", "1,0.5"],
+    )
+    accelerator = Accelerator(cpu=True)
+    (train_source,), (test_source,) = (
+        train_restoration.make_sources(config, config.data, split, accelerator) for split in ("train", "test")
+    )
+    assert [image.shape[:2] for image in train_source.sampler.clean.images] == [(64, 72), (32, 36)] * 3
+    assert [image.shape[:2] for image in test_source.sampler.clean.images] == [(64, 72)] * 3
+    train(photos, "scales", "--scales", "1,0.5", steps=1)
+    told = capsys.readouterr().out
+    assert "3 images to train on, 9 held-out crops" in told
 
 
 @pytest.mark.parametrize(

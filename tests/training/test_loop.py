@@ -10,7 +10,7 @@ import torch
 
 from iptv2_diffusion.data.sampling import generator_for, own_slices
 from iptv2_diffusion.training.config import TrainingConfig, parse_config
-from iptv2_diffusion.training.cuda_graphs import records
+from iptv2_diffusion.training.cuda_graphs import PositionalCall, wants_graphs
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import Trainer, make_accelerator
@@ -284,16 +284,27 @@ def test_graphs_of_a_gpu_are_left_out_on_a_cpu(tmp_path, capsys):
     [
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1, not 2"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing do not go together"),
+        ({"torch_compile": True}, "torch_compile do not go together"),
     ],
 )
 def test_graphs_refuse_what_they_would_do_wrong(options, message):
     gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    assert records(TrainingConfig(cuda_graphs=True), gpu)
-    assert not records(TrainingConfig(), gpu)
+    assert wants_graphs(TrainingConfig(cuda_graphs=True), gpu)
+    assert not wants_graphs(TrainingConfig(), gpu)
     with pytest.raises(ConfigError, match=message):
-        records(TrainingConfig(cuda_graphs=True, **options), gpu)
+        wants_graphs(TrainingConfig(cuda_graphs=True, **options), gpu)
     with pytest.raises(ConfigError, match="one process, not 2"):
-        records(TrainingConfig(cuda_graphs=True), SimpleNamespace(device=torch.device("cuda"), num_processes=2))
+        wants_graphs(TrainingConfig(cuda_graphs=True), SimpleNamespace(device=torch.device("cuda"), num_processes=2))
+
+
+def test_a_positional_call_is_the_call_it_stands_for():
+    class Told(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            return args, kwargs
+
+    x, t, c = (torch.full((1,), float(value)) for value in range(3))
+    call = PositionalCall(Told(), (1, "timestep", 0), {"return_dict": False, 2: "constant"})
+    assert call(x, t, c) == ((c, x, "constant"), {"timestep": t, "return_dict": False})
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
