@@ -66,6 +66,11 @@ def file_of(path: str) -> Path:
     return Path(match["file"] if match else path)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class FetchError(OSError):
     """What a URL names could not be fetched now."""
 
@@ -80,7 +85,7 @@ def fetch(url: str) -> bytes:
             raise
         except Exception as error:  # fsspec's backends have errors of their own
             if wait is None:
-                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                told = first_line(error)
                 raise FetchError(f"{url} could not be fetched ({told}); start the same command again") from error
             time.sleep(wait)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from iptv2_diffusion.data.archives import FetchError, is_nested_tar, load_nested_tar, read_bytes
+from iptv2_diffusion.data.archives import FetchError, first_line, is_nested_tar, load_nested_tar, read_bytes
 from iptv2_diffusion.data.sampling import generator_for
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -168,10 +168,10 @@ def _load_split(name: str, split: str, **options: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, split=split, **options)
     except ValueError as error:  # an unknown split: the text lists the known ones
-        raise ValueError(f"{name}: {_first_line(error)}") from None
+        raise ValueError(f"{name}: {first_line(error)}") from None
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{name}: no such folder or file here, and no such data set on the Hub ({_first_line(error)})"
+            f"{name}: no such folder or file here, and no such data set on the Hub ({first_line(error)})"
         ) from None
 
 
@@ -179,10 +179,6 @@ def _load_nested(files: list[str], cache: str | None) -> datasets.Dataset:
     if len(files) > 1:
         raise ValueError(f"{files[0]}: holds a tar per class; give this one file, not {len(files)}")
     return load_nested_tar(Path(files[0]), IMAGE_SUFFIXES, cache)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _load_folder(path: Path, split: str) -> datasets.Dataset:
@@ -400,7 +396,7 @@ def decode_image(record: Mapping[str, Any] | None, name: str) -> Image.Image:
     except Exception as error:
         # Pillow's words would hold an address in memory, and the files of a cache would then differ from run to run
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "cannot identify image file" if unknown else _first_line(error)
+        reason = "cannot identify image file" if unknown else first_line(error)
         raise ValueError(f"{name}: cannot be read as an image ({reason})") from error
 
 
