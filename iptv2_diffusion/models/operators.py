@@ -180,18 +180,13 @@ class ChannelAttention(torch.autograd.Function):
             grad_products = grad_logits * (inverse_q.transpose(-2, -1) * tau) * inverse_k  # dS
             decay_q = energy.sum(dim=-1).unsqueeze(-2) * -tau * inverse_q.square()  # (G, h, 1, d)
             decay_k = energy.sum(dim=-2).unsqueeze(-2) * -tau * inverse_k.square()
-            grad_q = add_product(q * decay_q, k, grad_products.transpose(-2, -1))
-            grad_k = add_product(k * decay_k, q, grad_products)
+            # The products are new tensors, so adding to them in place loses nothing, whatever the layout of q and k.
+            grad_q = (k @ grad_products.transpose(-2, -1)).addcmul_(q, decay_q)
+            grad_k = (q @ grad_products).addcmul_(k, decay_k)
             grad_affine = torch.addcmul(q * grad_q, k, grad_k).sum(dim=0).sum(dim=-1)  # Σ (q·dq + k·dk) / a²
             grad_affine = grad_affine * affine.float()
             grad_q, grad_k = grad_q.mul_(weight).to(dtype), grad_k.mul_(weight).to(dtype)
         return grad_q, grad_k, grad_v, grad_affine.to(affine.dtype), grad_temperature.to(temperature.dtype)
-
-
-def add_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """x + left @ right of four dimensions, in place."""
-    x.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
-    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
