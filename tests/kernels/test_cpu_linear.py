@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from iptv2_diffusion.models.linear import Linear, linear, onednn_takes
+from iptv2_diffusion.kernels.cpu_linear import takes_linear
+from iptv2_diffusion.models.layers import Linear, linear
 
 POSITIONS, INNER, OUTER = (2, 5, 3), 24, 40
 
@@ -33,7 +34,7 @@ class TestAgainstPlain:
         exact = reference(*layer_inputs(torch.float64, bias), gelu)
         with torch.no_grad():
             given = layer_inputs(bias=bias)
-            assert onednn_takes(*given[:2]) == torch.backends.mkldnn.is_available()
+            assert takes_linear(*given) == torch.backends.mkldnn.is_available()
             torch.testing.assert_close(linear(*given, gelu).double(), exact, rtol=1e-5, atol=1e-5)
 
     def test_gradients(self, bias, gelu):

@@ -7,7 +7,7 @@ import references
 import torch
 import torch.nn.functional as F
 
-from iptv2_diffusion.models.depthwise import DepthwiseConv2d, MergeKernels, depthwise_conv2d, merge_kernels
+from iptv2_diffusion.models.layers import DepthwiseConv2d, depthwise_conv2d, merge_depthwise
 
 SIZES = [(16, 16), (7, 5), (6, 8), (2, 3), (1, 6), (1, 1)]
 
@@ -93,12 +93,18 @@ class TestOwnGradient:
 
 class TestMergedKernels:
     @pytest.mark.parametrize("sizes", [(5, 3, 1), (5,), (3,)], ids=str)
-    def test_sum_of_the_branches_and_the_identity(self, sizes):
-        x = references.random_map(2, 4, 9, 7).double()
-        kernels = [references.random_map(4, 1, size, size, seed=size).double() for size in sizes]
-        expected = sum((plain(x, kernel, None) for kernel in kernels), x)
-        torch.testing.assert_close(plain(x, merge_kernels(*kernels), None), expected)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_sum_of_the_branches_and_the_identity(self, sizes, bias):
+        x = references.random_map(2, 6, 9, 7).double()
+        branches = [convolution(size, bias).double() for size in sizes]
+        expected = sum((plain(x, branch.weight, branch.bias) for branch in branches), x)
+        torch.testing.assert_close(plain(x, *merge_depthwise(*branches)), expected)
 
     def test_gradient(self):
-        kernels = [references.random_map(4, 1, size, size, seed=size).double().requires_grad_() for size in (5, 3, 1)]
-        assert torch.autograd.gradcheck(MergeKernels.apply, kernels)
+        branches = [convolution(size).double() for size in (5, 3, 1)]
+        x = references.random_map(2, 6, 9, 7).double()
+        parameters = [parameter for branch in branches for parameter in branch.parameters()]
+        ours = torch.autograd.grad(plain(x, *merge_depthwise(*branches)).square().sum(), parameters)
+        theirs = torch.autograd.grad(sum((branch(x) for branch in branches), x).square().sum(), parameters)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
