@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "iptv2_diffusion", "pipelines")
@@ -64,6 +65,11 @@ def test_the_wheel_installs_one_name_with_every_module_and_its_types(wheel):
     assert {name for name in installed if name.endswith(".py")} == modules, "pyproject.toml: packages is not complete"
     assert {name.split("/")[0] for name in installed} == {"iptv2_diffusion"}
     assert "iptv2_diffusion/py.typed" in installed
+
+
+def test_the_citation_names_the_version_of_the_wheel(wheel):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert wheel.name.split("-")[1] == citation["version"]
 
 
 def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
