@@ -101,6 +101,8 @@ class DiffusionObjective:
         min_snr_gamma: None for the plain mean squared error; 5 is the usual value otherwise.
     """
 
+    __module__ = "iptv2_diffusion"  # the public name, wherever this file lives
+
     def __init__(
         self,
         scheduler: SchedulerMixin,

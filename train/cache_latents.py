@@ -1,6 +1,6 @@
 """Encode the images of a latent-diffusion run once, on any number of processes, before it trains.
 
-    accelerate launch train/cache_latents.py --config configs/imagenet256-b.yaml --cache_dir /shared/latents
+    accelerate launch train/cache_latents.py --config configs/imagenet256.yaml --cache_dir /shared/latents
 
 It takes the very options of `train_ldm.py` and makes the caches that this would make by itself; the training command
 with the same `--data`, `--vae` and `--cache_dir` finds them. Start it again after a kill: whole shards are kept. The

@@ -32,7 +32,7 @@ examples, where ... is accelerate launch train/train_restoration.py, and * needs
   your photographs, blurred      ... --data my_photos --degradations motion_blur,noise --noise 0,5
   your pairs                     ... --layout folders --data my_pairs --model_overrides '{"sigma_conditioning": null}'
                                  (my_pairs/input/*, my_pairs/target/*)
-  GoPro                          ... --config configs/restoration/deblur-gopro.yaml --data GoPro
+  GoPro                          ... --config configs/restoration/pairs-b.yaml --data GoPro
   start from shipped weights *   ... --model assets/iptv2-denoise-color/model --output_dir runs/more
   start from a generator *       ... --config configs/restoration/denoise-color-emoji64.yaml
   held-out PSNR of your data     ... --data my_photos --heldout my_heldout_photos

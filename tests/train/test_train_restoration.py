@@ -238,13 +238,25 @@ def test_the_examples_of_help_run_as_printed(photos, words, monkeypatch, capsys)
     assert ("(100.0%)" in told) == ("configs/restoration/denoise-color-emoji64.yaml" in words)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/restoration").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_configurations_are_valid(path, monkeypatch, capsys):
+def shipped_commands():
+    """Options of every configuration, and of the variants that the comments of one name."""
+    for path in sorted((ROOT / "configs/restoration").glob("*.yaml")):
+        yield pytest.param([], path, id=path.stem)
+        for line in path.read_text().splitlines():
+            if line.startswith("#   --"):
+                words = shlex.split(line[1:])
+                yield pytest.param(words, path, id=words[words.index("--output_dir") + 1])
+
+
+@pytest.mark.parametrize(("words", "path"), shipped_commands())
+def test_shipped_configurations_are_valid(words, path, monkeypatch, capsys):
     from iptv2_diffusion.training.config import parse_config
 
     monkeypatch.chdir(ROOT)  # backbones to start from are named from there
-    config = parse_config(train_restoration.RestorationConfig, ["--config", str(path)])
+    config = parse_config(train_restoration.RestorationConfig, ["--config", str(path), *words])
     with torch.device("meta") if config.backbone_from is None else contextlib.nullcontext():
         model = train_restoration.make_model(config)
     assert model.config.in_channels == config.channels
     assert ("(100.0%)" in capsys.readouterr().out) == (config.backbone_from is not None)
+    if config.layout != "clean":  # pairs have no noise level
+        assert model.config.sigma_conditioning is None
