@@ -321,6 +321,13 @@ class DiffusionObjective:
         return torch.where(first, nll, kl).mean(dim=(1, 2, 3)) / math.log(2.0)
 
 
+def null_label(model: nn.Module) -> int | None:
+    """The class index that means "no label" (also the number of classes); None for an unconditional model."""
+    if "num_embeds_ada_norm" in model.config:
+        return model.config.num_embeds_ada_norm
+    return model.config.num_class_embeds
+
+
 def _posterior_tables(betas: Tensor) -> dict[str, Tensor]:
     """Constants (T,) float32 of q(x_{t-1} | x_t, x0) at each t (Ho et al. 2020, eqs. 6, 7), worked out in float64."""
     beta = betas.detach().cpu().double()

@@ -12,7 +12,7 @@ from PIL import Image
 from script_loading import load_script
 from tiny_pipelines import save_pipeline
 
-from iptv2_diffusion.metrics.generation import (
+from iptv2_diffusion.evaluation.generation_metrics import (
     efficientnet_lite0,
     extract_features,
     frechet_distance,
@@ -24,10 +24,10 @@ from iptv2_diffusion.metrics.generation import (
     precision_recall,
     statistics,
 )
+from iptv2_diffusion.evaluation.sample_folder import SampleFolder
 from iptv2_diffusion.models.presets import PRESETS
-from iptv2_diffusion.training.config import parse_config
 from iptv2_diffusion.training.errors import ConfigError, UserError
-from iptv2_diffusion.training.generation import SampleFolder
+from iptv2_diffusion.training.options import parse_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "eval" / "fid_benchmark.py"

@@ -232,7 +232,7 @@ def test_a_picture_of_24_megapixels_stays_under_4_gb(tmp_path):
     Image.fromarray(picture).save(tmp_path / "large.png")
     code = """
 import sys
-from iptv2_diffusion.metrics.speed import peak_bytes
+from iptv2_diffusion.memory import peak_bytes
 from iptv2_diffusion.pipelines.restore_cli import main
 print("failed" if main(sys.argv[1:]) else peak_bytes())
 """

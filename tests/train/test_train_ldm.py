@@ -16,7 +16,9 @@ from script_loading import load_script
 
 from iptv2_diffusion import IPTV2Pipeline
 from iptv2_diffusion.data.images import load_image_dataset
+from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import UserError
+from iptv2_diffusion.training.options import parse_config
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "vae" not in path.name)
@@ -262,7 +264,7 @@ DRY_RUNS = [
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_understood(script, config):
-    parsed = script.parse_config(script.LDMConfig, ["--config", str(config)])
+    parsed = parse_config(LDMConfig, ["--config", str(config)])
     from iptv2_diffusion.models.presets import PRESETS
 
     assert parsed.model in PRESETS
