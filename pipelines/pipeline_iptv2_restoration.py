@@ -18,6 +18,8 @@ from iptv2_diffusion.models.activations import activation_bytes_per_pixel
 from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
 from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit
 
+from .non_finite import NonFiniteImageError
+
 __all__ = ["IPTV2RestorationPipeline", "RestorationPipelineOutput", "estimate_sigma"]
 
 
@@ -100,6 +102,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an image that cannot be read, is empty or has wrong channels; a number out of its range.
+            NonFiniteImageError, a ValueError: the model gives NaN or infinity for an image.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
@@ -113,13 +116,23 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         turns = range(8) if self_ensemble else (0,)
         restored = []
         with self.progress_bar(total=len(turns) * sum(len(tops) * len(lefts) for _, tops, lefts in plans)) as bar:
-            for picture, level, (side, tops, lefts) in zip(pictures, sigmas, plans, strict=True):
-                result = self.restore(picture.pixels, level, task, (side, tops, lefts), overlap, turns, bar)
+            for index, (picture, level, plan) in enumerate(zip(pictures, sigmas, plans, strict=True)):
+                result = self.restore(picture.pixels, level, task, plan, overlap, turns, bar)
+                if not result.isfinite().all():
+                    self.refuse_non_finite(result, index, len(pictures), plan)
                 result = torch.lerp(picture.pixels, result, strength).clamp_(0, 1)
                 restored.append(Picture(result, picture.alpha))
         images = to_output(restored, output_type)
         levels = None if sigma is None and self.model.config.sigma_conditioning is None else sigmas
         return RestorationPipelineOutput(images=images, sigmas=levels) if return_dict else (images, levels)
+
+    def refuse_non_finite(self, result: Tensor, index: int, count: int, plan: tuple[int, list[int], list[int]]) -> None:
+        """Raise, naming the image, the tile and the precision, rather than give a black picture."""
+        _, tops, lefts = plan
+        row, column = (~result.isfinite().all(dim=0)).nonzero()[0].tolist()
+        tile = sum(top <= row for top in tops) * len(lefts) - len(lefts) + sum(left <= column for left in lefts)
+        which = f"image {index + 1} of {count}, tile {tile} of {len(tops) * len(lefts)}"
+        raise NonFiniteImageError(which, next(self.model.parameters()).dtype, [index])
 
     # ----------------------------------------------------------------------------------------------------------------
     # Noise level
@@ -164,6 +177,8 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         """
         channels, height, width = shape
         step = self.model.granularity
+        if math.isnan(memory):
+            raise ValueError("memory is nan; give gigabytes, such as 1")
         if tile == "auto":
             tile = self.largest_tile(channels, height, width, memory)
         if tile is None:

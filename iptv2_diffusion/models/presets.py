@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .loading import load_whole
 from .restoration_iptv2 import IPTV2RestorationModel
 from .transformer_iptv2 import IPTV2Transformer2DModel
 
@@ -261,7 +262,7 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
 
     overrides = translate_overrides(model_class, overrides)
     if name not in PRESETS and Path(name).is_dir():
-        model = model_class.from_pretrained(name)
+        model = load_whole(model_class, name)
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items()}  # JSON has no tuples
         overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
         differing = [f"{k}={saved[k]!r}, not {v!r}" for k, v in overrides.items() if saved[k] != v]
