@@ -14,7 +14,7 @@ BELOW = {
     "iptv2_diffusion.latents": [],
     "iptv2_diffusion.memory": [],
     "iptv2_diffusion.objectives": [],
-    "iptv2_diffusion.sixteen_bit": [],
+    "iptv2_diffusion.sixteen_bit": ["iptv2_diffusion.data.image_files", "iptv2_diffusion.data.image_metadata"],
     "iptv2_diffusion.data": ["iptv2_diffusion.latents", "iptv2_diffusion.sixteen_bit"],
     "iptv2_diffusion.metrics": ["iptv2_diffusion.data"],
     "pipelines": [
@@ -22,6 +22,10 @@ BELOW = {
         "iptv2_diffusion.latents",
         "iptv2_diffusion.memory",
         "iptv2_diffusion.sixteen_bit",
+        "iptv2_diffusion.data.files",
+        "iptv2_diffusion.data.image_files",
+        "iptv2_diffusion.data.image_folders",
+        "iptv2_diffusion.data.own_folder",
     ],
 }
 FOREIGN = ("accelerate", "datasets", "torchmetrics", "torch_fidelity", "diffusers.schedulers", "diffusers.pipelines")

@@ -26,6 +26,7 @@ import datasets
 import torch
 from torch import Tensor
 
+from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
 from iptv2_diffusion.data.images import decode_image, path_of, view_of
 from iptv2_diffusion.data.latent_encoding import Encoding, moments
 from iptv2_diffusion.data.sampling import StepDraws, draw_step, generator_for
@@ -47,12 +48,14 @@ class ImageStream:
         size: (height, width) of the images to be.
         strict: fail at an unreadable image instead of replacing it by the next of its block.
         block: K times L, images that all lanes together hold and shuffle.
+        limits: how large an image may be.
     """
 
     dataset: datasets.IterableDataset
     size: tuple[int, int]
     strict: bool = False
     block: int = 4096
+    limits: Limits = DEFAULT_LIMITS
 
 
 class StreamOrder:
@@ -281,7 +284,8 @@ class StreamedLatents:
         errors: list[str] = []
         for record in records[first:] + records[:first]:
             try:
-                image = decode_image(record["image"], path_of(record["image"]) or f"image {item} of the stream")
+                name = path_of(record["image"]) or f"image {item} of the stream"
+                image = decode_image(record["image"], name, self._images.limits)
             except ValueError as error:
                 if self._images.strict:
                     raise
