@@ -52,6 +52,16 @@ def kind_of_tar(path: Path, suffixes: set[str]) -> str:
     return "folders" if images else "samples"
 
 
+def check_end(path: Path) -> None:
+    """Raise a ValueError for a tar that does not end in the zeros that tars end in: it is cut, or none."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - tarfile.BLOCKSIZE))
+        end = file.read()
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise ValueError(f"{path}: a damaged tar, or none (it is cut short); download it again")
+
+
 @contextlib.contextmanager
 def opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
     """An uncompressed tar. A damaged one, at opening or later, is a ValueError that names it."""

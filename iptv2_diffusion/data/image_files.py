@@ -212,6 +212,7 @@ def from_pillow(image: Image.Image) -> ImageFile:
 
 def _pixels(image: Image.Image, check_floats: bool = True) -> np.ndarray:
     """(H, W, C) of a loaded picture, in whatever mode Pillow has it."""
+    image = image.convert("LA") if image.mode == "La" else image  # which Pillow converts to nothing else
     mode = image.mode
     if mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)[..., None]
@@ -227,7 +228,7 @@ def _pixels(image: Image.Image, check_floats: bool = True) -> np.ndarray:
         return _floats(np.asarray(image, dtype=np.float32)[..., None], check_floats)
     if mode in ("1", "L") and not image.has_transparency_data:
         return np.asarray(image.convert("L"))[..., None]
-    if mode in ("LA", "La") or (mode in ("1", "L") and image.has_transparency_data):
+    if mode == "LA" or (mode in ("1", "L") and image.has_transparency_data):
         return np.asarray(image.convert("RGBA"))[..., [0, 3]]
     if mode == "RGBa" or image.has_transparency_data:
         return np.asarray(image.convert("RGBA"))

@@ -23,6 +23,7 @@ from PIL import Image
 
 from iptv2_diffusion.data.archives import (
     FetchError,
+    check_end,
     first_line,
     kind_of_tar,
     list_tar,
@@ -62,7 +63,8 @@ def load_image_dataset(
     `source` is one of: a folder of images (flat = unlabelled; one sub-folder per class = labelled; either may lie under
     one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a WebDataset
     shard (a tar of KEY.jpg and KEY.cls), a glob or folder of them, which `datasets` copies into its cache; a tar of
-    class folders, or of one tar per class, as ImageNet's, read in place; a Hub name. With `streaming` nothing is copied: an IterableDataset.
+    class folders, or of one tar per class, as ImageNet's, read in place; a Hub name. With `streaming` nothing is
+    copied: an IterableDataset.
     `split` takes whatever `datasets` takes ("train", "train[:100]"); files that are named one by one, or by a glob, are
     the one split "train", a folder of tars may have a folder per split. The columns are found by their usual names when
     `image_column` and `label_column` are not given; `label_column="ignore"` leaves the labels out.
@@ -78,7 +80,10 @@ def load_image_dataset(
         listing = list_folder(path, IMAGE_SUFFIXES)
         suffixes = listing.suffixes
         if ".parquet" in suffixes:
-            data = _load_split(str(path), split, **options)
+            if glob.has_magic(str(path)):  # which `datasets` would take for a pattern
+                data = _load_split("parquet", split, shown=str(path), data_dir=glob.escape(str(path)), **options)
+            else:
+                data = _load_split(str(path), split, **options)
         elif listing.files:
             data = _load_listing(listing, split, str(path), label_column)
         elif ".tar" in suffixes:
@@ -133,6 +138,8 @@ def _load_files(
     if name != "train" and suffix == ".parquet":
         raise _no_other_split(path, name)
     if suffix == ".tar":
+        for file in files:
+            check_end(Path(file))
         kind = kind_of_tar(Path(files[0]), IMAGE_SUFFIXES)
         if kind == "folders":
             listing = Listing()
@@ -308,10 +315,11 @@ def _cut(data: datasets.Dataset, part: str) -> datasets.Dataset:
         parts = datasets.ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(data)})
     except Exception as error:  # AssertionError, ValueError ... of `datasets`
         raise ValueError(f"split {part!r} of {len(data)} images: {first_line(error)}") from error
-    parts = [data.select(range(p.from_ or 0, max(p.from_ or 0, len(data) if p.to is None else p.to))) for p in parts]
-    if not any(len(chosen) for chosen in parts):
+    ranges = [range(p.from_ or 0, len(data) if p.to is None else p.to) for p in parts]
+    chosen = [data.select(numbers) for numbers in ranges if len(numbers)]
+    if not chosen:
         raise ValueError(f"split {part!r} holds none of the {len(data)} images; choose another part")
-    return datasets.concatenate_datasets(parts)
+    return datasets.concatenate_datasets(chosen)
 
 
 def _standard_columns(

@@ -26,6 +26,7 @@ import datasets
 import torch
 from torch import Tensor
 
+from iptv2_diffusion.data.archives import first_line
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
 from iptv2_diffusion.data.images import decode_image, path_of, view_of
 from iptv2_diffusion.data.latent_encoding import Encoding, moments
@@ -125,7 +126,7 @@ class Lane:
                 if state is not None:
                     source.load_state_dict(dict(state))
                 self._at, seen, state = (epoch, index, source), seen or state is not None, None
-                for record in source:
+                for record in _readable(source, own[index]):
                     seen = True
                     yield record
             if not seen:
@@ -135,6 +136,16 @@ class Lane:
     def _position(self) -> dict[str, Any]:
         epoch, index, source = self._at
         return {"epoch": epoch, "shard": index, "state": source.state_dict()}
+
+
+def _readable(source: datasets.IterableDataset, shard: int) -> Iterator[Any]:
+    """The records of a shard; damage, as of a tar that is cut short, is a ValueError."""
+    try:
+        yield from source
+    except OSError:
+        raise
+    except Exception as error:  # of tarfile, pyarrow and `datasets`
+        raise ValueError(f"shard {shard} of the stream is damaged ({first_line(error)}); download it again") from error
 
 
 def count_lanes(shards: int, batch_size: int) -> int:
