@@ -190,8 +190,8 @@ def pictures(source: Path, output: Path) -> Iterator[tuple[Path, str]]:
 
 def load(arguments: argparse.Namespace):
     """The pipeline; late, since this takes seconds."""
-    from iptv2_diffusion import IPTV2RestorationPipeline
     from iptv2_diffusion.memory import keep_freed_memory
+    from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
 
     if arguments.device == "cpu":
         keep_freed_memory()  # about twice as fast: docs/performance.md

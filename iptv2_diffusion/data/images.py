@@ -30,10 +30,10 @@ from iptv2_diffusion.data.archives import (
     load_nested_tar,
     read_bytes,
 )
+from iptv2_diffusion.data.draws import generator_for
 from iptv2_diffusion.data.files import user_path
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, as_rgb, from_pillow, read_image_file
 from iptv2_diffusion.data.image_folders import Listing, is_of_tools, list_folder, split_of, understand
-from iptv2_diffusion.data.sampling import generator_for
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from iptv2_diffusion.data.archives import first_line
+from iptv2_diffusion.data.draws import StepDraws, draw_step, generator_for
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
 from iptv2_diffusion.data.images import decode_image, path_of, view_of
 from iptv2_diffusion.data.latent_encoding import Encoding, moments
-from iptv2_diffusion.data.sampling import StepDraws, draw_step, generator_for
 
 if TYPE_CHECKING:
     from iptv2_diffusion.latents import LatentCodec

@@ -26,7 +26,7 @@ from iptv2_diffusion.data.image_files import (
 )
 from iptv2_diffusion.data.image_metadata import orientation_of
 from iptv2_diffusion.data.images import decode_image
-from iptv2_diffusion.data.restoration import ImageStore, read_image
+from iptv2_diffusion.data.patches import ImageStore, read_image
 from iptv2_diffusion.sixteen_bit import write_16_bit, write_float_tiff
 
 RNG = np.random.default_rng(0)

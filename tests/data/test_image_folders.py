@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from iptv2_diffusion.data.images import ImageTensors, class_names, load_image_dataset, load_train_and_heldout
-from iptv2_diffusion.data.restoration import find_images
+from iptv2_diffusion.data.pairs import find_images
 
 
 def picture(path: Path, colour="red") -> Path:

@@ -13,8 +13,8 @@ from tiny_pipelines import save_pipeline
 
 from iptv2_diffusion import IPTV2Pipeline, IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.latent_encoding import Encoding, check_finite
-from pipelines.non_finite import NonFiniteImageError
-from pipelines.restore_cli import main
+from iptv2_diffusion.pipelines.non_finite import NonFiniteImageError
+from iptv2_diffusion.pipelines.restore_cli import main
 
 
 @pytest.fixture(scope="module")

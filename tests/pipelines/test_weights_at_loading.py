@@ -14,7 +14,7 @@ from tiny_pipelines import save_pipeline
 
 from iptv2_diffusion import IPTV2Pipeline, IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.models.loading import load_whole
-from pipelines.restore_cli import CommandError, main
+from iptv2_diffusion.pipelines.restore_cli import CommandError, main
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
