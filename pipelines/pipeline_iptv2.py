@@ -40,8 +40,8 @@ from torch import Tensor
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.loading import align_weights, check_complete
 from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
+from iptv2_diffusion.non_finite import NonFiniteImageError
 
-from .non_finite import NonFiniteImageError
 from .scheduler_fit import check_scheduler, is_of_flow, noise_schedule_of, prediction_of
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,7 @@ from torch import Tensor
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, from_pillow, read_image_file
 from iptv2_diffusion.models.activations import activation_bytes_per_pixel
 from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
-
-from .non_finite import NonFiniteImageError
+from iptv2_diffusion.non_finite import NonFiniteImageError
 
 __all__ = ["IPTV2RestorationPipeline", "RestorationPipelineOutput", "estimate_sigma"]
 

@@ -265,8 +265,6 @@ def understand(
     if not loose:
         classes = {path: parts[0] for path, parts in inner.items()}
         files, classes = _readable_classes(listing, files, classes, is_readable)
-        if not files:
-            raise ValueError(f"{where}: none of its images can be read")
         names = sorted(set(classes.values()))
         shown = ", ".join(map(printable, names[:8])) + (", …" if len(names) > 8 else "")
         text = f"{len(names)} class{'es' * (len(names) > 1)} from sub-folders: {shown}"
@@ -313,6 +311,8 @@ def _readable_classes(
     for path, name in classes.items():
         if not readable.get(name):
             readable[name] = is_readable(files[path])
+    if not any(readable.values()):  # which is told, with the reason, where they are decoded
+        return dict(files), dict(classes)
     for path, name in classes.items():
         if not readable[name]:
             listing.left_out[f"no readable image in {printable(name)}", path.suffix.lower()] += 1

@@ -84,6 +84,11 @@ class OwnFolder:
                 own.record(name, None)
         return own
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether the folder has a record of ours."""
+        return bool(self._kinds)
+
     def holds(self, name: str) -> bool:
         """Whether a file that we made is there, as large as we made it."""
         if name not in self.files:

@@ -13,7 +13,7 @@ from tiny_pipelines import save_pipeline
 
 from iptv2_diffusion import IPTV2Pipeline, IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.latent_encoding import Encoding, check_finite
-from iptv2_diffusion.pipelines.non_finite import NonFiniteImageError
+from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.pipelines.restore_cli import main
 
 
