@@ -86,9 +86,9 @@ def folder_photographs(folder: str) -> dict[str, np.ndarray]:
 
 
 def read_255(path: Path) -> np.ndarray:
-    """(H, W, 3) on 0–255: uint8, or float64 where the file has 16 bits."""
+    """(H, W, 3) on 0–255: uint8, or float64 where the file has 16 bits or floats."""
     image = read_image(path)
-    return image / 257 if image.dtype == np.uint16 else image
+    return image if image.dtype == np.uint8 else image / 257 if image.dtype == np.uint16 else image * 255.0
 
 
 def data_set(layout: str, data: str, first: int | None) -> Iterator[Example]:

@@ -13,6 +13,7 @@ noise schedule, the LatentCodec the latent's size and units.
 import difflib
 import inspect
 import logging
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Optional, Union
@@ -37,8 +38,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from iptv2_diffusion.latents import LatentCodec
-from iptv2_diffusion.models.loading import align_weights
+from iptv2_diffusion.models.loading import align_weights, check_complete
 from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
+from iptv2_diffusion.non_finite import NonFiniteImageError
+
+from .scheduler_fit import check_scheduler, is_of_flow, noise_schedule_of, prediction_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +52,6 @@ LEARNED_VARIANCES = ("learned", "learned_range")
 VARIANCE_SCHEDULERS = (DDPMScheduler, DDPMParallelScheduler)
 
 Label = int | str
-
-
-def is_of_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler samples flow matching, rather than noise or v-prediction."""
-    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 class IPTV2Pipeline(DiffusionPipeline):
@@ -65,8 +64,15 @@ class IPTV2Pipeline(DiffusionPipeline):
             and their kin for noise and v-prediction, FlowMatchEuler for flow matching. Swap one for another of the
             same kind by ``pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)``.
         id2label: class names by id. A name may list synonyms, separated by commas.
-        flow_matching: whether the transformer was trained for it; None: as the scheduler is. It is saved, so that a
-            scheduler of the other kind, given to ``from_pretrained`` or set later, is refused.
+        flow_matching: whether the transformer was trained for it; None: as the scheduler is. It is saved, as are the
+            next two, so that a scheduler that does not fit, given to ``from_pretrained`` or set later, is refused.
+        prediction_type: what the transformer predicts: "flow", "epsilon", "v_prediction" or "sample"; None: what the
+            scheduler samples.
+        noise_schedule: the fields of the scheduler's config that decide the noise at each training timestep
+            (num_train_timesteps, beta_start ...); None: those of the scheduler.
+
+    Raises:
+        ValueError: components that do not fit each other, a class id below 0, or weights that are incomplete.
 
     Example:
         >>> pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
@@ -85,17 +91,30 @@ class IPTV2Pipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         id2label: Optional[dict] = None,  # noqa: UP045 - diffusers before 0.37 reads no `dict | None`
         flow_matching: Optional[bool] = None,  # noqa: UP045
+        prediction_type: Optional[str] = None,  # noqa: UP045
+        noise_schedule: Optional[dict] = None,  # noqa: UP045
     ):
         super().__init__()
         for component in (transformer, vae):
             if component is not None:
-                align_weights(component)  # diffusers' own classes do not; a saved pipeline must give the same image
+                check_complete(component)  # diffusers' own classes leave what their file lacks without any value
+                align_weights(component)  # nor do they align; a saved pipeline must give the same image
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # JSON turns integer keys into strings
         id2label = {int(key): str(name) for key, name in id2label.items()} if id2label else None
-        if flow_matching is None and scheduler is not None:
-            flow_matching = is_of_flow(scheduler)
-        self.register_to_config(id2label=id2label, flow_matching=flow_matching)
+        if scheduler is not None:
+            flow_matching = is_of_flow(scheduler) if flow_matching is None else flow_matching
+            if is_of_flow(scheduler) == flow_matching:  # else it is one of the other kind, and tells nothing of ours
+                noise_schedule = noise_schedule_of(scheduler) if prediction_type is None else noise_schedule
+                prediction_type = prediction_of(scheduler) if prediction_type is None else prediction_type
+        if prediction_type is None and flow_matching is not None:
+            prediction_type = "flow" if flow_matching else None
+        self.register_to_config(
+            id2label=id2label,
+            flow_matching=flow_matching,
+            prediction_type=prediction_type,
+            noise_schedule=noise_schedule,
+        )
         self._vae_tiling: tuple[int, float] | None = None
         self._interrupt = False
         self._guidance_scale = 1.0
@@ -117,6 +136,8 @@ class IPTV2Pipeline(DiffusionPipeline):
                 f"the transformer gives {out_channels} channels for latents of {channels}; it must give {channels}, "
                 f"or {2 * channels} with a learned variance"
             )
+        if self.id2label and min(self.id2label) < 0:
+            raise ValueError(f"id2label names class {min(self.id2label)}; classes are numbered from 0")
         if self.id2label and self.num_classes is not None and max(self.id2label) >= self.num_classes:
             raise ValueError(
                 f"id2label names class {max(self.id2label)}, the transformer has classes 0 to {self.num_classes - 1}"
@@ -208,6 +229,17 @@ class IPTV2Pipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}; not {unknown}")
 
+    def _check_guidance(self, scale: float, interval: tuple[float, float], rescale: float, eta: float) -> None:
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale is {scale}; it must be a finite number, such as 4 (1: no guidance)")
+        start, stop = interval
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(f"guidance_interval is ({start}, {stop}); it must rise within 0 and 1")
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance_rescale is {rescale}; it must lie in [0, 1]")
+        if not 0 <= eta < math.inf:
+            raise ValueError(f"eta is {eta}; it must be a finite number, not negative")
+
     def _prepare_labels(self, class_labels: Any, num_images_per_label: int, device: torch.device) -> Tensor | None:
         """(B,) int64; None for an unconditional model. All null labels if a conditional model is given none."""
         if num_images_per_label < 1:
@@ -259,14 +291,7 @@ class IPTV2Pipeline(DiffusionPipeline):
     def _prepare_scheduler(self) -> SchedulerMixin:
         """The scheduler to step with, once it is clear that it fits the transformer's outputs."""
         scheduler, config = self.scheduler, self.scheduler.config
-        flow = self.config.flow_matching
-        if flow is not None and is_of_flow(scheduler) != flow:
-            trained = "flow matching" if flow else "noise or v-prediction"
-            kin = "FlowMatchEulerDiscreteScheduler" if flow else "DPMSolverMultistepScheduler"
-            raise ValueError(
-                f"the transformer was trained for {trained}, and {type(scheduler).__name__} is of the other kind; use "
-                f"{kin} or its kin"
-            )
+        check_scheduler(scheduler, self.config.prediction_type, self.config.noise_schedule)
         variance_type = config.get("variance_type")
         if variance_type in LEARNED_VARIANCES:
             if not isinstance(scheduler, VARIANCE_SCHEDULERS):
@@ -370,6 +395,8 @@ class IPTV2Pipeline(DiffusionPipeline):
 
         self._num_timesteps = len(scheduler.timesteps)
         self._interrupt = False
+        # The first step after which an image was not finite, read at the end: a look at every step waits for the device
+        self._spoilt = torch.full((len(latents),), -1, device=latents.device)
         with self.progress_bar(total=self._num_timesteps) as progress:
             for step, timestep in enumerate(scheduler.timesteps):
                 if self._interrupt:
@@ -388,6 +415,8 @@ class IPTV2Pipeline(DiffusionPipeline):
                     returned = callback(self, step, timestep, given) or {}
                     latents = returned.get("latents", latents)
                     class_labels = returned.get("class_labels", class_labels)
+                broken = ~latents.isfinite().flatten(1).all(dim=1) & (self._spoilt < 0)
+                self._spoilt = torch.where(broken, step, self._spoilt)
                 progress.update()
         return latents
 
@@ -396,9 +425,26 @@ class IPTV2Pipeline(DiffusionPipeline):
     ) -> Any:
         """Images of the output type."""
         if output_type == "latent":
+            spoilt = (~latents.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+            if spoilt:
+                self._refuse_non_finite(spoilt, latents)
             return latents
         decoded = self.codec.decode(latents, generator if isinstance(generator, torch.Generator) else None)
-        return self.image_processor.postprocess(decoded, output_type=output_type)
+        spoilt = (~decoded.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        images = self.image_processor.postprocess(decoded.nan_to_num(0.0) if spoilt else decoded, output_type)
+        if spoilt:
+            self._refuse_non_finite(spoilt, images)
+        return images
+
+    def _refuse_non_finite(self, indices: list[int], images: Any) -> None:
+        """Raise, naming the images, the step and the precision, rather than give black pictures."""
+        count, step = len(self._spoilt), int(self._spoilt[indices[0]])
+        shown = ", ".join(str(index + 1) for index in indices[:5]) + (", …" if len(indices) > 5 else "")
+        where = f"step {step + 1} of {self._num_timesteps}" if step >= 0 else "decoding by the VAE"
+        dtype = self.transformer.dtype if step >= 0 else self.vae.dtype
+        raise NonFiniteImageError(
+            f"image{'s' * (len(indices) > 1)} {shown} of {count}, {where}", dtype, indices, images
+        )
 
     # --- the call ----------------------------------------------------------------------------------------------------
 
@@ -446,10 +492,15 @@ class IPTV2Pipeline(DiffusionPipeline):
 
         Returns:
             ``ImagePipelineOutput`` with ``.images``, or a tuple with them.
+
+        Raises:
+            ValueError: an argument out of its range, or a scheduler that does not fit the transformer.
+            NonFiniteImageError, a ValueError: NaN or infinity instead of an image; its ``images`` hold the sound ones.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_options(output_type, num_inference_steps, callback_on_step_end_tensor_inputs)
+        self._check_guidance(guidance_scale, guidance_interval, guidance_rescale, eta)
 
         device = self._execution_device
         guidable = class_labels is not None

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, from_pillow, read_image_file
 from iptv2_diffusion.models.activations import activation_bytes_per_pixel
 from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
-from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit
+from iptv2_diffusion.non_finite import NonFiniteImageError
 
 __all__ = ["IPTV2RestorationPipeline", "RestorationPipelineOutput", "estimate_sigma"]
 
@@ -77,6 +78,8 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         self_ensemble: bool = False,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
+        clip: bool = True,
+        max_pixels: int | None = None,
     ) -> RestorationPipelineOutput | tuple[Any, list[float] | None]:
         """Restore one image or a list.
 
@@ -97,15 +100,18 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
             self_ensemble: mean over the eight flips and rotations; eight times the time.
             output_type: "pil" (8 bits), "np" or "pt".
             return_dict: return a `RestorationPipelineOutput` instead of a tuple.
+            clip: cut the result to [0, 1]; False keeps what lies beyond in an input of floats ("np" and "pt").
+            max_pixels: height times width that a file may have; None: about 179 million, as Pillow's own limit.
 
         Raises:
             ValueError: an image that cannot be read, is empty or has wrong channels; a number out of its range.
+            NonFiniteImageError, a ValueError: the model gives NaN or infinity for an image.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is {strength}; it must lie in [0, 1]")
-        pictures = list(read_pictures(image))
+        pictures = list(read_pictures(image, Limits() if max_pixels is None else Limits(max_pixels)))
         if not pictures:
             raise ValueError("the list of images is empty; give at least one")
         sigmas = self.noise_levels(sigma, pictures)
@@ -113,13 +119,23 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         turns = range(8) if self_ensemble else (0,)
         restored = []
         with self.progress_bar(total=len(turns) * sum(len(tops) * len(lefts) for _, tops, lefts in plans)) as bar:
-            for picture, level, (side, tops, lefts) in zip(pictures, sigmas, plans, strict=True):
-                result = self.restore(picture.pixels, level, task, (side, tops, lefts), overlap, turns, bar)
-                result = torch.lerp(picture.pixels, result, strength).clamp_(0, 1)
-                restored.append(Picture(result, picture.alpha))
+            for index, (picture, level, plan) in enumerate(zip(pictures, sigmas, plans, strict=True)):
+                result = self.restore(picture.pixels, level, task, plan, overlap, turns, bar)
+                if not result.isfinite().all():
+                    self.refuse_non_finite(result, index, len(pictures), plan)
+                result = torch.lerp(picture.pixels, result, strength)
+                restored.append(Picture(cut(result) if clip else result, picture.alpha))
         images = to_output(restored, output_type)
         levels = None if sigma is None and self.model.config.sigma_conditioning is None else sigmas
         return RestorationPipelineOutput(images=images, sigmas=levels) if return_dict else (images, levels)
+
+    def refuse_non_finite(self, result: Tensor, index: int, count: int, plan: tuple[int, list[int], list[int]]) -> None:
+        """Raise, naming the image, the tile and the precision, rather than give a black picture."""
+        _, tops, lefts = plan
+        row, column = (~result.isfinite().all(dim=0)).nonzero()[0].tolist()
+        tile = sum(top <= row for top in tops) * len(lefts) - len(lefts) + sum(left <= column for left in lefts)
+        which = f"image {index + 1} of {count}, tile {tile} of {len(tops) * len(lefts)}"
+        raise NonFiniteImageError(which, next(self.model.parameters()).dtype, [index])
 
     # ----------------------------------------------------------------------------------------------------------------
     # Noise level
@@ -164,6 +180,8 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         """
         channels, height, width = shape
         step = self.model.granularity
+        if math.isnan(memory):
+            raise ValueError("memory is nan; give gigabytes, such as 1")
         if tile == "auto":
             tile = self.largest_tile(channels, height, width, memory)
         if tile is None:
@@ -258,6 +276,14 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         return total / len(turns)
 
 
+def cut(pixels: Tensor) -> Tensor:
+    """Pixels within [0, 1]; says so where that takes more than the noise that is left."""
+    low, high = float(pixels.min()), float(pixels.max())
+    if high > 1.25 or low < -0.25:
+        warnings.warn(f"values from {low:.3g} to {high:.3g} are cut to [0, 1]; clip=False keeps them", stacklevel=4)
+    return pixels.clamp_(0, 1)
+
+
 def overlap_of(side: int, step: int, overlap: int | None) -> int:
     """Overlap in pixels, a multiple of `step`: the given one rounded up, or an eighth of the tile."""
     if overlap is not None and overlap < 1:
@@ -337,50 +363,28 @@ def in_squares(plane: Tensor, side: int) -> Tensor:
 # Images in and out
 
 
-def read_pictures(image: Any) -> Iterator[Picture]:
+def read_pictures(image: Any, limits: Limits = DEFAULT_LIMITS) -> Iterator[Picture]:
     """Whatever `__call__` takes, as `Picture`s."""
     if isinstance(image, (list, tuple)):
         for item in image:
-            yield from read_pictures(item)
+            yield from read_pictures(item, limits)
     elif isinstance(image, (str, Path)):
-        yield read_file_picture(Path(image))
+        yield read_file_picture(Path(image), limits)
     elif isinstance(image, Image.Image):
-        yield from_pil(ImageOps.exif_transpose(image))
+        yield from from_array(from_pillow(image).pixels)
     elif isinstance(image, (np.ndarray, Tensor)):
         yield from from_array(image)
     else:
         raise ValueError(f"{type(image).__name__} is no image; give a path, PIL image, array, tensor or a list of them")
 
 
-def read_file_picture(path: Path) -> Picture:
-    """An image file; PNG and TIFF of 16 bits keep their depth."""
+def read_file_picture(path: Path, limits: Limits) -> Picture:
+    """An image file; what has more than 8 bits a channel, or floats, keeps its depth."""
     try:
-        if is_16_bit(path):
-            return next(from_array(read_16_bit(path)))
-        with Image.open(path) as file:
-            return from_pil(ImageOps.exif_transpose(file))
-    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:160]
+        return next(from_array(read_image_file(path, limits).pixels))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
-
-
-def from_pil(image: Image.Image) -> Picture:
-    if not image.width or not image.height:
-        raise ValueError(f"the image is {image.width}x{image.height} pixels; it is empty")
-    if image.mode in ("I;16", "I;16B", "I", "F"):
-        array = np.asarray(image).astype(np.float32) / (1 if image.mode == "F" else 65535)
-        check_values(array)
-        return Picture(torch.from_numpy(array)[None])
-    gray = image.mode in ("1", "L", "LA")
-    pixels = image.convert("L" if gray else "RGB")
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    pixels, alpha = (
-        None if part is None else torch.from_numpy(np.asarray(part, dtype=np.float32) / 255) for part in (pixels, alpha)
-    )
-    return Picture(
-        pixels.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous(),
-        None if alpha is None else alpha[None],
-    )
 
 
 def check_values(values: np.ndarray) -> None:
@@ -410,7 +414,7 @@ def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
     if channels not in (1, 2, 3, 4):
         order = "(H, W, C)" if last else "(C, H, W)"
         raise ValueError(f"an image of shape {shape} has {channels} channels; {order} with 1 to 4 is expected")
-    if array.dtype == bool or array.dtype.kind not in "uf":
+    if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"an image of {array.dtype} is ambiguous; give uint8, uint16, or floats on [0, 1]")
     peak = float(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else 1.0
     values = array.astype(np.float32) / np.float32(peak)
@@ -435,7 +439,7 @@ def to_output(pictures: list[Picture], output_type: str) -> Any:
 def to_pil(picture: Picture) -> Image.Image:
     """8 bits a channel."""
     parts = [picture.pixels] if picture.alpha is None else [picture.pixels, picture.alpha]
-    arrays = [(part.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for part in parts]
+    arrays = [(part.clamp(0, 1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for part in parts]
     images = [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array) for array in arrays]
     if picture.alpha is not None:
         images[0].putalpha(images[1])

@@ -2,9 +2,10 @@
 
     iptv2-restore photo.jpg holiday/ -o restored --model assets/iptv2-denoise-color --sigma 25
 
-Every picture is written under OUT by its own name (folders keep their structure). What is there already is left alone,
-so the same command goes on after an interruption; an input is never overwritten. EXIF and ICC profiles are kept, and
-so are the 16 bits a channel of PNG and TIFF files. Pictures are written upright.
+Every picture is written under OUT by its own name (folders keep their structure). OUT keeps a record of what was
+written, so the same command goes on after an interruption; what lies there otherwise is neither counted nor touched,
+and an input is never overwritten. EXIF and ICC profiles are kept, and so are the 16 bits a channel of PNG and TIFF
+files and the floats of TIFF files. Pictures are written upright.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    import numpy as np
+from iptv2_diffusion.data.files import DISK_ERRORS, forgiving_streams, printable, user_path
+from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, ImageFile, Limits, read_image_file
+from iptv2_diffusion.data.image_folders import image_files
+from iptv2_diffusion.data.own_folder import ForeignFolderError, OwnFolder
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
-ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
+FLOAT_SUFFIXES = {".tif", ".tiff"}
+KIND = "restored pictures"
 JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 SAVE_OPTIONS = {".jpg": JPEG_OPTIONS, ".jpeg": JPEG_OPTIONS, ".webp": {"lossless": True}}
 
@@ -37,6 +41,7 @@ class CommandError(Exception):
 
 def run() -> None:
     """The console script."""
+    forgiving_streams()
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         code = main(sys.argv[1:])
@@ -44,7 +49,7 @@ def run() -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; what is written is whole, and the same command goes on from here", file=sys.stderr)
         code = 130
     sys.exit(code)
 
@@ -53,27 +58,58 @@ def main(argv: Sequence[str]) -> int:
     """Restore everything that is named; 0 if all went well, 1 if a picture failed."""
     arguments = parse(argv)
     jobs = plan(arguments.inputs, arguments.output)
-    todo = [(source, target) for source, target in jobs if not target.exists()]
+    folder = claim(arguments.output)
+    todo = [(source, name) for source, name in jobs if not is_done(folder, name)]
     if len(todo) < len(jobs):
-        there = f"{len(jobs) - len(todo)} of {len(jobs)} are in {arguments.output} already"
+        there = f"{len(jobs) - len(todo)} of {len(jobs)} are in {printable(arguments.output)} already"
         print(f"{there}; delete them, or choose another --output, to restore them again")
     if not todo:
         return 0
     pipeline = load(arguments)
     failed = 0
-    for number, (source, target) in enumerate(todo, start=1):
+    for number, (source, name) in enumerate(todo, start=1):
+        what = f"[{number}/{len(todo)}] {printable(source)}"
         try:
-            restore(pipeline, source, target, arguments)
-            print(f"[{number}/{len(todo)}] {source} -> {target}")
-        except (ValueError, RuntimeError, MemoryError) as error:  # one picture (out of memory, say): the others go on
+            restore(pipeline, source, folder, name, arguments)
+            print(f"{what} -> {printable(arguments.output / name)}")
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:  # one picture (out of memory, say)
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # is so for all that follow
+                written = f"{number - 1 - failed} of {len(todo)} are written, whole"
+                raise CommandError(
+                    f"cannot write to {printable(arguments.output)}: {error.strerror}; {written}: make room, and the "
+                    "same command goes on from here"
+                ) from error
             failed += 1
-            reason = " ".join(str(error).split())[:200] or "out of memory"
-            print(f"[{number}/{len(todo)}] {source} failed: {reason}", file=sys.stderr)
-        except OSError as error:
-            raise CommandError(f"cannot write {target}: {error.strerror or error}") from error
+            reason = " ".join(str(error).split())[:240] or "out of memory"
+            print(f"{what} failed: {printable(reason)}", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(todo)} failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def claim(output: Path) -> OwnFolder:
+    """The output folder with the record of what was restored into it; refuses a folder of something else."""
+    try:
+        folder = OwnFolder.claim(output, KIND)
+        with tempfile.TemporaryFile(dir=output):
+            return folder
+    except ForeignFolderError as error:
+        raise CommandError(str(error).replace("another folder", "another --output")) from error
+    except OSError as error:
+        raise CommandError(f"cannot write to {printable(output)}: {error.strerror}") from error
+
+
+def is_done(folder: OwnFolder, name: str) -> bool:
+    """Whether a picture was restored. One that was changed since is left alone, unless it is damaged."""
+    if folder.holds(name):
+        return True
+    if name not in folder.files or not (folder.folder / name).is_file():
+        return False
+    try:
+        read_image_file(folder.folder / name)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -81,9 +117,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "iptv2-restore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="pictures and folders of pictures")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder to write to")
-    parser.add_argument("--model", required=True, help="pipeline folder, or its name on the Hub")
+    parser.add_argument("inputs", nargs="+", type=user_path, metavar="IN", help="pictures and folders of pictures")
+    parser.add_argument("-o", "--output", required=True, type=user_path, metavar="OUT", help="folder to write to")
+    parser.add_argument(
+        "--model", required=True, type=os.path.expanduser, help="pipeline folder, or its name on the Hub"
+    )
     parser.add_argument("--sigma", type=float, help="noise level, 0-255 [estimated for each picture]")
     parser.add_argument("--task", type=int, help="for a model of several tasks")
     parser.add_argument("--strength", type=float, default=1.0, help="0: the input, 1: fully restored [1]")
@@ -94,10 +132,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--self-ensemble", action="store_true", help="mean over 8 flips and rotations; 8 x slower")
     parser.add_argument("--bits", type=int, choices=(8, 16), help="a channel, 16 for PNG and TIFF only [the input's]")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=DEFAULT_LIMITS.pixels,
+        help=f"refuse pictures of more pixels, before they are decoded [{DEFAULT_LIMITS.pixels}]",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [cpu]")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.strength <= 1:
         parser.error(f"--strength is {arguments.strength:g}; it must lie in 0 to 1")
+    if arguments.max_pixels < 1:
+        parser.error(f"--max-pixels is {arguments.max_pixels}; it must be at least 1")
     if arguments.tile not in ("auto", "none"):
         if not arguments.tile.isdigit():
             parser.error(f"--tile is {arguments.tile!r}; give a number of pixels, auto, or none")
@@ -106,47 +152,44 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
-    """(picture, where it goes) for all that is named; raises rather than overwrite an input or a namesake."""
+def plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, str]]:
+    """(picture, its name under `output`) for all that is named; raises rather than overwrite an input or a namesake."""
     jobs = [job for source in inputs for job in pictures(source, output)]
     sources = {source.resolve() for source, _ in jobs}
     taken: dict[Path, Path] = {}
-    for source, target in jobs:
+    for source, name in jobs:
+        target = output / name
         resolved = target.resolve()
         if resolved in sources:
-            raise CommandError(f"{target} would overwrite an input; choose another --output than {output}")
+            raise CommandError(
+                f"{printable(target)} would overwrite an input; choose another --output than {printable(output)}"
+            )
         if taken.setdefault(resolved, source) != source:
-            raise CommandError(f"{taken[resolved]} and {source} would both become {target}; restore them apart")
+            both = f"{printable(taken[resolved])} and {printable(source)}"
+            raise CommandError(f"{both} would both become {printable(target)}; restore them apart")
     return jobs
 
 
-def pictures(source: Path, output: Path) -> Iterator[tuple[Path, Path]]:
-    """A picture, or all pictures under a folder, with their places under `output`."""
+def pictures(source: Path, output: Path) -> Iterator[tuple[Path, str]]:
+    """A picture, or all pictures under a folder, with their names under `output`."""
     if source.is_dir():
-        found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts)]
+        found = list(image_files(source, SUFFIXES))
         if not found:
-            raise CommandError(f"{source} holds no pictures ({' '.join(sorted(SUFFIXES))})")
-        inside = source.resolve() in output.resolve().parents  # what an output inside the input holds is no input
+            raise CommandError(f"{printable(source)} holds no pictures ({' '.join(sorted(SUFFIXES))})")
+        within = source.resolve() in output.resolve().parents  # what an output inside the input holds is no input
         for path in found:
-            if not (inside and path.resolve().is_relative_to(output.resolve())):
-                yield path, output / path.relative_to(source)
+            if not (within and path.resolve().is_relative_to(output.resolve())):
+                yield path, path.relative_to(source).as_posix()
     elif source.is_file():
         if source.suffix.lower() not in SUFFIXES:
-            raise CommandError(f"{source} is no picture ({' '.join(sorted(SUFFIXES))})")
-        yield source, output / source.name
+            raise CommandError(f"{printable(source)} is no picture ({' '.join(sorted(SUFFIXES))})")
+        yield source, source.name
     else:
-        raise CommandError(f"{source} does not exist")
+        raise CommandError(f"{printable(source)} does not exist")
 
 
 def load(arguments: argparse.Namespace):
     """The pipeline; late, since this takes seconds."""
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=arguments.output):
-            pass
-    except OSError as error:
-        raise CommandError(f"cannot write to {arguments.output}: {error.strerror}") from error
     from iptv2_diffusion.memory import keep_freed_memory
     from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
 
@@ -157,9 +200,9 @@ def load(arguments: argparse.Namespace):
         raise CommandError(f"{arguments.model} holds a {kind}, not an {IPTV2RestorationPipeline.__name__}")
     try:
         pipeline = IPTV2RestorationPipeline.from_pretrained(arguments.model)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of diffusers and its libraries, about whatever the folder holds
         local = "" if Path(arguments.model).exists() else "no such folder, and from the Hub: "
-        raise CommandError(f"cannot load {arguments.model}: {local}{' '.join(str(error).split())[:200]}") from error
+        raise CommandError(f"cannot load {arguments.model}: {local}{' '.join(str(error).split())[:500]}") from error
     try:
         pipeline.to(arguments.device)
     except (RuntimeError, AssertionError) as error:
@@ -181,52 +224,69 @@ def pipeline_class(folder: Path) -> str | None:
         return None
 
 
-def restore(pipeline, source: Path, target: Path, arguments: argparse.Namespace) -> None:
+def restore(pipeline, source: Path, folder: OwnFolder, name: str, arguments: argparse.Namespace) -> None:
     """One picture: restored, then written under its final name at once."""
     options = {
-        name: getattr(arguments, name)
-        for name in ("sigma", "task", "strength", "tile", "overlap", "memory", "self_ensemble")
+        option: getattr(arguments, option)
+        for option in ("sigma", "task", "strength", "tile", "overlap", "memory", "self_ensemble")
     }
-    metadata, deep = describe(source)
-    deep = deep if arguments.bits is None else arguments.bits == 16
-    if deep and target.suffix.lower() not in DEEP_SUFFIXES:
-        raise ValueError(f"{target} cannot have 16 bits a channel; only {' '.join(sorted(DEEP_SUFFIXES))} can")
-    result = pipeline(source, output_type="np" if deep else "pil", **options).images[0]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    picture = read(source, Limits(arguments.max_pixels))
+    suffix = Path(name).suffix.lower()
+    kind = {8: "uint8", 16: "uint16"}.get(arguments.bits, picture.pixels.dtype.name)
+    if kind == "uint16" and suffix not in DEEP_SUFFIXES:
+        raise ValueError(f"{name} cannot have 16 bits a channel; only {' '.join(sorted(DEEP_SUFFIXES))} can")
+    if kind == "float32" and suffix not in FLOAT_SUFFIXES:
+        raise ValueError(f"{name} cannot hold floats; only {' '.join(sorted(FLOAT_SUFFIXES))} can, or add --bits 8")
+    output_type = "pil" if kind == "uint8" else "np"
+    result = pipeline(picture.pixels, output_type=output_type, clip=kind != "float32", **options).images[0]
+    with folder.writing(name) as temporary:
+        write(result, kind, temporary, picture)
+    for note in picture.metadata.notes:
+        warnings.warn(f"{printable(source)}: {note}", stacklevel=1)
+
+
+def read(source: Path, limits: Limits) -> ImageFile:
+    """A picture with its metadata; refuses files of several frames, which would be cut to one."""
     try:
-        if deep:
-            write_deep(result, temporary, metadata)
+        picture = read_image_file(source, limits)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].replace("max_pixels", "--max-pixels")
+        raise ValueError(f"{source} cannot be read as an image: {reason}") from error
+    if picture.frames > 1:
+        raise ValueError(f"it holds {picture.frames} frames; save each as a picture of its own")
+    return picture
+
+
+def write(result: Image.Image | np.ndarray, kind: str, path: Path, picture: ImageFile) -> None:
+    """Write with the metadata; those that the format or the library cannot take are dropped, with a note."""
+    metadata = picture.metadata.saved()
+    for dropped in ((), ("exif",), ("exif", "icc_profile")):
+        kept = {key: value for key, value in metadata.items() if key not in dropped}
+        try:
+            write_as(result, kind, path, kept)
+        except OSError as error:
+            if error.errno is not None or not kept:  # the system's, not the library's
+                raise
+        except Exception:  # of Pillow, pypng or tifffile, about metadata
+            if not kept:
+                raise
         else:
-            write_pil(result, temporary, metadata)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+            lost = [key for key in dropped if key in metadata]
+            if lost:
+                picture.metadata.notes.append(f"its {' and '.join(lost)} cannot be written and is dropped")
+            return
 
 
-def describe(source: Path) -> tuple[dict[str, bytes], bool]:
-    """EXIF and ICC profile of a picture as `save` takes them, and whether it has 16 bits a channel."""
-    from iptv2_diffusion.sixteen_bit import count_tiff_images, is_16_bit, read_tiff_metadata
+def write_as(result: Image.Image | np.ndarray, kind: str, path: Path, metadata: dict[str, bytes]) -> None:
+    """8 bits a channel by Pillow, 16 bits and floats of (H, W, C) on [0, 1] by `sixteen_bit.py`."""
+    from iptv2_diffusion.sixteen_bit import write_16_bit, write_float_tiff
 
-    try:
-        deep = is_16_bit(source)
-        if source.suffix.lower() in (".tif", ".tiff"):
-            metadata, frames = read_tiff_metadata(source), count_tiff_images(source)
-        else:
-            with Image.open(source) as file:
-                frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's extra views
-                kept = ("exif",) if file.mode == "CMYK" else ("exif", "icc_profile")  # as RGB its profile would lie
-                metadata = {key: file.info[key] for key in kept if file.info.get(key)}
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source} cannot be read as an image: {' '.join(str(error).split())[:160]}") from error
-    if frames > 1:
-        raise ValueError(f"it holds {frames} frames; save each as a picture of its own")
-    exif = Image.Exif()
-    exif.load(metadata.get("exif"))
-    if exif.get(ORIENTATION, 1) != 1:  # the pixels are turned
-        exif[ORIENTATION] = 1
-        metadata["exif"] = exif.tobytes()
-    return metadata, deep
+    if kind == "float32":
+        write_float_tiff(result, path, **metadata)
+    elif kind == "uint16":
+        write_16_bit((result.astype("float64") * 65535).round().astype("uint16"), path, **metadata)
+    else:
+        write_pil(result, path, metadata)
 
 
 def write_pil(image: Image.Image, path: Path, metadata: dict[str, bytes]) -> None:
@@ -235,13 +295,6 @@ def write_pil(image: Image.Image, path: Path, metadata: dict[str, bytes]) -> Non
     if suffix in (".jpg", ".jpeg", ".bmp", ".ppm") and image.mode in ("RGBA", "LA"):
         image = image.convert("RGB" if image.mode == "RGBA" else "L")
     image.save(path, format=Image.registered_extensions()[suffix], **SAVE_OPTIONS.get(suffix, {}), **metadata)
-
-
-def write_deep(image: np.ndarray, path: Path, metadata: dict[str, bytes]) -> None:
-    """16 bits a channel, of (H, W, C) on [0, 1]."""
-    from iptv2_diffusion.sixteen_bit import write_16_bit
-
-    write_16_bit((image.astype("float64") * 65535).round().astype("uint16"), path, **metadata)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,19 @@ SOURCES = sorted(p for part in ("iptv2_diffusion", "pipelines", "train", "eval")
 OURS = ("iptv2_diffusion", "train", "eval")
 # A floor may import itself and the floors below it
 FOUNDATION = [
-    f"iptv2_diffusion.{name}" for name in ("kernels", "models", "latents", "memory", "objectives", "sixteen_bit")
+    f"iptv2_diffusion.{name}"
+    for name in ("kernels", "models", "latents", "memory", "non_finite", "objectives", "sixteen_bit", "strict_yaml")
 ]
 TRAINING = [*FOUNDATION, "iptv2_diffusion.data", "iptv2_diffusion.training"]
 BELOW = {
     "iptv2_diffusion.kernels": [],
-    "iptv2_diffusion.models": ["iptv2_diffusion.kernels"],
+    "iptv2_diffusion.models": ["iptv2_diffusion.kernels", "iptv2_diffusion.strict_yaml"],
+    "iptv2_diffusion.strict_yaml": [],
     "iptv2_diffusion.latents": [],
     "iptv2_diffusion.memory": [],
+    "iptv2_diffusion.non_finite": [],
     "iptv2_diffusion.objectives": [],
-    "iptv2_diffusion.sixteen_bit": [],
+    "iptv2_diffusion.sixteen_bit": ["iptv2_diffusion.data.image_files", "iptv2_diffusion.data.image_metadata"],
     "iptv2_diffusion.data": ["iptv2_diffusion.latents", "iptv2_diffusion.sixteen_bit"],
     "iptv2_diffusion.training": [*FOUNDATION, "iptv2_diffusion.data"],
     "iptv2_diffusion.evaluation": TRAINING,
@@ -28,7 +31,12 @@ BELOW = {
         "iptv2_diffusion.models",
         "iptv2_diffusion.latents",
         "iptv2_diffusion.memory",
+        "iptv2_diffusion.non_finite",
         "iptv2_diffusion.sixteen_bit",
+        "iptv2_diffusion.data.files",
+        "iptv2_diffusion.data.image_files",
+        "iptv2_diffusion.data.image_folders",
+        "iptv2_diffusion.data.own_folder",
     ],
 }
 RECIPES = ("latent_diffusion", "vae", "restoration")

@@ -1,4 +1,4 @@
-"""ImageNet as it is handed out: a tar of one tar per class, read in place.
+"""Tars read in place: of one tar per class, as ImageNet is handed out, and of class folders.
 
 `ILSVRC2012_img_train.tar` holds n01440764.tar ..., each with its class's JPEG files. Tars are not compressed, so every
 image is a piece of the outer file; one pass over the headers finds where, and nothing is unpacked.
@@ -6,58 +6,140 @@ image is a piece of the outer file; one pass over the headers finds where, and n
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import re
 import tarfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
 import fsspec
 
+from iptv2_diffusion.data.image_folders import METADATA, Listing, is_of_tools
+
 _PIECE = re.compile(r"^(?P<file>.+\.tar)::(?P<offset>\d+)\+(?P<size>\d+)::.+$")
 
 
+LOOKED_AT = 64  # files of a tar, to tell what it is
+# What lies beside the image of a WebDataset's sample
+SIDE_FILES = (".cls", ".cls2", ".txt", ".json", ".caption", ".npy", ".id", ".index", ".pyd")
 WAITS = (0.5, 2.0)  # seconds before further attempts at what a network did not give
 
 
-def is_nested_tar(path: Path) -> bool:
-    """Whether the first file in a tar is a tar."""
+def kind_of_tar(path: Path, suffixes: set[str]) -> str:
+    """What a tar is by its first files: "tars", of one tar a class; "folders", of class folders; "samples", WebDataset.
+
+    Class folders hold images alone; a sample of a WebDataset has files beside the image, or lies in no folder.
+    Raises ValueError for a file that is no tar, or a damaged one.
+    """
+    images = 0
+    with opened_tar(path) as archive:
+        for member in itertools.islice((m for m in archive if m.isfile()), LOOKED_AT):
+            inner = PurePosixPath(member.name)
+            if any(is_of_tools(part) for part in inner.parts):
+                continue
+            if inner.suffix == ".tar":
+                return "tars"
+            in_folder = len([part for part in inner.parts if part != "."]) > 1
+            if inner.suffix.lower() in suffixes and in_folder:
+                images += 1
+            elif inner.name not in METADATA and inner.suffix.lower() in (*SIDE_FILES, *suffixes):
+                return "samples"
+    return "folders" if images else "samples"
+
+
+def check_end(path: Path) -> None:
+    """Raise a ValueError for a tar that does not end in the zeros that tars end in: it is cut, or none."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - tarfile.BLOCKSIZE))
+        end = file.read()
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise ValueError(f"{path}: a damaged tar, or none (it is cut short); download it again")
+
+
+@contextlib.contextmanager
+def opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """An uncompressed tar. A damaged one, at opening or later, is a ValueError that names it."""
     try:
         with tarfile.open(path, "r:") as archive:
-            first = next((member for member in archive if member.isfile()), None)
-    except tarfile.TarError:
-        return False
-    return first is not None and first.name.endswith(".tar")
+            yield archive
+    except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: a damaged tar, or none ({first_line(error)}); download it again") from error
+
+
+def list_tar(path: Path, listing: Listing, suffixes: set[str]) -> None:
+    """Add the images of a tar of class folders to a listing, as pieces of the file.
+
+    A single folder around all of them does not count. Raises ValueError for a damaged tar.
+    """
+    end, found = path.stat().st_size, {}
+    with opened_tar(path) as archive:
+        for member in archive:
+            inner = PurePosixPath(os.path.normpath(member.name))
+            if not member.isfile() or ".." in inner.parts or inner.is_absolute():
+                continue
+            if member.offset_data + member.size > end:
+                raise ValueError(f"{path} is cut short inside {member.name}; download it again")
+            found[inner] = f"{path}::{member.offset_data}+{member.size}::{member.name}"
+    while found and len({p.parts[0] for p in found}) == 1 and all(len(p.parts) > 2 for p in found):
+        found = {PurePosixPath(*p.parts[1:]): piece for p, piece in found.items()}
+    for inner, piece in sorted(found.items()):
+        listing.add(inner, piece, suffixes)
 
 
 def load_nested_tar(path: Path, suffixes: set[str], cache_dir: str | None = None) -> datasets.Dataset:
     """The images of a tar of tars: "image" (a piece of the file, undecoded) and "label", named by the inner tars.
 
-    `datasets` keeps the list in its cache, under the file's name, size and time.
+    `datasets` keeps the list in its cache, under the file's name, size and time. Raises ValueError for a damaged tar.
     """
     state = path.stat()
-    with tarfile.open(path, "r:") as outer:
-        names = sorted(Path(member.name).stem for member in outer if member.name.endswith(".tar"))
+    with opened_tar(path) as outer:
+        names = sorted(Path(member.name).stem for member in outer if _is_class(member))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path}: holds two tars called {twice}.tar; which images are of the class cannot be told")
     features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
-    return datasets.Dataset.from_generator(
-        _pieces,
-        features=datasets.Features(features),
-        gen_kwargs={"path": str(path), "suffixes": sorted(suffixes), "state": (state.st_size, state.st_mtime_ns)},
-        **({} if cache_dir is None else {"cache_dir": cache_dir}),
-    )
+    try:
+        return datasets.Dataset.from_generator(
+            _pieces,
+            features=datasets.Features(features),
+            gen_kwargs={"path": str(path), "suffixes": sorted(suffixes), "state": (state.st_size, state.st_mtime_ns)},
+            **({} if cache_dir is None else {"cache_dir": cache_dir}),
+        )
+    except datasets.exceptions.DatasetGenerationError as error:  # which hides ours
+        cause = error.__cause__ or error
+        raise ValueError(first_line(cause)) from error
+
+
+def _is_class(member: tarfile.TarInfo) -> bool:
+    inner = PurePosixPath(member.name)
+    return member.isfile() and inner.suffix == ".tar" and not any(is_of_tools(part) for part in inner.parts)
 
 
 def _pieces(path: str, suffixes: list[str], state: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    with tarfile.open(path, "r:") as outer:
-        for member in (m for m in outer if m.name.endswith(".tar")):
+    end = state[0]
+    with opened_tar(Path(path)) as outer:
+        for member in (m for m in outer if _is_class(m)):
             name = Path(member.name).stem
-            with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                for image in (i for i in inner if i.isfile() and Path(i.name).suffix.lower() in suffixes):
-                    offset = member.offset_data + image.offset_data
-                    piece = f"{path}::{offset}+{image.size}::{name}/{image.name}"
-                    yield {"image": {"bytes": None, "path": piece}, "label": name}
+            if member.offset_data + member.size > end:
+                raise ValueError(f"{path} is cut short inside {member.name}; download it again")
+            try:
+                with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                    for image in (i for i in inner if i.isfile() and Path(i.name).suffix.lower() in suffixes):
+                        offset = member.offset_data + image.offset_data
+                        piece = f"{path}::{offset}+{image.size}::{name}/{image.name}"
+                        yield {"image": {"bytes": None, "path": piece}, "label": name}
+            except (tarfile.TarError, EOFError, UnicodeError) as error:
+                raise ValueError(
+                    f"{path}: its inner tar {member.name} is damaged ({first_line(error)}); download it again"
+                ) from error
 
 
 def file_of(path: str) -> Path:
@@ -90,13 +172,22 @@ def fetch(url: str) -> bytes:
             time.sleep(wait)
 
 
-def read_bytes(path: str) -> bytes:
-    """The bytes of an image: a file, a piece of a tar, or what a URL of fsspec names (as of the Hub)."""
+def read_bytes(path: str, limit: int | None = None) -> bytes:
+    """The bytes of an image: a file, a piece of a tar, or what a URL of fsspec names (as of the Hub).
+
+    Raises ValueError for more than `limit` bytes, and for a piece beyond the end of its tar.
+    """
     match = _PIECE.match(path)
     if match is None and "://" in path:
         return fetch(path)
+    size = Path(path).stat().st_size if match is None else int(match["size"])
+    if limit is not None and size > limit:
+        raise ValueError(f"it has {size} bytes, above the limit of {limit}; raise max_pixels to read it")
     if match is None:
         return Path(path).read_bytes()
     with open(match["file"], "rb") as file:
         file.seek(int(match["offset"]))
-        return file.read(int(match["size"]))
+        content = file.read(size)
+    if len(content) < size:
+        raise ValueError("its archive is cut short")
+    return content

@@ -8,8 +8,10 @@ Nothing here is random: whoever trains chooses the order and the flips, so that 
 from __future__ import annotations
 
 import glob
-import io
+import os
+import shlex
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,21 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from iptv2_diffusion.data.archives import FetchError, first_line, is_nested_tar, load_nested_tar, read_bytes
+from iptv2_diffusion.data.archives import (
+    FetchError,
+    check_end,
+    first_line,
+    kind_of_tar,
+    list_tar,
+    load_nested_tar,
+    read_bytes,
+)
 from iptv2_diffusion.data.draws import generator_for
+from iptv2_diffusion.data.files import user_path
+from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, as_rgb, from_pillow, read_image_file
+from iptv2_diffusion.data.image_folders import Listing, is_of_tools, list_folder, split_of, understand
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
@@ -29,7 +42,6 @@ FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets`
 MOST_CLASSES = 100_000  # above, numbers are no classes
 MIN_CROP = 0.8  # share of the side that a random crop keeps at least, as in ADM
 STREAM_SHARDS = 64  # into which loose images are cut when they are streamed: the grain of the shuffling
-SPLIT_FOLDERS = {"train", "test", "val", "validation", "valid", "heldout"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,8 +62,9 @@ def load_image_dataset(
 
     `source` is one of: a folder of images (flat = unlabelled; one sub-folder per class = labelled; either may lie under
     one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a WebDataset
-    shard (a tar of KEY.jpg and KEY.cls), a glob or folder of them, which `datasets` copies into its cache; a tar of one
-    tar per class, as ImageNet's, read in place; a Hub name. With `streaming` nothing is copied: an IterableDataset.
+    shard (a tar of KEY.jpg and KEY.cls), a glob or folder of them, which `datasets` copies into its cache; a tar of
+    class folders, or of one tar per class, as ImageNet's, read in place; a Hub name. With `streaming` nothing is
+    copied: an IterableDataset.
     `split` takes whatever `datasets` takes ("train", "train[:100]"); files that are named one by one, or by a glob, are
     the one split "train", a folder of tars may have a folder per split. The columns are found by their usual names when
     `image_column` and `label_column` are not given; `label_column="ignore"` leaves the labels out.
@@ -60,19 +73,23 @@ def load_image_dataset(
     Raises FileNotFoundError for a source that is not there, ValueError for one that is empty, or that has no such split
     or column (the message lists those it has).
     """
-    path = Path(source).expanduser()
-    cache = None if cache_dir is None else str(cache_dir)
+    path = user_path(source)
+    cache = None if cache_dir is None else os.path.expanduser(cache_dir)
     options: dict[str, Any] = {"cache_dir": cache, "streaming": streaming}
     if path.is_dir():
-        suffixes = {f.suffix.lower() for f in path.rglob("*") if f.is_file()}
+        listing = list_folder(path, IMAGE_SUFFIXES)
+        suffixes = listing.suffixes
         if ".parquet" in suffixes:
-            data = _load_split(str(path), split, **options)
-        elif suffixes & IMAGE_SUFFIXES:
-            data = _load_folder(path, split)
+            if glob.has_magic(str(path)):  # which `datasets` would take for a pattern
+                data = _load_split("parquet", split, shown=str(path), data_dir=glob.escape(str(path)), **options)
+            else:
+                data = _load_split(str(path), split, **options)
+        elif listing.files:
+            data = _load_listing(listing, split, str(path), label_column)
         elif ".tar" in suffixes:
             shards, part = _split_folder(path, split, {".tar"})
             return load_image_dataset(
-                shards / "**" / "*.tar",
+                Path(glob.escape(str(shards))) / "**" / "*.tar",
                 split=f"train{part}",
                 image_column=image_column,
                 label_column=label_column,
@@ -83,27 +100,65 @@ def load_image_dataset(
             raise ValueError(
                 f"{path}: holds neither images ({' '.join(sorted(IMAGE_SUFFIXES))}) nor parquet files nor tar shards"
             )
-    elif path.suffix in FILE_BUILDERS:
-        files = sorted(glob.glob(str(path), recursive=True))
-        if not files:
-            raise FileNotFoundError(f"{path}: no such {path.suffix[1:]} file; give a file, a glob or a folder")
-        name, part = _name_and_part(split)
-        if name != "train":
-            raise ValueError(
-                f'{path}: no split "{name}"; files named one by one are the one split "train": give heldout_split none '
-                "for a share of them, or a folder with a split each"
-            )
-        if path.suffix == ".tar" and is_nested_tar(Path(files[0])):
-            data = _cut(_load_nested(files, cache), part)
-        else:
-            data = _load_split(FILE_BUILDERS[path.suffix], split, data_files={"train": files}, **options)
+    elif path.suffix.lower() in FILE_BUILDERS:
+        data = _load_files(path, split, label_column, cache, options)
+    elif path.is_file():
+        raise ValueError(f"{path}: {_remedy(path)}")
     elif path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1 or path.exists():
         raise FileNotFoundError(f"{path}: no such folder or parquet file")
     else:
         data = _load_split(str(source), split, revision=revision, **options)
+    data = _standard_columns(data, str(source), image_column, label_column)
     if streaming and isinstance(data, datasets.Dataset):  # of loose files, in the order of their classes
         data = data.shuffle(seed=0).to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(data)))
-    return _standard_columns(data, str(source), image_column, label_column)
+    return data
+
+
+def _remedy(path: Path) -> str:
+    """What to do with a file that is no data set."""
+    suffixes, quoted = "".join(path.suffixes[-2:]).lower(), shlex.quote(str(path))
+    if suffixes.endswith(".zip"):
+        return f"a zip is not read in place; unpack it by `unzip -d FOLDER {quoted}` and name the folder"
+    if suffixes.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        return f"a compressed tar is not read in place; unpack it by `tar -xf {quoted} -C FOLDER` and name the folder"
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return "a single image is no data set; name its folder"
+    return "not a folder, parquet file or tar"
+
+
+def _load_files(
+    path: Path, split: str, label_column: str | None, cache: str | None, options: Mapping[str, Any]
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Parquet files or tars, named one by one or by a glob; a file that exists is no glob, whatever its name."""
+    suffix = path.suffix.lower()
+    files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
+    if not files:
+        raise FileNotFoundError(f"{path}: no such {suffix[1:]} file; give a file, a glob or a folder")
+    name, part = _name_and_part(split)
+    if name != "train" and suffix == ".parquet":
+        raise _no_other_split(path, name)
+    if suffix == ".tar":
+        for file in files:
+            check_end(Path(file))
+        kind = kind_of_tar(Path(files[0]), IMAGE_SUFFIXES)
+        if kind == "folders":
+            listing = Listing()
+            for file in files:
+                list_tar(Path(file), listing, IMAGE_SUFFIXES)
+            return _load_listing(listing, split, str(path), label_column)
+        if name != "train":
+            raise _no_other_split(path, name)
+        if kind == "tars":
+            return _cut(_load_nested(files, cache), part)
+    patterns = [glob.escape(file) for file in files]  # `datasets` would take brackets in a name for a pattern
+    return _load_split(FILE_BUILDERS[suffix], split, data_files={"train": patterns}, shown=str(path), **options)
+
+
+def _no_other_split(path: Path, name: str) -> ValueError:
+    return ValueError(
+        f'{path}: no split "{name}"; files named one by one are the one split "train": give heldout_split none '
+        "for a share of them, or a folder with a split each"
+    )
 
 
 def class_names(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
@@ -163,16 +218,30 @@ def with_labels_of(
     return data.remove_columns("label").add_column("label", numbers).cast_column("label", train.features["label"])
 
 
-def _load_split(name: str, split: str, **options: Any) -> datasets.Dataset:
-    """`datasets.load_dataset`, with the failures that users meet told in one line."""
+def _load_split(name: str, split: str, shown: str | None = None, **options: Any) -> datasets.Dataset:
+    """`datasets.load_dataset`, with its failures told in one line that names `shown`."""
+    told = shown or name
     try:
         return datasets.load_dataset(name, split=split, **options)
-    except ValueError as error:  # an unknown split: the text lists the known ones
-        raise ValueError(f"{name}: {first_line(error)}") from None
     except (FileNotFoundError, ConnectionError) as error:
+        if Path(told).exists():
+            raise ValueError(f"{told}: {_cause(error)}") from None
         raise FileNotFoundError(
-            f"{name}: no such folder or file here, and no such data set on the Hub ({first_line(error)})"
+            f"{told}: no such folder or file here, and no such data set on the Hub ({first_line(error)})"
         ) from None
+    except OSError as error:  # such as a full disk, which is told elsewhere
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{told}: {_cause(error)}") from error
+    except Exception as error:  # an unknown split, whose text lists the known ones; damage, of datasets and pyarrow
+        raise ValueError(f"{told}: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what is behind an error of `datasets`, which hides it behind words of its own."""
+    while error.__cause__ is not None and type(error).__module__.startswith("datasets"):
+        error = error.__cause__
+    return f"{first_line(error)} ({type(error).__name__})" if not isinstance(error, ValueError) else first_line(error)
 
 
 def _load_nested(files: list[str], cache: str | None) -> datasets.Dataset:
@@ -181,60 +250,55 @@ def _load_nested(files: list[str], cache: str | None) -> datasets.Dataset:
     return load_nested_tar(Path(files[0]), IMAGE_SUFFIXES, cache)
 
 
-def _load_folder(path: Path, split: str) -> datasets.Dataset:
-    """A folder of images as a Dataset; nothing is decoded.
-
-    Written out rather than left to `imagefolder`, which takes "test" or "val" anywhere in a file's name for a split and
-    labels by the last folder only.
-    """
-    path, part = _split_folder(path, split, IMAGE_SUFFIXES)
-    files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
-        raise ValueError(f"{path}: no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    columns: dict[str, list] = {"image": [{"bytes": None, "path": str(f)} for f in files]}
+def _load_listing(listing: Listing, split: str, where: str, label_column: str | None) -> datasets.Dataset:
+    """A folder or an archive of images as a Dataset, read as `image_folders.py` says; nothing is kept decoded."""
+    name, part = _name_and_part(split)
+    wanted = () if label_column == "ignore" else LABEL_COLUMNS if label_column is None else (label_column,)
+    meaning = understand(listing, name, where, wanted, _is_readable)
+    if meaning.problem and label_column != "ignore":
+        warnings.warn(f"{where}: {meaning.problem}", stacklevel=4)
+    if told := listing.told():
+        warnings.warn(f"{where}: {told}", stacklevel=4)
+    columns: dict[str, list] = {"image": [{"bytes": None, "path": path} for path in meaning.files]}
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
-    if all(f.parent != path for f in files):  # each image lies in a sub-folder, whose name is its class
-        classes = [f.relative_to(path).parts[0] for f in files]
-        names = sorted(set(classes))
-        columns["label"] = [names.index(c) for c in classes]
-        features["label"] = datasets.ClassLabel(names=names)
-    elif any(f.parent != path for f in files):
-        beside = [f.name for f in files if f.parent == path]
-        warnings.warn(
-            f"{path}: no labels, because {len(beside)} of {len(files)} images ({beside[0]} ...) lie beside the "
-            "sub-folders; move them into one if the sub-folders are classes",
-            stacklevel=3,
-        )
-    return _cut(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), part)
+    info = datasets.DatasetInfo(description=meaning.text)
+    if meaning.labels is not None and label_column != "ignore":
+        column = "label" if label_column is None else label_column
+        if "from sub-folders" in meaning.text:
+            column, names = "label", sorted(set(meaning.labels))
+            numbers = {label: number for number, label in enumerate(names)}
+            columns[column] = [numbers[label] for label in meaning.labels]
+            features[column] = datasets.ClassLabel(names=names)
+        else:
+            columns[column] = meaning.labels
+            whole = all(isinstance(label, int) and not isinstance(label, bool) for label in meaning.labels)
+            columns[column] = meaning.labels if whole else [str(label) for label in meaning.labels]
+            features[column] = datasets.Value("int64" if whole else "string")
+    info.features = datasets.Features(features)
+    return _cut(datasets.Dataset.from_dict(columns, features=info.features, info=info), part)
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        decode_image({"bytes": None, "path": path}, path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _split_folder(path: Path, split: str, suffixes: set[str]) -> tuple[Path, str]:
     """The folder with the files of a split, and the part of it that is meant: `path` itself if it has no split folders.
 
-    Raises ValueError for a split that is not there, and where folders with files of these suffixes lie beside the
-    splits: classes, one of which may be called "train".
+    Raises ValueError as `image_folders.split_of`.
     """
     name, part = _name_and_part(split)
-    folders = sorted(f.name for f in path.iterdir() if f.is_dir())
-    splits = [folder for folder in folders if folder in SPLIT_FOLDERS]
-    if not splits:
-        if name != "train":
-            raise ValueError(f'{path}: no split "{name}"; without folders train/, test/ … all are the split "train"')
-        return path, part
-    beside = [
-        folder
-        for folder in folders
-        if folder not in SPLIT_FOLDERS and any(f.suffix.lower() in suffixes for f in (path / folder).rglob("*"))
-    ]
-    if beside:
-        shown = ", ".join(beside[:5]) + (" …" if len(beside) > 5 else "")
-        raise ValueError(
-            f"{path}: {', '.join(splits)} would be splits, but {shown} beside them would not: if all are classes, move "
-            "them into a folder train/ of their own, else move the others away"
-        )
-    if name not in splits:
-        raise ValueError(f'{path}: no split "{name}"; there are: {", ".join(splits)}')
-    return path / name, part
+    folders = {
+        f.name: any(p.suffix.lower() in suffixes for p in f.rglob("*"))
+        for f in path.iterdir()
+        if f.is_dir() and not is_of_tools(f.name)
+    }
+    folder = split_of(folders, name, str(path))
+    return (path if folder is None else path / folder), part
 
 
 def _name_and_part(split: str) -> tuple[str, str]:
@@ -247,8 +311,15 @@ def _cut(data: datasets.Dataset, part: str) -> datasets.Dataset:
     """The part of all images that a split such as "train[:100]" names, see `_name_and_part`."""
     if not part:
         return data
-    parts = datasets.ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(data)})
-    return datasets.concatenate_datasets([data.select(range(p.from_ or 0, p.to)) for p in parts])
+    try:
+        parts = datasets.ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(data)})
+    except Exception as error:  # AssertionError, ValueError ... of `datasets`
+        raise ValueError(f"split {part!r} of {len(data)} images: {first_line(error)}") from error
+    ranges = [range(p.from_ or 0, len(data) if p.to is None else p.to) for p in parts]
+    chosen = [data.select(numbers) for numbers in ranges if len(numbers)]
+    if not chosen:
+        raise ValueError(f"split {part!r} holds none of the {len(data)} images; choose another part")
+    return datasets.concatenate_datasets(chosen)
 
 
 def _standard_columns(
@@ -264,6 +335,7 @@ def _standard_columns(
             raise ValueError(f"{source}: no image column among {', '.join(data.column_names)}; name it by image_column")
         image = kinds[0]
     label = None if label_column == "ignore" else _find_column(data, source, label_column, LABEL_COLUMNS, "label")
+    _require_images(data.features[image], source, image)
     # First of all, since a stream decodes what it renames, and would die of a corrupt image there.
     if data.features[image] != datasets.Image(decode=False):
         data = data.cast_column(image, datasets.Image(decode=False))
@@ -277,6 +349,17 @@ def _standard_columns(
         else:
             data = _number_labels(data, source, label)
     return data
+
+
+def _require_images(feature: Any, source: str, column: str) -> None:
+    """A column of one image a row: Image, the bytes of a file or its path."""
+    plain = getattr(feature, "dtype", None)
+    record = isinstance(feature, dict) and {"bytes", "path"} >= set(feature)
+    if not (isinstance(feature, datasets.Image) or record or plain in ("binary", "large_binary", "string")):
+        kind = plain or type(feature).__name__
+        raise ValueError(
+            f'{source}: column "{column}" holds {kind}, not one image a row; name another column by image_column'
+        )
 
 
 def _require_numbers(data: datasets.IterableDataset, source: str, column: str) -> None:
@@ -300,21 +383,26 @@ def _find_column(
 
 def _number_labels(data: datasets.Dataset, source: str, column: str) -> datasets.Dataset:
     """Plain integers or strings as ClassLabel: strings in sorted order, integers as they are (0 … max)."""
+    leave = 'label_column "ignore" leaves it out'
+    feature = data.features["label"]
+    if not isinstance(feature, datasets.Value) or "float" in feature.dtype or feature.dtype in ("binary", "bool"):
+        kind = getattr(feature, "dtype", type(feature).__name__)
+        raise ValueError(f'{source}: column "{column}" holds {kind}, neither class numbers nor names; {leave}')
     values = data.unique("label")
+    if any(value is None for value in values):
+        raise ValueError(f'{source}: column "{column}" has rows without a label; {leave}')
     if all(isinstance(v, int) for v in values):
         if min(values) < 0:
             raise ValueError(f'{source}: column "{column}" has the label {min(values)}; labels start at 0')
         if max(values) >= MOST_CLASSES:
             raise ValueError(
                 f'{source}: column "{column}" goes up to {max(values)} with {len(values)} values: are these numbers of '
-                'images? Number the classes from 0, or label_column "ignore" leaves them out'
+                f"images? Number the classes from 0, or {leave}"
             )
         return data.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(max(values) + 1)]))
     if all(isinstance(v, str) for v in values):
         return data.cast_column("label", datasets.ClassLabel(names=sorted(values)))
-    raise ValueError(
-        f'{source}: column "{column}" holds neither class numbers nor names; label_column "ignore" leaves it out'
-    )
+    raise ValueError(f'{source}: column "{column}" holds neither class numbers nor names; {leave}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,16 +410,8 @@ def _number_labels(data: datasets.Dataset, source: str, column: str) -> datasets
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB; transparent pictures are composited on white (an emoji's hidden pixels are black or arbitrary)."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        flat = Image.new("RGBA", rgba.size, "white")
-        flat.alpha_composite(rgba)
-        return flat.convert("RGB")
-    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip it to white
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    """Upright RGB of 8 bits; transparent pictures are composited on white (an emoji's hidden pixels are arbitrary)."""
+    return as_rgb(from_pillow(image).pixels)
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -379,25 +459,19 @@ def path_of(record: Mapping[str, Any] | None) -> str | None:
     return None if record is None else record["path"]
 
 
-def decode_image(record: Mapping[str, Any] | None, name: str) -> Image.Image:
-    """RGB picture, at its own size, of an undecoded {"bytes", "path"}.
+def decode_image(record: Mapping[str, Any] | None, name: str, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+    """RGB picture of 8 bits, at its own size, of an undecoded {"bytes", "path"}.
 
     ValueError with `name` if it cannot be read. FetchError, an OSError, if it could not be fetched: it may be sound.
     """
-    if record is None:
+    if not isinstance(record, Mapping) or (record.get("bytes") is None and record.get("path") is None):
         raise ValueError(f"{name}: the row has no image")
     try:
-        with Image.open(io.BytesIO(record["bytes"] or read_bytes(record["path"]))) as image:
-            return to_rgb(image)
+        return as_rgb(read_image_file(record["bytes"] or read_bytes(record["path"], limits.bytes), limits).pixels)
     except FetchError:
         raise
-    # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG) and struct or zlib errors, and
-    # refuses pictures of over 179 megapixels (`Image.MAX_IMAGE_PIXELS`), which may be decompression bombs.
-    except Exception as error:
-        # Pillow's words would hold an address in memory, and the files of a cache would then differ from run to run
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "cannot identify image file" if unknown else first_line(error)
-        raise ValueError(f"{name}: cannot be read as an image ({reason})") from error
+    except (OSError, ValueError, ImportError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{name}: cannot be read as an image ({first_line(error)})") from error
 
 
 def view_of(image: Image.Image, size: tuple[int, int], index: int, flip: bool = False, crop: int = 0) -> torch.Tensor:
@@ -420,14 +494,21 @@ class ImageTensors(torch.utils.data.Dataset):
     `get` gives its mirror image and other crops.
 
     A corrupt image raises ValueError with its name. With `strict=False` call `valid_indices()` first: it finds the
-    corrupt ones, warns once with their number and names, and returns the others.
+    corrupt ones, warns once with their number and names, and returns the others. `limits`: how large one may be.
     """
 
-    def __init__(self, dataset: datasets.Dataset, *, size: int | tuple[int, int], strict: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        size: int | tuple[int, int],
+        strict: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"size is {size}; use one positive number or (height, width)")
-        self.dataset, self.strict = dataset, strict
+        self.dataset, self.strict, self.limits = dataset, strict, limits
         self._valid: list[int] | None = None
         # Labels are read once: a row access would fetch the picture's bytes too.
         self.labels: list[int] = list(dataset["label"]) if "label" in dataset.column_names else [0] * len(dataset)
@@ -473,4 +554,4 @@ class ImageTensors(torch.utils.data.Dataset):
         return self._valid
 
     def _decode(self, index: int) -> Image.Image:
-        return decode_image(self.dataset[index]["image"], self.name(index))
+        return decode_image(self.dataset[index]["image"], self.name(index), self.limits)

@@ -69,6 +69,7 @@ def encode_shard(
         if len(items):
             mean, std = moments(codec, pixels.flatten(0, 1), encoding.precision)
             shape = (len(pixels), len(items), *mean.shape[1:])
+            check_finite(mean.to(stored), std.to(stored), items, encoding)
             batch = {"mean": mean.view(shape).to("cpu", stored), "class_labels": labels, "items": items}
             batches.append({**batch, "std": std.view(shape).to("cpu", stored)} if std.any() else batch)
     if not batches:
@@ -78,6 +79,16 @@ def encode_shard(
     axis = {"mean": 1, "std": 1, "class_labels": 0, "items": 0}
     tensors = {name: torch.cat([b[name] for b in batches], dim=axis[name]).contiguous() for name in batches[0]}
     return tensors, {"unreadable": json.dumps(unreadable)}
+
+
+def check_finite(mean: Tensor, std: Tensor, items: Tensor, encoding: Encoding) -> None:
+    """Raise a ValueError rather than store latents that are NaN or infinite, which would spoil every epoch."""
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise ValueError(
+            f"latents of images {int(items[0])} to {int(items[-1])} are NaN or infinite, computed in "
+            f"{encoding.precision} and stored in {encoding.dtype}; use --encode_precision float32 --cache_dtype "
+            "float32, or another VAE"
+        )
 
 
 def moments(codec: LatentCodec, pixels: Tensor, precision: str) -> tuple[Tensor, Tensor]:

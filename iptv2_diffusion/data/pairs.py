@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from iptv2_diffusion.data.files import user_path
+from iptv2_diffusion.data.image_folders import image_files
+
 __all__ = ["LAYOUTS", "Pair", "find_images", "find_pairs"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -26,10 +29,10 @@ class Pair:
 
 def find_images(folder: str | Path) -> list[Path]:
     """Image files of a folder and its sub-folders, sorted by path. Raises `ValueError` if there is none."""
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    files = list(image_files(folder, IMAGE_SUFFIXES))
     if not files:
         raise ValueError(f"{folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     return files

@@ -8,41 +8,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit
+from iptv2_diffusion.data.files import written_whole
+from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, read_image_file
 
 __all__ = ["ImageStore", "PatchSampler", "read_image", "transform"]
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's conversion to gray
+READER = 2  # of pixels in caches; counts up when the same files give others
 CELL = 32  # side of the squares whose texture is measured, pixels
 TEXTURE_FLOOR = 0.1  # weight of a perfectly flat square, beside 1 for one of TEXTURE_FULL or more
 TEXTURE_FULL = 12.0  # standard deviation of luminance, 0–255 scale
 
 
-def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
-    """Decode to (H, W, channels) of uint8, or uint16 for PNG and TIFF of 16 bits; gray or RGB, alpha dropped.
+def read_image(path: str | Path, channels: int = 3, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """Decode to (H, W, channels): uint8, uint16 for files of more than 8 bits, float32 on [0, 1] for those of floats.
 
-    Raises `ValueError` naming the file if it cannot be decoded or is empty.
+    Upright, gray or RGB; alpha is dropped. See `image_files.py` for what a file may hold.
+
+    Raises `ValueError` naming the file if it cannot be decoded, is empty or too large.
     """
     try:
-        if not is_16_bit(path):
-            with Image.open(path) as file:
-                return np.asarray(file.convert("L" if channels == 1 else "RGB")).reshape(file.height, file.width, -1)
-        image = read_16_bit(path)
-    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = read_image_file(path, limits).pixels
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as an image: {reason[:160] or type(error).__name__}") from error
+        raise ValueError(f"{path} cannot be read as an image: {reason[:200] or type(error).__name__}") from error
     image = image[..., : 1 if image.shape[2] < 3 else 3]
     if channels == 1 and image.shape[2] == 3:
-        return (image @ LUMA).round().astype(np.uint16)[..., None]
+        if image.dtype == np.uint8:
+            return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+        gray = image @ LUMA
+        return (gray if image.dtype == np.float32 else gray.round()).astype(image.dtype)[..., None]
     return np.repeat(image, channels, axis=2) if image.shape[2] < channels else image
 
 
@@ -50,16 +54,17 @@ class ImageStore:
     """Images of a list of files, decoded once into one memory-mapped file that later runs find again.
 
     Args:
-        files: image files, all of 8 bits or all of 16.
+        files: image files, all of 8 bits, all of 16 or all of floats.
         cache_dir: where the decoded file lies, named by a hash of names, sizes and times of the files.
         channels: 1 or 3.
         scales: each image comes once for each of these: as it is (1), and shrunk by Lanczos resampling, 8 bits only.
         say: called with one line before a long decoding.
+        limits: how large an image may be.
 
     Attributes:
         files: the file of each image.
-        images: arrays (H, W, channels) of uint8 or uint16, views of the memory map.
-        peak: 255 or 65535.
+        images: arrays (H, W, channels) of uint8, uint16 or float32, views of the memory map.
+        peak: 255, 65535 or 1.
     """
 
     def __init__(
@@ -69,18 +74,21 @@ class ImageStore:
         channels: int = 3,
         scales: Sequence[float] = (1.0,),
         say: Callable[[str], None] = print,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.files = [file for file in files for _ in scales]
         description = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         scaled = [list(scales)] if tuple(scales) != (1.0,) else []
-        key = hashlib.sha256(json.dumps([channels, *scaled, description]).encode()).hexdigest()[:24]
+        identity = json.dumps([READER, channels, *scaled, description], ensure_ascii=True)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:24]
         data, index = (Path(cache_dir).expanduser() / f"images-{key}{suffix}" for suffix in (".raw", ".json"))
-        if not index.is_file():
+        described = read_index(index, data, channels)
+        if described is None:
             say(f"decoding {len(files)} images into {data}")
-            decode_into(files, data, index, channels, scales)
-        described = json.loads(index.read_text(encoding="utf-8"))
+            decode_into(files, data, index, channels, scales, limits)
+            described = json.loads(index.read_text(encoding="utf-8"))
         flat = np.memmap(data, dtype=described["dtype"], mode="r")
-        self.peak = float(np.iinfo(flat.dtype).max)
+        self.peak = 1.0 if flat.dtype.kind == "f" else float(np.iinfo(flat.dtype).max)
         self.images, start = [], 0
         for height, width in described["sizes"]:
             count = height * width * channels
@@ -98,36 +106,47 @@ class ImageStore:
         return torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1) / self.peak
 
 
-def decode_into(files: Sequence[Path], data: Path, index: Path, channels: int, scales: Sequence[float]) -> None:
+def read_index(index: Path, data: Path, channels: int) -> dict[str, Any] | None:
+    """What an index says, if the pixels beside it are as many as it says; else None: they are decoded again."""
+    try:
+        described = json.loads(index.read_text(encoding="utf-8"))
+        pixels = sum(height * width for height, width in described["sizes"])
+        whole = data.stat().st_size == pixels * channels * np.dtype(described["dtype"]).itemsize
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return described if whole else None
+
+
+def decode_into(
+    files: Sequence[Path],
+    data: Path,
+    index: Path,
+    channels: int,
+    scales: Sequence[float],
+    limits: Limits = DEFAULT_LIMITS,
+) -> None:
     """Write the pixels of all files one after another; the index, written last, makes the store valid."""
     data.parent.mkdir(parents=True, exist_ok=True)
-    temporary = data.with_name(f".tmp-{os.getpid()}-{data.name}")
     sizes, dtype = [], None
-    try:
-        with temporary.open("wb") as file:
-            for path in files:
-                image = read_image(path, channels)
-                if dtype not in (None, image.dtype):
-                    raise ValueError(
-                        f"{path} is {image.dtype}, the images before it are {dtype}; do not mix bit depths"
-                    )
-                dtype = image.dtype
-                for scale in scales:
-                    scaled = image if scale == 1 else shrink(image, scale, path)
-                    sizes.append(scaled.shape[:2])
-                    file.write(np.ascontiguousarray(scaled).tobytes())
-        temporary.replace(data)
-    finally:
-        temporary.unlink(missing_ok=True)
-    temporary = index.with_name(f".tmp-{os.getpid()}-{index.name}")
-    temporary.write_text(json.dumps({"dtype": str(dtype), "sizes": sizes}), encoding="utf-8")
-    temporary.replace(index)
+    with written_whole(data) as temporary, temporary.open("wb") as file:
+        for path in files:
+            image = read_image(path, channels, limits)
+            if dtype not in (None, image.dtype):
+                raise ValueError(f"{path} is {image.dtype}, the images before it are {dtype}; do not mix bit depths")
+            dtype = image.dtype
+            for scale in scales:
+                scaled = image if scale == 1 else shrink(image, scale, path)
+                sizes.append(scaled.shape[:2])
+                file.write(np.ascontiguousarray(scaled).tobytes())
+    with written_whole(index) as temporary:
+        temporary.write_text(json.dumps({"dtype": str(dtype), "sizes": sizes}), encoding="utf-8")
 
 
 def shrink(image: np.ndarray, scale: float, path: Path) -> np.ndarray:
     """An (H, W, channels) image of 8 bits at another size."""
     if image.dtype != np.uint8:
-        raise ValueError(f"{path} has 16 bits, and images of 8 bits only are shrunk; leave out scales")
+        kind = "16 bits" if image.dtype == np.uint16 else "floats"
+        raise ValueError(f"{path} has {kind}, and images of 8 bits only are shrunk; leave out scales")
     size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
     small = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).resize(size, Image.Resampling.LANCZOS)
     return np.asarray(small).reshape(size[1], size[0], -1)

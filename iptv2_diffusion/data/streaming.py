@@ -26,7 +26,9 @@ import datasets
 import torch
 from torch import Tensor
 
+from iptv2_diffusion.data.archives import first_line
 from iptv2_diffusion.data.draws import StepDraws, draw_step, generator_for
+from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
 from iptv2_diffusion.data.images import decode_image, path_of, view_of
 from iptv2_diffusion.data.latent_encoding import Encoding, moments
 
@@ -47,12 +49,14 @@ class ImageStream:
         size: (height, width) of the images to be.
         strict: fail at an unreadable image instead of replacing it by the next of its block.
         block: K times L, images that all lanes together hold and shuffle.
+        limits: how large an image may be.
     """
 
     dataset: datasets.IterableDataset
     size: tuple[int, int]
     strict: bool = False
     block: int = 4096
+    limits: Limits = DEFAULT_LIMITS
 
 
 class StreamOrder:
@@ -122,7 +126,7 @@ class Lane:
                 if state is not None:
                     source.load_state_dict(dict(state))
                 self._at, seen, state = (epoch, index, source), seen or state is not None, None
-                for record in source:
+                for record in _readable(source, own[index]):
                     seen = True
                     yield record
             if not seen:
@@ -132,6 +136,16 @@ class Lane:
     def _position(self) -> dict[str, Any]:
         epoch, index, source = self._at
         return {"epoch": epoch, "shard": index, "state": source.state_dict()}
+
+
+def _readable(source: datasets.IterableDataset, shard: int) -> Iterator[Any]:
+    """The records of a shard; damage, as of a tar that is cut short, is a ValueError."""
+    try:
+        yield from source
+    except OSError:
+        raise
+    except Exception as error:  # of tarfile, pyarrow and `datasets`
+        raise ValueError(f"shard {shard} of the stream is damaged ({first_line(error)}); download it again") from error
 
 
 def count_lanes(shards: int, batch_size: int) -> int:
@@ -281,7 +295,8 @@ class StreamedLatents:
         errors: list[str] = []
         for record in records[first:] + records[:first]:
             try:
-                image = decode_image(record["image"], path_of(record["image"]) or f"image {item} of the stream")
+                name = path_of(record["image"]) or f"image {item} of the stream"
+                image = decode_image(record["image"], name, self._images.limits)
             except ValueError as error:
                 if self._images.strict:
                     raise

@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import struct
 import time
 import zipfile
 from collections.abc import Iterator
@@ -30,9 +32,11 @@ from tqdm import tqdm
 
 from iptv2_diffusion.data.draws import derive_seed, generator_for
 from iptv2_diffusion.data.files import file_sha256
+from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.models.presets import count_macs, count_parameters
+from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.checkpoint import differing_fields
-from iptv2_diffusion.training.errors import ConfigError, UserError, loading, user_errors
+from iptv2_diffusion.training.errors import ConfigError, LocalError, UserError, loading, user_errors
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import PROCESS_TIMEOUT, set_threads
 from iptv2_diffusion.training.options import frozen_fields, option
@@ -40,6 +44,8 @@ from iptv2_diffusion.training.options import frozen_fields, option
 CPU_GROUP_SIZE = 8
 RECIPE = "generation.json"
 IMAGES = "images"
+KIND = "generated images"
+_TEMPORARY = re.compile(r"\.tmp-(\d{6}|\d+-[0-9a-f]{8})\.png")  # of this version and of earlier ones
 _PNG_END = b"IEND\xaeB`\x82"  # the last chunk of a whole PNG file
 
 NOISE_SCHEDULERS = {
@@ -176,32 +182,57 @@ def change_scheduler(pipeline: Any, name: str) -> Any:
 
 
 class SampleFolder:
-    """A folder with images/000000.png …, generation.json (what decided them) and seconds-*.jsonl (how long it took)."""
+    """A folder with images/000000.png …, generation.json (what decided them) and seconds-*.jsonl (how long it took).
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    It has a record of the images that were drawn (`own_folder.py`): others are neither counted nor deleted.
+
+    Args:
+        folder: the folder.
+        process: number of this process of those that draw.
+        size: (height, width) that the images must have; None: whatever they have.
+    """
+
+    def __init__(self, folder: str | Path, process: int = 0, size: tuple[int, int] | None = None) -> None:
+        self.folder, self.process, self.size = Path(folder), process, size
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the records of all processes anew."""
+        self.own = OwnFolder(self.folder, KIND, self.process)
+
+    @staticmethod
+    def name(index: int) -> str:
+        """Name of image `index` inside the folder."""
+        return f"{IMAGES}/{index:06d}.png"
 
     def path(self, index: int) -> Path:
         """Where image `index` lies."""
-        return self.folder / IMAGES / f"{index:06d}.png"
+        return self.folder / self.name(index)
 
     def has(self, index: int) -> bool:
-        """Whether the image is there and whole (a crash of the machine, unlike a kill, may cut a file)."""
+        """Whether the image was drawn, is there and whole (a crash of the machine, unlike a kill, may cut a file)."""
+        if not self.own.holds(self.name(index)):
+            return False
         try:
             with self.path(index).open("rb") as file:
+                width, height, depth, colours = struct.unpack(">16xIIBB", file.read(26))
                 file.seek(-len(_PNG_END), os.SEEK_END)
-                return file.read() == _PNG_END
-        except OSError:
+                whole = file.read() == _PNG_END and (depth, colours) == (8, 2)  # RGB of 8 bits
+        except (OSError, struct.error):
             return False
+        return whole and self.size in (None, (height, width))
 
     def about(self) -> dict[str, Any]:
         """generation.json: pipeline, versions, and the recipe, which must not change; empty if there is none."""
         try:
-            return json.loads((self.folder / RECIPE).read_text(encoding="utf-8"))
+            about = json.loads((self.folder / RECIPE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except ValueError as error:
             raise UserError(f"{self.folder / RECIPE} is not JSON: delete it, or use --overwrite") from error
+        if not isinstance(about, dict) or not isinstance(about.get("recipe"), dict):
+            raise UserError(f"{self.folder / RECIPE} was not written here: delete it, or choose another folder")
+        return about
 
     def check(self, recipe: dict[str, Any]) -> None:
         """Refuse to add to images that were made otherwise."""
@@ -214,26 +245,28 @@ class SampleFolder:
             )
 
     def prepare(self, about: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder, remove what a kill left half-written, write generation.json."""
+        """Make the folder, remove what a kill left half-written, write generation.json.
+
+        Raises `ForeignFolderError`, a ValueError, for a folder with other things in it.
+        """
+        self.own = OwnFolder.claim(self.folder, KIND, process=self.process, earlier=_made_before_records)
         (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
         for path in (self.folder / IMAGES).iterdir():
-            if path.name.startswith(".tmp-") or (overwrite and path.suffix == ".png"):
+            if _TEMPORARY.fullmatch(path.name):
                 path.unlink()
         if overwrite:
-            for path in self.folder.glob("seconds-*.jsonl"):
-                path.unlink()
-        temporary = self.folder / f".tmp-{RECIPE}"
-        temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.folder / RECIPE)
+            self.own.delete(lambda name: name != RECIPE)
+        with self.own.writing(RECIPE) as temporary:
+            temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     def write(self, index: int, image: np.ndarray) -> None:
         """(H, W, 3) uint8 to its place, whole or not at all."""
-        temporary = self.folder / IMAGES / f".tmp-{index:06d}.png"
-        Image.fromarray(image).save(temporary)
-        temporary.replace(self.path(index))
+        with self.own.writing(self.name(index)) as temporary:
+            Image.fromarray(image).save(temporary, format="PNG")
 
     def note_seconds(self, process: int, images: int, seconds: float) -> None:
         """Append how long a group took."""
+        self.own.record(f"seconds-{process}.jsonl", None)
         with (self.folder / f"seconds-{process}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"images": images, "seconds": round(seconds, 4)}) + "\n")
 
@@ -254,18 +287,36 @@ class SampleFolder:
         """ADM's file: arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels, image by image, so that N does not matter."""
         height, width = np.asarray(Image.open(self.path(0))).shape[:2]
         path = self.folder / f"samples_{count}x{height}x{width}x3.npz"
-        temporary = path.with_name(f".tmp-{path.name}")
-        with user_errors(OSError), zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        with (
+            user_errors(OSError, ValueError),
+            self.own.writing(path.name) as temporary,
+            zipfile.ZipFile(temporary, "w", allowZip64=True) as archive,
+        ):
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
                 np.lib.format.write_array_header_1_0(file, header)
                 for index in range(count):
-                    file.write(np.asarray(Image.open(self.path(index))).tobytes())
+                    pixels = np.asarray(Image.open(self.path(index)))
+                    if pixels.shape != (height, width, 3) or pixels.dtype != np.uint8:
+                        raise ValueError(f"{self.path(index)} is {pixels.shape}, not {height}x{width} pixels of RGB")
+                    file.write(pixels.tobytes())
             if labels is not None:
                 with archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
-        temporary.replace(path)
         return path
+
+
+def _made_before_records(folder: Path) -> list[str] | None:
+    """Files of a folder that a version without records made; None for a folder of something else."""
+    try:
+        about = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        if not {"recipe", "pipeline", "versions"} <= set(about):
+            return None
+    except (OSError, ValueError, TypeError):
+        return None
+    images = [f"{IMAGES}/{path.name}" for path in folder.glob(f"{IMAGES}/*.png") if re.fullmatch(r"\d{6,}", path.stem)]
+    others = [p.name for p in folder.iterdir() if re.fullmatch(r"seconds-\d+\.jsonl|samples_[\dx]+\.npz", p.name)]
+    return [RECIPE, *images, *others]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,21 +342,27 @@ def spread_labels(class_counts: tuple[int, ...]) -> list[int]:
     return [label for _, label in sorted(places)]
 
 
-def draw(pipeline: Any, config: GenerationConfig, indices: list[int]) -> np.ndarray:
-    """The images of these numbers: (N, H, W, 3) uint8."""
+def draw(
+    pipeline: Any, config: GenerationConfig, indices: list[int]
+) -> tuple[np.ndarray, dict[int, NonFiniteImageError]]:
+    """The images of these numbers, (N, H, W, 3) uint8, and for those that are not finite why, by number."""
     labels = [label_of(config, index, pipeline.num_classes) for index in indices]
-    images = pipeline(
-        None if labels[0] is None else labels,
-        num_images_per_label=len(indices) if labels[0] is None else 1,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
-        generator=[generator_for(config.seed, "image", index) for index in indices],
-        output_type="pt",
-    ).images
-    if not torch.isfinite(images).all():
-        raise UserError(f"images {indices[0]} to {indices[-1]} are not finite; try --mixed_precision no")
-    return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    spoilt: dict[int, NonFiniteImageError] = {}
+    try:
+        images = pipeline(
+            None if labels[0] is None else labels,
+            num_images_per_label=len(indices) if labels[0] is None else 1,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            guidance_interval=config.guidance_interval,
+            generator=[generator_for(config.seed, "image", index) for index in indices],
+            output_type="pt",
+        ).images
+    except NonFiniteImageError as error:
+        images, spoilt = error.images, {indices[place]: error for place in error.indices}
+    except ValueError as error:  # such as a scheduler that does not fit
+        raise UserError(str(error)) from error
+    return (images.nan_to_num(0.0) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), spoilt
 
 
 def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str | Path) -> SampleFolder:
@@ -318,7 +375,8 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
     on_cpu = accelerator.device.type == "cpu"
     size = config.group_size or (CPU_GROUP_SIZE if on_cpu else config.batch_size)
     recipe = {**frozen_fields(config), "group_size": size, "device": accelerator.device.type, **made_by}
-    folder = SampleFolder(output_dir)
+    height, width = pipeline.codec.image_size(*_pair(pipeline.transformer.config.sample_size))
+    folder = SampleFolder(output_dir, accelerator.process_index, (height, width))
     if not config.overwrite:
         folder.check(recipe)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
@@ -326,14 +384,26 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
     accelerator.wait_for_everyone()  # before the first writes what all have just read
     missing: list[Any] = [None]
     if accelerator.is_main_process:
-        with user_errors(OSError):
+        with user_errors(OSError, ValueError):
             folder.prepare(about, config.overwrite)
         groups = range(-(-config.num_samples // size))
         missing = [[g for g in groups if any(not folder.has(i) for i in members(g, size, config.num_samples))]]
     (missing,) = broadcast_object_list(missing)
-    draw_groups(pipeline, config, accelerator, folder, missing, size)
+    try:
+        draw_groups(pipeline, config, accelerator, folder, missing, size)
+    except KeyboardInterrupt:
+        folder.refresh()
+        there = sum(folder.has(index) for index in range(config.num_samples))
+        raise UserError(
+            f"stopped: {there} of {config.num_samples} images are in {output_dir}, whole; the same command goes on"
+        ) from None
     accelerator.wait_for_everyone()
+    folder.refresh()
     return folder
+
+
+def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def members(group: int, size: int, count: int) -> range:
@@ -360,14 +430,25 @@ def draw_groups(
         disable=not accelerator.is_main_process,
         dynamic_ncols=True,
     )
+    failed: dict[int, NonFiniteImageError] = {}
     for group in missing[accelerator.process_index :: processes]:
         started = time.perf_counter()
-        images = draw(pipeline, config, list(range(group * size, group * size + size)))
+        images, spoilt = draw(pipeline, config, list(range(group * size, group * size + size)))
         folder.note_seconds(accelerator.process_index, size, time.perf_counter() - started)
         indices = members(group, size, config.num_samples)
-        with user_errors(OSError):
+        with user_errors(OSError, ValueError):
             for index, image in zip(indices, images, strict=False):
-                if not folder.has(index):
+                if index not in spoilt and not folder.has(index):
                     folder.write(index, image)
+        failed |= {index: error for index, error in spoilt.items() if index in indices}
         bar.update(min(len(indices) * processes, bar.total - bar.n))  # the others are about as far
     bar.close()
+    if failed:
+        first = min(failed)
+        precision = (
+            "" if config.mixed_precision == "no" else f" (with --mixed_precision {config.mixed_precision}: try no)"
+        )
+        raise LocalError(
+            f"{len(failed)} images are left out, such as {first}: {failed[first]}{precision}; the others are in "
+            f"{folder.folder}"
+        )

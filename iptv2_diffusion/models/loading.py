@@ -1,12 +1,37 @@
-"""Loaded weights that compute what the saved ones did, to the last bit."""
+"""Weights that are loaded whole, or refused, and that compute what the saved ones did, to the last bit."""
 
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["AlignedLoadingMixin", "align_weights"]
+__all__ = ["AlignedLoadingMixin", "align_weights", "check_complete", "load_whole"]
 
 ALIGNMENT = 64  # bytes; where torch itself puts a tensor
+SHOWN = 3  # names of weights in a message
+# What a file seems to be, by a pattern that one of its keys matches
+SIGNS = (
+    (
+        r"\.lora_[AB]\.|\.lora\.(up|down)\.|lora_(up|down)",
+        "an adapter (LoRA), which is loaded onto a model by load_lora_adapter",
+    ),
+    (r"^_orig_mod\.", "saved from a compiled model (torch.compile): take the prefix _orig_mod. off its names"),
+    (r"^module\.", "saved from a wrapped model (DataParallel): take the prefix module. off its names"),
+    (
+        r"^(encoder|decoder)\.(conv_in|down_blocks|up_blocks|mid_block)|^quant_conv",
+        "the weights of a VAE (AutoencoderKL)",
+    ),
+    (r"^transformer_blocks\.\d+\.norm1\.emb\.", "the weights of a DiT (DiTTransformer2DModel)"),
+    (r"^(down|up)_blocks\.\d+\.(attentions|resnets)", "the weights of a U-Net (UNet2DModel or its kin)"),
+    (r"^text_model\.|^vision_model\.", "the weights of a CLIP model"),
+    (r"^(stem|head)\.", "the weights of an IPTV2RestorationModel"),
+    (r"^(conv_in|time_embed|class_embedder|conditioning)\b.*", "the weights of another denoiser"),
+)
 
 
 def align_weights(model: nn.Module) -> None:
@@ -20,12 +45,111 @@ def align_weights(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
+def check_complete(model: nn.Module) -> None:
+    """Raise a ValueError, with names, if weights of a model were never given values (those left on the meta device)."""
+    empty = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
+    if empty:
+        raise ValueError(
+            f"the weights of this {type(model).__name__} are incomplete: {_listed(empty)} missing in its file; "
+            "download or save it again"
+        )
+
+
+def load_whole(model_class: type, *args: Any, **kwargs: Any) -> nn.Module:
+    """`model_class.from_pretrained(...)`, refusing weights that are missing, unexpected or misshapen.
+
+    Raises:
+        ValueError: the names of such weights, and what the file seems to be instead.
+        OSError: no such folder, file or name on the Hub.
+    """
+    name = _name_of(args, kwargs)
+    with _said_once(name, model_class.__name__):
+        model, info = model_class.from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+    check_loaded(model, name, info)
+    return model
+
+
+def _name_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    name, folder = args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs.get("subfolder")
+    return f"{name}/{folder}" if folder else str(name)
+
+
+@contextlib.contextmanager
+def _said_once(name: str, kind: str) -> Iterator[None]:
+    """Say of misshapen weights whose they are, and without diffusers' pages of names, which our errors shorten."""
+    log = logging.getLogger("diffusers.models.modeling_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        found = re.search(
+            r"because (\S+) expected shape (\S+), but got ([^.]+\))", str(error).replace("torch.Size", "")
+        )
+        if found is None and "size mismatch" not in str(error):
+            raise
+        detail = " ".join(str(error).split())[:160]
+        if found:
+            detail = f"{found[1]} is {found[3].strip('()')}, not {found[2].strip('()')}"
+        raise ValueError(
+            f"{name} does not hold the weights of this {kind}: misshapen, {detail}; its config.json may belong to "
+            "another file"
+        ) from error
+    finally:
+        log.setLevel(level)
+
+
+def check_loaded(model: nn.Module, name: str, info: dict[str, Any]) -> None:
+    """Raise a ValueError if diffusers' loading information names weights that are missing, unexpected or misshapen."""
+    missing, unexpected = sorted(info.get("missing_keys") or ()), sorted(info.get("unexpected_keys") or ())
+    misshapen = [
+        f"{key} ({'x'.join(map(str, there))}, not {'x'.join(map(str, here))})"
+        for key, there, here in (info.get("mismatched_keys") or ())
+    ]
+    problems = [f"{_listed(keys)} {word}" for keys, word in ((missing, "missing"), (unexpected, "unexpected")) if keys]
+    problems += [f"{_listed(misshapen)} misshapen"] if misshapen else []
+    if problems:
+        raise ValueError(
+            f"{name} does not hold the weights of this {type(model).__name__}: {'; '.join(problems)}"
+            f"{_resemblance(model, missing, unexpected)}"
+        )
+
+
+def _resemblance(model: nn.Module, missing: Iterable[str], unexpected: list[str]) -> str:
+    """What the file seems to be instead, to be added to a message."""
+    for pattern, what in SIGNS:
+        if any(re.search(pattern, key) for key in unexpected):
+            return f"; the file seems to be {what}"
+    if unexpected and missing and hasattr(model, "fuse"):
+        fused = bool(model.config.get("fused"))
+        form, other = ("fused", "unfused (training)") if fused else ("unfused (training)", "fused")
+        return f"; config.json says {form}: the file may hold the {other} form, or a model of other sizes"
+    if not unexpected:
+        return "; the file is incomplete: download or save it again"
+    return "; its config.json may belong to another file"
+
+
+def _listed(names: list[str]) -> str:
+    """'3 weights (a, b, c) are', shortened."""
+    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    return f"{len(names)} weight{'s' * (len(names) > 1)} ({shown}) {'are' if len(names) > 1 else 'is'}"
+
+
 class AlignedLoadingMixin:
-    """For diffusers models, before `ModelMixin` in the bases: loading and saving do not change what is computed."""
+    """For diffusers models, before `ModelMixin` in the bases: what is saved is what is loaded, or it is refused."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `ModelMixin.from_pretrained`, of which it takes all arguments; the weights are aligned."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)  # a pair with output_loading_info=True
-        return loaded
+        """As `ModelMixin.from_pretrained`, of which it takes all arguments; whole weights only, and aligned.
+
+        Raises:
+            ValueError: weights that are missing, unexpected or misshapen (with ignore_mismatched_sizes=True, the last
+                are allowed), by name.
+        """
+        name = _name_of(args, kwargs)
+        with _said_once(name, cls.__name__):
+            model, info = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+        lenient = {**info, "mismatched_keys": []} if kwargs.get("ignore_mismatched_sizes") else info
+        check_loaded(model, name, lenient)
+        align_weights(model)
+        return (model, info) if kwargs.get("output_loading_info") else model

@@ -6,14 +6,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-import yaml
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml
+
+from .loading import load_whole
 from .restoration_iptv2 import IPTV2RestorationModel
 from .transformer_iptv2 import IPTV2Transformer2DModel
 
@@ -261,17 +264,60 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
 
     overrides = translate_overrides(model_class, overrides)
     if name not in PRESETS and Path(name).is_dir():
-        model = model_class.from_pretrained(name)
+        model = load_whole(model_class, name)
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items()}  # JSON has no tuples
         overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
         differing = [f"{k}={saved[k]!r}, not {v!r}" for k, v in overrides.items() if saved[k] != v]
         if differing:
             raise ValueError(f"{name} was saved with {'; '.join(differing)}")
     else:
-        model = model_class.from_config(config, **overrides)
+        model = _make(model_class, config, overrides)
     if isinstance(model, DiTTransformer2DModel):
         disable_label_dropout(model)
     return model
+
+
+LARGEST_SIZE = 1 << 20  # of any number in a configuration
+MOST_LAYERS = 10_000
+# What scripts override for the data; all else is a user's own
+_OF_THE_DATA = {"sample_size", "in_channels", "out_channels", "num_class_embeds", "num_embeds_ada_norm", "num_tasks"}
+
+
+def _make(model_class: type[ModelMixin], config: dict[str, Any], overrides: dict[str, Any]) -> ModelMixin:
+    """A fresh model; a ValueError for values that no model can have, or that this machine cannot hold."""
+    values = {**config, **overrides}
+    for name, value in values.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(number, (int, float)) and abs(number) > LARGEST_SIZE for number in numbers):
+            raise ValueError(f"{name} is {value!r}; no size of a model is above {LARGEST_SIZE}")
+    layers = values.get("layers_per_stage", values.get("num_layers", 0))
+    if isinstance(layers, (list, tuple)):
+        layers = sum(count for count in layers if isinstance(count, int))
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"{layers} layers are more than {MOST_LAYERS}; lower layers_per_stage")
+    given = {name: value for name, value in overrides.items() if name not in _OF_THE_DATA}
+    try:
+        if given:
+            _check_memory(model_class, config, overrides)
+        return model_class.from_config(config, **overrides)
+    except ValueError:
+        raise
+    except Exception as error:  # of torch and diffusers, about whatever values the user gave
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        told = ", ".join(f"{name}={value!r}" for name, value in (given or values).items() if name[0] != "_")[:200]
+        raise ValueError(f"a {model_class.__name__} cannot be made with {told}: {reason}") from error
+
+
+def _check_memory(model_class: type[ModelMixin], config: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Raise a ValueError if the weights are more than this machine's memory: allocating them would end the process."""
+    with torch.device("meta"):
+        needed = 4 * count_parameters(model_class.from_config(config, **overrides))
+    available = psutil.virtual_memory().total
+    if needed > available:
+        raise ValueError(
+            f"a model of {needed / 4e9:.3g} billion parameters takes {needed / 1e9:.3g} GB, this machine has "
+            f"{available / 1e9:.3g} GB; lower channels or layers_per_stage"
+        )
 
 
 MODEL_CLASSES = {c.__name__: c for c in (IPTV2Transformer2DModel, IPTV2RestorationModel, DiTTransformer2DModel)}
@@ -286,8 +332,12 @@ def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
             raise ValueError(f"{path} has no config.json: it is not a folder that a model was saved in{hint}")
         path = path / "config.json"
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = read_yaml(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except StrictSyntaxError as error:
+        told = str(error)
+        joined = f"{path}, {told}" if told.startswith("line ") else f"{path} is neither JSON nor YAML: {told}"
+        raise ValueError(joined) from error
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {type(config).__name__}, not the names and values of a model's arguments")

@@ -36,6 +36,15 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SHARDED = "sharded"
+# Of checkpoints and of the folders beside them that `replaced` writes
+TEMPORARY = (
+    ".tmp-checkpoint-*",
+    ".tmp-delete-checkpoint-*",
+    ".tmp-pipeline",
+    ".tmp-old-pipeline",
+    ".tmp-vae",
+    ".tmp-old-vae",
+)
 _NAME = re.compile(r"^checkpoint-(\d{8,})$")
 
 
@@ -105,6 +114,11 @@ class CheckpointManager:
                 self.accelerator.save_state(str(temporary))
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             failure = _reason(error)
+        except KeyboardInterrupt:  # the second: the first asked for this save
+            shutil.rmtree(temporary, ignore_errors=True)
+            whole = ", ".join(path.name for path in self._folders()) or "none yet"
+            self.say(f"saving checkpoint {step} was interrupted; whole are: {whole}")
+            raise
         if self._first_failure(failure) is None and self.accelerator.is_main_process:
             try:
                 self._seal(temporary, final, step, dict(progress or {}))
@@ -128,9 +142,10 @@ class CheckpointManager:
         _fsync(temporary / MANIFEST)
         _fsync(temporary)
         if final.exists():  # an equal step written again, as after a resumption: the new one is whole, so replace it
-            shutil.rmtree(final)
+            self._set_aside(final)
         os.replace(temporary, final)
         _fsync(self.output_dir)
+        self._clean(f".tmp-delete-{final.name}")
 
     def _give_up(self, temporary: Path, step: int, failure: str) -> None:
         if self.accelerator.is_main_process:
@@ -152,11 +167,26 @@ class CheckpointManager:
         return failure or "another process could not write its part"
 
     def _rotate(self) -> None:
-        for path in self._folders()[: -self.keep_last]:
-            # Renamed first: a kill in mid-delete must not leave something that looks like a checkpoint.
-            doomed = path.with_name(f".tmp-delete-{path.name}")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        for path in [path for path in self._folders() if is_ours(path)][: -self.keep_last]:
+            self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        """Remove a checkpoint; what its manifest does not name moves to left-of-checkpoint-*."""
+        self._set_aside(path)
+        self._clean(f".tmp-delete-{path.name}")
+
+    def _set_aside(self, path: Path) -> None:
+        """Take a checkpoint's name away: a kill in mid-delete must not leave something that looks like one."""
+        if not is_ours(path):  # a folder of somebody else's
+            os.replace(path, _free_name(path.with_name(f"left-of-{path.name}")))
+            return
+        for name in foreign_files(path):
+            kept = path.with_name(f"left-of-{path.name}") / name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path / name, _free_name(kept))
+        doomed = path.with_name(f".tmp-delete-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Finding and loading
@@ -194,8 +224,8 @@ class CheckpointManager:
         """Remove every checkpoint of the run (`--overwrite`)."""
         if self.accelerator.is_main_process:
             self._clean()
-            for path in self._folders():
-                shutil.rmtree(path)
+            for path in filter(is_ours, self._folders()):
+                self._delete(path)
         self.accelerator.wait_for_everyone()
 
     def _newest_whole(self) -> Checkpoint | None:
@@ -225,11 +255,27 @@ class CheckpointManager:
         named = [(int(m[1]), p) for p in self.output_dir.iterdir() if (m := _NAME.match(p.name)) and p.is_dir()]
         return [path for _, path in sorted(named)]
 
-    def _clean(self) -> None:
-        """Remove what a killed run left half-written."""
-        if self.output_dir.is_dir():
-            for path in self.output_dir.glob(".tmp-*"):
+    def _clean(self, *names: str) -> None:
+        """Remove what a killed run left half-written, or what is named."""
+        for pattern in names or TEMPORARY:
+            for path in self.output_dir.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a checkpoint of ours, whole or damaged: it has our manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"step", "files", "config"} <= set(manifest)
+
+
+def foreign_files(path: Path) -> list[str]:
+    """Files of a checkpoint's folder that its manifest does not name."""
+    files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    return [name for name in found if name != MANIFEST and name not in files]
 
 
 class DamagedCheckpointError(Exception):

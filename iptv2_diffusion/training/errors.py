@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from iptv2_diffusion.data.files import forgiving_streams
+
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, names the operating system's errors
 
@@ -82,6 +84,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     With several processes only the first prints, so that the line is seen once: what is checked here is the same for
     all. A disk that fills outside of a checkpoint (which names more, see `checkpoint.py`) is told here too.
     """
+    forgiving_streams()
     try:
         code = main()
     except UserError as error:
@@ -89,6 +92,7 @@ def run_main(main: Callable[[], int | None]) -> None:
             raise
         code = _complain(str(error), everywhere=isinstance(error, LocalError))
     except KeyboardInterrupt:
+        _complain("stopped; what was written before is whole, and the same command goes on from there")
         code = 130
     except Exception as error:
         message = full_disk(error)

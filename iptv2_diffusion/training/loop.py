@@ -34,8 +34,9 @@ from accelerate.utils import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.memory import keep_freed_memory
-from iptv2_diffusion.training.checkpoint import CheckpointManager
+from iptv2_diffusion.training.checkpoint import CheckpointManager, is_ours
 from iptv2_diffusion.training.cuda_graphs import GraphedModel, wants_graphs
 from iptv2_diffusion.training.ema import ModelState, StateDict
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, user_errors
@@ -165,7 +166,9 @@ class Trainer:
         graphs = wants_graphs(config, accelerator)
         self.config, self.accelerator, self.curves, self.result = config, accelerator, curves, result
         self.output_dir = Path(config.output_dir)
-        with user_errors(OSError):
+        with user_errors(OSError, ValueError):
+            if accelerator.is_main_process:
+                claim_run_folder(self.output_dir)
             self.output_dir.mkdir(parents=True, exist_ok=True)
         model.to(accelerator.device)
         self.sharded = config.sharding != "none" and accelerator.num_processes > 1
@@ -485,6 +488,17 @@ def compile_blocks(model: nn.Module) -> None:
         model.compile()
 
 
+def claim_run_folder(folder: Path) -> OwnFolder:
+    """A run's output folder with our record; a `ForeignFolderError`, a ValueError, for a folder of something else."""
+
+    def made_before_records(folder: Path) -> list[str] | None:
+        known = (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+        known = known or any(is_ours(path) for path in folder.glob("*checkpoint-*"))
+        return [] if known else None
+
+    return OwnFolder.claim(folder, "a training run", earlier=made_before_records)
+
+
 def prepare_dry_run(config: TrainingConfig) -> None:
     """Shorten a configuration so that every stage runs once: two steps, a checkpoint and a preview after the first."""
     config.output_dir = str(Path(config.output_dir) / "dry_run")
@@ -492,6 +506,9 @@ def prepare_dry_run(config: TrainingConfig) -> None:
     config.checkpoint_every = config.eval_every = config.preview_every = config.log_every = 1
     config.report_to = "none"
     if os.environ.get("RANK", "0") == "0":
+        with user_errors(OSError, ValueError):
+            claim_run_folder(Path(config.output_dir).parent)
+            claim_run_folder(Path(config.output_dir))  # refuses a folder of that name that is not ours
         shutil.rmtree(config.output_dir, ignore_errors=True)
 
 

@@ -14,10 +14,11 @@ once.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import json
+import math
+import re
 import sys
 import types
 import typing
@@ -28,12 +29,18 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from iptv2_diffusion.data.files import user_path
+from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_json, read_yaml
 from iptv2_diffusion.training.errors import ConfigError
 
 ConfigType = TypeVar("ConfigType")
 
 _NONE_WORDS = {"none", "null", "~", ""}
 _TRUE_WORDS, _FALSE_WORDS = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+class MeaningError(ConfigError):
+    """A number that is none, or is not what it looks like."""
 
 
 def option(default: Any, help: str, *, group: str = "run", free: bool = False) -> Any:
@@ -249,8 +256,12 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         if type(None) in arguments and (value is None or str(value).lower() in _NONE_WORDS):
             return None
         for argument in (a for a in arguments if a is not type(None)):
-            with contextlib.suppress(ConfigError):
+            try:
                 return coerce(value, argument, name)
+            except MeaningError:
+                raise
+            except ConfigError:
+                continue
         raise ConfigError(f"{name} is {value!r}; it must be {_type_name(hint)}")
     if origin is Literal:
         if value is False and "no" in arguments:  # YAML 1.1 reads a bare `no` as false
@@ -277,6 +288,10 @@ def _coerce_plain(value: Any, hint: Any, name: str) -> Any:
     if hint in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)
+            if not math.isfinite(number):
+                raise MeaningError(f"{name} is {value!r}; it must be a finite number")
+            if hint is int and isinstance(value, str) and re.fullmatch(r"[-+]?0[0-9_]+", value):
+                raise MeaningError(f"{name} is {value!r}; write it without leading zeros")
             if hint is float or number == int(number):
                 return hint(number) if hint is float or not isinstance(value, int) else value
         except (TypeError, ValueError, OverflowError):
@@ -292,9 +307,10 @@ def _parse_text(text: str, hint: Any) -> Any:
         return text.lower() in _TRUE_WORDS
     if kinds & {dict, list, tuple} and text[:1] in ("[", "{"):
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{text!r} is not JSON ({error.msg} at character {error.pos})") from error
+            return read_json(text)
+        except StrictSyntaxError as error:
+            told = str(error)
+            raise ConfigError(f"{text!r} is {told}" if told.startswith("not JSON") else f"{text!r}: {told}") from error
     if kinds & {list, tuple} and ("," in text or not kinds & {int, float, str}):
         return [part.strip() for part in text.split(",")] if text else []
     return text
@@ -302,10 +318,13 @@ def _parse_text(text: str, hint: Any) -> Any:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(user_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except StrictSyntaxError as error:
+        told = str(error)
+        raise ConfigError(f"{path}, {told}" if told.startswith("line ") else f"{path} is not YAML: {told}") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}

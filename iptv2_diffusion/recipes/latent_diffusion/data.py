@@ -24,6 +24,7 @@ from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource, cached_
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
 from iptv2_diffusion.data.streaming import ImageStream, StreamedLatents, StreamOrder
 from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.models.loading import load_whole
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
 from iptv2_diffusion.training.loop import start_accelerator
@@ -98,7 +99,7 @@ def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
         vae_class = getattr(diffusers, description.get("_class_name", "AutoencoderKL"), None)
         if vae_class is None:
             raise ConfigError(f"{config.vae} is a {description['_class_name']}, which diffusers does not have")
-        vae = vae_class.from_pretrained(config.vae, **options).requires_grad_(False).eval()
+        vae = load_whole(vae_class, config.vae, **options).requires_grad_(False).eval()
         vae.to(device, memory_format=torch.channels_last)
         codec = LatentCodec(vae)
         codec.latent_size(*config.size)  # raises if the image size does not fit

@@ -1,0 +1,155 @@
+"""Folders of results with a record of what we made in them, so that nothing else is reused, counted or deleted.
+
+    FOLDER/IPTV2_RECORD      lines of JSON: what the folder is for, then the name and size of every file
+
+A line is written before its file gets its name, so that a kill at any moment leaves no file of ours unrecorded. With
+several processes each has a record of its own (IPTV2_RECORD-1 ...), and all are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from iptv2_diffusion.data.files import inside, printable, written_whole
+
+__all__ = ["RECORD", "ForeignFolderError", "OwnFolder"]
+
+RECORD = "IPTV2_RECORD"
+# What desktops, editors and shells leave in a folder that a user takes for empty
+_DROPPINGS = {"Thumbs.db", "desktop.ini", "Icon\r", "nohup.out", "__pycache__", "@eaDir", "lost+found"}
+_LOGS = {".log", ".out", ".err"}
+
+
+class ForeignFolderError(ValueError):
+    """A folder, or a file in it, that we did not make."""
+
+
+class OwnFolder:
+    """A folder of which we know what we made.
+
+    Args:
+        folder: the folder; see `claim`.
+        kind: what is in it, in words, such as "restored pictures".
+        process: number of this process, where several write.
+    """
+
+    def __init__(self, folder: Path, kind: str, process: int = 0) -> None:
+        self.folder, self.kind, self.process = Path(folder), kind, process
+        self.files: dict[str, int | None] = {}  # size by name, None where it is not known
+        self._read()
+
+    @classmethod
+    def claim(
+        cls,
+        folder: Path,
+        kind: str,
+        *,
+        process: int = 0,
+        earlier: Callable[[Path], Iterable[str] | None] = lambda folder: None,
+    ) -> OwnFolder:
+        """The folder, made if need be.
+
+        Args:
+            folder, kind, process: as of the class.
+            earlier: names of what a version before the record made in a folder, or None if it is none of its.
+
+        Raises:
+            ForeignFolderError: the folder holds what we did not make, and has no record of ours of this kind.
+            OSError: it cannot be made or written to.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        own = cls(folder, kind, process)
+        if own._kinds:
+            others = own._kinds - {kind}
+            if others:
+                raise ForeignFolderError(
+                    f"{printable(folder)} holds {', '.join(sorted(others))}, not {kind}; choose another folder"
+                )
+        else:
+            made = earlier(folder)
+            strangers = [entry.name for entry in folder.iterdir() if not _is_dropping(entry.name)]
+            if strangers and made is None:
+                first = printable(min(strangers))
+                raise ForeignFolderError(
+                    f"{printable(folder)} has no record of {kind} and holds {len(strangers)} entries that were not "
+                    f"made here, such as {first}; choose another folder, or empty this one"
+                )
+            own._append({"kind": kind})
+            for name in made or ():
+                own.record(name, None)
+        return own
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether the folder has a record of ours."""
+        return bool(self._kinds)
+
+    def holds(self, name: str) -> bool:
+        """Whether a file that we made is there, as large as we made it."""
+        if name not in self.files:
+            return False
+        with contextlib.suppress(OSError):
+            size = (self.folder / name).stat().st_size
+            return self.files[name] in (None, size)
+        return False
+
+    def is_foreign(self, name: str) -> bool:
+        """Whether something lies at the place of a file of ours that we did not make."""
+        return name not in self.files and os.path.lexists(self.folder / name)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write the file `name` to; then it is recorded and gets its name at once.
+
+        Raises:
+            ForeignFolderError: a file of that name is there that we did not make.
+            ValueError: a name that leaves the folder.
+        """
+        path = inside(self.folder, name)
+        if self.is_foreign(name):
+            raise ForeignFolderError(f"{printable(path)} was not made here; move it away, or choose another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            yield temporary
+            self.record(name, temporary.stat().st_size)
+
+    def record(self, name: str, size: int | None) -> None:
+        """Note a file of ours, before it gets its name."""
+        if self.files.get(name, -1) != size:
+            self._append({"file": name, "bytes": size})
+            self.files[name] = size
+
+    def delete(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Delete the files of ours whose names are `wanted`, and nothing else."""
+        for name in [name for name in self.files if wanted(name)]:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                inside(self.folder, name).unlink()
+            del self.files[name]
+
+    def _append(self, line: dict) -> None:
+        suffix = f"-{self.process}" if self.process else ""
+        with (self.folder / f"{RECORD}{suffix}").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _read(self) -> None:
+        """All records, their last lines perhaps cut by a kill."""
+        self._kinds: set[str] = set()
+        for path in sorted(self.folder.glob(f"{RECORD}*")) if self.folder.is_dir() else ():
+            if path.name != RECORD and not path.name.removeprefix(f"{RECORD}-").isdigit():
+                continue
+            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError, AttributeError):
+                    line = json.loads(text)
+                    if isinstance(line.get("file"), str) and isinstance(line.get("bytes"), (int, type(None))):
+                        self.files[line["file"]] = line["bytes"]
+                    elif isinstance(line.get("kind"), str):
+                        self._kinds.add(line["kind"])
+
+
+def _is_dropping(name: str) -> bool:
+    return name.startswith(".") or name in _DROPPINGS or Path(name).suffix in _LOGS

@@ -1,0 +1,113 @@
+"""YAML and JSON that are read as they look, or refused with the line: nobody means an octal 010 or two equal keys.
+
+YAML 1.1 takes 010 for 8, 1:30 for 90 and the last of equal keys; both formats take NaN and infinity. In a configuration
+each of these is a slip.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import yaml
+
+__all__ = ["StrictSyntaxError", "read_json", "read_yaml"]
+
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+MOST_DIGITS = 40
+
+
+class StrictSyntaxError(ValueError):
+    """Text that is no YAML or JSON, or that says something nobody means; the message names the line or the key."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, without duplicated keys, octal and base-60 numbers, NaN and infinity."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        try:
+            before = seen.setdefault(key, line)
+        except TypeError:  # a list or a mapping
+            raise StrictSyntaxError(f"line {line}: {key!r} cannot be a name; give name: value") from None
+        if before != line or list(seen).count(key) > 1:
+            raise StrictSyntaxError(f"line {line}: {key!r} is given twice, first in line {before}; remove one")
+    loader.flatten_mapping(node)
+    return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text, line = node.value, node.start_mark.line + 1
+    if _LEADING_ZERO.fullmatch(text):
+        raise StrictSyntaxError(f"line {line}: {text} would be read as an octal number; write it without leading zeros")
+    if _BASE_60.fullmatch(text):
+        raise StrictSyntaxError(f"line {line}: {text} would be read as a number to base 60; put it in quotes")
+    if len(text) > MOST_DIGITS:
+        raise StrictSyntaxError(f"line {line}: a number of {len(text)} digits")
+    return loader.construct_yaml_int(node)
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text, line = node.value, node.start_mark.line + 1
+    if _BASE_60.fullmatch(text):
+        raise StrictSyntaxError(f"line {line}: {text} would be read as a number to base 60; put it in quotes")
+    value = loader.construct_yaml_float(node)
+    if not math.isfinite(value):
+        raise StrictSyntaxError(f"line {line}: {text} is no finite number; give one, or none")
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of a YAML text; JSON is YAML. Raises a `StrictSyntaxError`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise StrictSyntaxError(" ".join(str(error).split())) from error
+    except StrictSyntaxError:
+        raise
+    except (ValueError, TypeError, RecursionError, AttributeError, KeyError) as error:  # of yaml's constructors
+        raise StrictSyntaxError(
+            f"it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
+
+
+def read_json(text: str) -> Any:
+    """Plain values of a JSON text. Raises a `StrictSyntaxError`."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise StrictSyntaxError(f"{name!r} is given twice; remove one")
+        return dict(pairs)
+
+    def finite(word: str) -> float:
+        value = float(word)
+        if not math.isfinite(value):
+            raise StrictSyntaxError(f"{word} is no finite number; give one, or null")
+        return value
+
+    def short(word: str) -> int:
+        if len(word) > MOST_DIGITS:
+            raise StrictSyntaxError(f"a number of {len(word)} digits")
+        return int(word)
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=finite, parse_float=finite, parse_int=short)
+    except json.JSONDecodeError as error:
+        raise StrictSyntaxError(f"not JSON ({error.msg} at character {error.pos})") from error
+    except RecursionError as error:
+        raise StrictSyntaxError("not JSON (nested too deeply)") from error

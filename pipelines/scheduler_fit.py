@@ -1,0 +1,199 @@
+"""Which schedulers sample a denoiser rightly: those of the prediction and the noise schedule that it was trained with.
+
+A scheduler of another kind runs all the same and draws noise or mush, so `IPTV2Pipeline` asks here before every call.
+Every scheduler class of diffusers is put through it in tests/pipelines/test_scheduler_fit.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+
+__all__ = ["check_scheduler", "is_of_flow", "noise_schedule_of", "prediction_of"]
+
+FLOW = "flow"
+# Classes that sample noise, v- or sample prediction on a DDPM's noise schedule
+NOISE_CLASSES = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+# Classes that sample flow matching, by themselves or with prediction_type="flow_prediction" and use_flow_sigmas
+FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+FLOW_SIGMA_CLASSES = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
+WITHOUT_SAMPLE = (
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "PNDMScheduler",
+)
+CLIPPING = ("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler")  # by default
+# What decides a DDPM's noise schedule
+SCHEDULE_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
+
+def is_of_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler samples flow matching, rather than noise or v-prediction."""
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def prediction_of(scheduler: SchedulerMixin) -> str:
+    """What a denoiser predicts that this scheduler samples: "flow", "epsilon", "v_prediction" or "sample"."""
+    return FLOW if is_of_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+
+
+def noise_schedule_of(scheduler: SchedulerMixin) -> dict[str, Any] | None:
+    """The fields that decide the noise at each training timestep, as plain values; None where there are none."""
+    known = {name: scheduler.config[name] for name in SCHEDULE_FIELDS if name in scheduler.config}
+    if is_of_flow(scheduler):
+        return {"num_train_timesteps": known["num_train_timesteps"]} if "num_train_timesteps" in known else None
+    if known.get("trained_betas") is not None:
+        known["trained_betas"] = [float(beta) for beta in known["trained_betas"]]
+    return known if "beta_schedule" in known else None
+
+
+def check_scheduler(scheduler: SchedulerMixin, prediction: str | None, schedule: Mapping[str, Any] | None) -> None:
+    """Raise a ValueError, which names the right call, unless the scheduler samples what the denoiser predicts.
+
+    Args:
+        scheduler: the one to sample with.
+        prediction: what the denoiser was trained to predict, as of `prediction_of`; None: not known.
+        schedule: the noise schedule that it was trained with, as of `noise_schedule_of`; None: not known.
+    """
+    name, flow = type(scheduler).__name__, is_of_flow(scheduler)
+    if prediction is None:
+        return
+    if flow != (prediction == FLOW):
+        trained = "flow matching" if prediction == FLOW else "noise or v-prediction"
+        kin = FLOW_CLASSES[0] if prediction == FLOW else "DPMSolverMultistepScheduler"
+        raise ValueError(
+            f"the transformer was trained for {trained}, and {name} is of the other kind; use {kin} or its kin"
+        )
+    known = _class_of(scheduler)
+    if known is None and type(scheduler).__module__.startswith("diffusers."):
+        fitting = (*FLOW_CLASSES, *FLOW_SIGMA_CLASSES) if flow else NOISE_CLASSES
+        raise ValueError(
+            f"{name} samples other models than this one, which predicts {_said(prediction)}; use one of "
+            f"{', '.join(fitting)}"
+        )
+    problem = _flow_problem(scheduler, known) if flow else _noise_problem(scheduler, prediction)
+    if problem:
+        raise ValueError(f"{problem}; use {_right_call(name, prediction, schedule)}")
+    _check_schedule(scheduler, prediction, schedule)
+
+
+def _class_of(scheduler: SchedulerMixin) -> str | None:
+    """The first of its classes that is known to sample such models; a subclass of yours counts as its parent."""
+    fitting = (*FLOW_CLASSES, *FLOW_SIGMA_CLASSES) if is_of_flow(scheduler) else NOISE_CLASSES
+    for kind in type(scheduler).__mro__:
+        if kind.__module__.startswith("diffusers."):
+            return kind.__name__ if kind.__name__ in fitting else None
+    return None
+
+
+def _flow_problem(scheduler: SchedulerMixin, known: str | None) -> str | None:
+    config, name = scheduler.config, type(scheduler).__name__
+    if known in FLOW_SIGMA_CLASSES and not config.get("use_flow_sigmas"):
+        without = "has prediction_type='flow_prediction' without use_flow_sigmas=True"
+        return f"{name} {without}: its noise levels are not a flow's"
+    if config.get("invert_sigmas"):
+        return f"{name} has invert_sigmas=True: it goes from the image to the noise"
+    if config.get("use_dynamic_shifting") and known in FLOW_CLASSES:
+        return f"{name} has use_dynamic_shifting=True, which needs a shift (mu) that this pipeline does not compute"
+    return None
+
+
+def _noise_problem(scheduler: SchedulerMixin, prediction: str) -> str | None:
+    config, name = scheduler.config, type(scheduler).__name__
+    sampled = config.get("prediction_type", "epsilon")
+    if sampled != prediction:
+        return f"the transformer predicts {_said(prediction)}, and {name} has prediction_type={sampled!r}"
+    if prediction == "sample" and type(scheduler).__name__ in WITHOUT_SAMPLE:
+        return f"{name} does not sample models that predict the clean latents"
+    if config.get("use_flow_sigmas"):
+        return f"{name} has use_flow_sigmas=True, which are the noise levels of flow matching"
+    if config.get("timestep_type") == "continuous":
+        return f"{name} has timestep_type='continuous', and the transformer takes the timesteps of its training"
+    return None
+
+
+def _check_schedule(scheduler: SchedulerMixin, prediction: str, schedule: Mapping[str, Any] | None) -> None:
+    """The noise at each training timestep must be what it was in training."""
+    own, name = noise_schedule_of(scheduler), type(scheduler).__name__
+    if not schedule or not own:
+        return
+    if prediction == FLOW:
+        differing = ["num_train_timesteps"] if own != dict(schedule) else []
+    else:
+        theirs, ours = _signal(schedule), _signal(own)
+        same = theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-6)
+        differing = [] if same else [f for f in SCHEDULE_FIELDS if schedule.get(f) != own.get(f)]
+    if differing:
+        told = ", ".join(f"{field} {own.get(field)!r} instead of {schedule.get(field)!r}" for field in differing)
+        raise ValueError(
+            f"{name} has another noise schedule than the transformer was trained with ({told}); use "
+            f"{_right_call(name, prediction, schedule)}"
+        )
+
+
+def _signal(schedule: Mapping[str, Any]) -> torch.Tensor:
+    """ᾱ at every training timestep, (T,)."""
+    return DDPMScheduler(**schedule).alphas_cumprod
+
+
+def _said(prediction: str) -> str:
+    words = {
+        "epsilon": "the noise (epsilon)",
+        "v_prediction": "v (v_prediction)",
+        "sample": "the clean latents (sample)",
+    }
+    return words.get(prediction, prediction)
+
+
+def _right_call(name: str, prediction: str, schedule: Mapping[str, Any] | None) -> str:
+    """A call that makes a scheduler of this class, or of one that can, fit."""
+    if prediction == "sample" and name in WITHOUT_SAMPLE:
+        name = "DDIMScheduler"
+    if name in FLOW_CLASSES:
+        return f"{name}({_arguments(schedule)})"
+    options: dict[str, Any] = {**(schedule or {})}
+    options = {key: value for key, value in options.items() if value not in (None, False)}
+    options["prediction_type"] = "flow_prediction" if prediction == FLOW else prediction
+    if prediction == FLOW:
+        options["use_flow_sigmas"] = True
+    if name in CLIPPING:
+        options["clip_sample"] = False
+    return f"{name}({_arguments(options)})"
+
+
+def _arguments(options: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in (options or {}).items())
