@@ -264,7 +264,7 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
         model_class, config = read_config(Path(name))
     else:
         near = get_close_matches(name, PRESETS, n=3, cutoff=0) or list(PRESETS)
-        raise ValueError(f"no preset, config.json or model folder called {name!r}; near it: {', '.join(near)}")
+        raise ValueError(f"no preset, config.json or model folder called {name!r}; did you mean {' or '.join(near)}?")
 
     overrides = translate_overrides(model_class, overrides)
     if name not in PRESETS and Path(name).is_dir():
@@ -363,7 +363,7 @@ def check_arguments(model_class: type[ModelMixin], names: Iterable[str]) -> None
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3, cutoff=0)
-            raise ValueError(f"{model_class.__name__} has no argument {name!r}; near it: {', '.join(near)}")
+            raise ValueError(f"{model_class.__name__} has no argument {name!r}; did you mean {' or '.join(near)}?")
 
 
 def translate_overrides(model_class: type[ModelMixin], overrides: dict[str, Any]) -> dict[str, Any]:
