@@ -261,9 +261,15 @@ def _is_left_behind(path: Path) -> bool:
 
 
 def _is_shard(path: Path) -> bool:
-    """Whether a whole shard lies there: safetensors checks the file's length against its header."""
+    """Whether a whole shard lies there: safetensors checks the file's length against its header.
+
+    Raises ValueError for a whole file of somebody else's, which is neither used nor overwritten.
+    """
     try:
-        with safe_open(path, framework="pt"):
-            return True
+        with safe_open(path, framework="pt") as shard:
+            ours = "unreadable" in (shard.metadata() or {}) and {"mean", "class_labels", "items"} <= set(shard.keys())
     except (OSError, SafetensorError):
         return False
+    if not ours:
+        raise ValueError(f"{path} holds no latents that were made here; move it away, or choose another cache_dir")
+    return True

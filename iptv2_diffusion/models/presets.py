@@ -1,5 +1,6 @@
 """Named sizes, with the parameters and GMACs each must have, and the one function that makes a model from a name."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -254,6 +255,7 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
     Raises:
         ValueError: no such preset, file or folder, one that is no model's, or a key that the model does not have.
     """
+    name = os.path.expanduser(name)
     if name in PRESETS:
         model_class, config = PRESETS[name].model_class, dict(PRESETS[name].config)
     elif name and Path(name).exists():

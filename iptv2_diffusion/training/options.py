@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -148,6 +149,10 @@ class TrainingConfig:
     )
     num_workers: int = option(0, "processes (of a stream: threads) that decode images", group="machine", free=True)
 
+    max_pixels: int = option(
+        178_956_970, "height times width above which an image is refused before it is decoded", group="data", free=True
+    )
+
     checkpoint_every: int = option(1000, "steps between checkpoints (one is always written at the end)", **_FREE_LOG)
     keep_last: int = option(2, "how many checkpoints are kept", **_FREE_LOG)
     sharded_checkpoints: bool = option(
@@ -164,7 +169,7 @@ class TrainingConfig:
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work, naming them."""
         self.require_positive("max_train_steps", "batch_size", "gradient_accumulation_steps", "keep_last", "log_every")
-        self.require_positive("ema_snapshot_every", "lr_cycles")
+        self.require_positive("ema_snapshot_every", "lr_cycles", "max_pixels")
         if self.ema == "power" and not all(0 < width < 0.28 for width in self.ema_sigma_rels):
             raise ConfigError(f"ema_sigma_rels is {self.ema_sigma_rels}; each must lie in (0, 0.28)")
         if self.ema == "power" and len(set(self.ema_sigma_rels)) == 1:
@@ -216,6 +221,9 @@ def parse_config(
     for name, text in vars(known).items():
         if name != "config" and text is not None:
             values[name] = coerce(_parse_text(text, hints[name]), hints[name], name)
+    for field in dataclasses.fields(config_type):  # others are expanded where they are used: checkpoints hold them
+        if field.metadata.get("free") and isinstance(values.get(field.name), str):
+            values[field.name] = os.path.expanduser(values[field.name])
     config = config_type(**values)
     if hasattr(config, "validate"):
         config.validate()
