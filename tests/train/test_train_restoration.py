@@ -252,7 +252,7 @@ def shipped_commands():
                 yield pytest.param(words, path, id=words[words.index("--output_dir") + 1])
 
 
-@pytest.mark.parametrize(("words", "path"), shipped_commands())
+@pytest.mark.parametrize(("words", "path"), list(shipped_commands()))
 def test_shipped_configurations_are_valid(words, path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)  # backbones to start from are named from there
     config = parse_config(RestorationConfig, ["--config", str(path), *words])
