@@ -394,7 +394,7 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
     except KeyboardInterrupt:
         folder.refresh()
         there = sum(folder.has(index) for index in range(config.num_samples))
-        raise UserError(
+        raise KeyboardInterrupt(
             f"stopped: {there} of {config.num_samples} images are in {output_dir}, whole; the same command goes on"
         ) from None
     accelerator.wait_for_everyone()

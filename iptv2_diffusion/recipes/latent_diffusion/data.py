@@ -10,7 +10,6 @@ import datasets
 import diffusers
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
 from iptv2_diffusion.data.draws import DataOrder, class_balanced_weights
 from iptv2_diffusion.data.image_files import Limits
@@ -99,7 +98,7 @@ def _load_stream(
 
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     """The VAE's codec, frozen, on the device."""
-    with user_errors(OSError, ValueError, TypeError, SafetensorError):
+    with user_errors(Exception):  # of diffusers and safetensors, about whatever the folder holds
         options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
         vae_name = os.path.expanduser(config.vae)
         description = diffusers.AutoencoderKL.load_config(vae_name, **options)
