@@ -389,6 +389,7 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
         groups = range(-(-config.num_samples // size))
         missing = [[g for g in groups if any(not folder.has(i) for i in members(g, size, config.num_samples))]]
     (missing,) = broadcast_object_list(missing)
+    folder.refresh()  # with what the main process took over of an earlier version
     try:
         draw_groups(pipeline, config, accelerator, folder, missing, size)
     except KeyboardInterrupt:

@@ -221,9 +221,7 @@ def parse_config(
     for name, text in vars(known).items():
         if name != "config" and text is not None:
             values[name] = coerce(_parse_text(text, hints[name]), hints[name], name)
-    for field in dataclasses.fields(config_type):  # others are expanded where they are used: checkpoints hold them
-        if field.metadata.get("free") and isinstance(values.get(field.name), str):
-            values[field.name] = os.path.expanduser(values[field.name])
+    values = expand_home(config_type, values)
     config = config_type(**values)
     if hasattr(config, "validate"):
         config.validate()
@@ -237,7 +235,13 @@ def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict
     for name in values:
         if name not in names:
             raise ConfigError(_unknown(str(name), names, f"in {where}"))
-    return {name: coerce(value, hints[name], name) for name, value in values.items()}
+    return expand_home(config_type, {name: coerce(value, hints[name], name) for name, value in values.items()})
+
+
+def expand_home(config_type: type, values: dict[str, Any]) -> dict[str, Any]:
+    """~ in fields that no checkpoint holds; the others are expanded where they are used."""
+    free = {field.name for field in dataclasses.fields(config_type) if field.metadata.get("free")}
+    return {k: os.path.expanduser(v) if k in free and isinstance(v, str) else v for k, v in values.items()}
 
 
 def save_config(config: Any, path: str | Path) -> None:
