@@ -389,12 +389,13 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
         groups = range(-(-config.num_samples // size))
         missing = [[g for g in groups if any(not folder.has(i) for i in members(g, size, config.num_samples))]]
     (missing,) = broadcast_object_list(missing)
+    folder.refresh()  # with what the main process took over of an earlier version
     try:
         draw_groups(pipeline, config, accelerator, folder, missing, size)
     except KeyboardInterrupt:
         folder.refresh()
         there = sum(folder.has(index) for index in range(config.num_samples))
-        raise UserError(
+        raise KeyboardInterrupt(
             f"stopped: {there} of {config.num_samples} images are in {output_dir}, whole; the same command goes on"
         ) from None
     accelerator.wait_for_everyone()
