@@ -474,11 +474,9 @@ def supports(qkv: Tensor, heads: int, window: int) -> bool:
     """Whether `focal_attention` takes this map (B, H, W, 3C): by device, dtype, window and head width."""
     if qkv.dim() != 4 or qkv.dtype not in DTYPES or not 1 <= window <= MAX_WINDOW:
         return False
-    channels = int(qkv.shape[-1])  # never dynamic: kernels are compiled for a head width
-    head_dim = channels // (3 * heads)
-    if channels % (3 * heads) or not 1 <= head_dim <= MAX_HEAD_DIM:
-        return False
-    return runs(qkv.device.type, qkv.device.index, qkv.dtype, head_dim, window)
+    # By comparison, so that a compiler that takes the channels for dynamic still finds a constant.
+    head_dims = [d for d in range(1, MAX_HEAD_DIM + 1) if qkv.shape[-1] == 3 * heads * d]
+    return bool(head_dims) and runs(qkv.device.type, qkv.device.index, qkv.dtype, head_dims[0], window)
 
 
 @torch.compiler.assume_constant_result
