@@ -494,3 +494,30 @@ def probe(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) 
     for logits in (None, affine):
         out = attend(qkv, affine, temperature, logits, 1, window)
         attend_backward(out, qkv, affine, temperature, logits, 1, window)
+
+
+def traffic(
+    shape: tuple[int, int, int, int], itemsize: int, heads: int, window: int, merged: bool
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Multiply–accumulates, bytes and launches of the forward and of the backward for a map of `shape` (B, H, W, 3C).
+
+    Each window loads its part of the map once from memory; the second pass of a program finds it in the cache. The
+    parameters are small and not counted; the programs' own sums of their gradients are.
+    """
+    batch, height, width, channels = shape
+    head_dim, channels = channels // (3 * heads), channels // 3
+    rows, columns = window_counts(height, width, window)
+    forward, backward = [0, 0, 0], [0, 0, 0]
+    for shifted in branches(rows, columns, merged or None):
+        covered = batch * height * width
+        if shifted:
+            half, sides = window // 2, ((height, rows), (width, columns))
+            covered = batch
+            for side, count in sides:
+                covered *= max(0, min(side, half + (count - 1) * window) - half)
+        sums = 2 * 2 * 4 * heads * covered  # stored and summed, of affine and share, float32
+        for total, products, elements, rest in ((forward, 2, 4 + shifted, 0), (backward, 5, 7 + 3 * shifted, sums)):
+            total[0] += products * covered * channels * head_dim
+            total[1] += elements * covered * channels * itemsize + rest
+            total[2] += 1
+    return tuple(forward), tuple(backward)
