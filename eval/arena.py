@@ -6,8 +6,9 @@
 A model may come in several shapes (DiT: patch 2 and patch 1). A short run of each shape at each learning rate of one
 grid tells which of them counts ("chosen"); that one is trained in full from every seed. Runs are those of
 `train/train_ldm.py`, one after another, in OUTPUT_DIR/SIZE; the same command resumes, and trains no finished run again.
-Then samples of every full run are scored: see `iptv2_diffusion/metrics/generation.py`. The results are a JSON list of
-rows; NAME-about.json beside it holds machine, recipe and what real images score. `eval/arena_report.py` draws them.
+Then samples of every full run are scored: see `iptv2_diffusion/evaluation/generation_metrics.py`. The results are a
+JSON list of rows; NAME-about.json beside it holds machine, recipe and what real images score. `eval/arena_report.py`
+draws them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from iptv2_diffusion.training.config import option, parse_config
+from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.logging import read_metrics
+from iptv2_diffusion.training.options import config_to_dict, option, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = ("kid", "kid_error", "fd_pca64", "fd_train", "nearest_neighbour_median", "sampling_seconds_per_image")
@@ -128,9 +130,6 @@ def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def read_recipe(config: ArenaConfig) -> dict[str, Any]:
-    from iptv2_diffusion.training.config import config_to_dict
-    from iptv2_diffusion.training.ldm_config import LDMConfig
-
     return config_to_dict(parse_config(LDMConfig, [word for path in config.recipe for word in ("--config", path)]))
 
 
@@ -224,7 +223,7 @@ class Reference:
 
 def load_reference(config: ArenaConfig) -> Reference:
     """Images of both splits of the recipe's data."""
-    from iptv2_diffusion.metrics.generation import efficientnet_lite0, extract_features
+    from iptv2_diffusion.evaluation.generation_metrics import efficientnet_lite0, extract_features
 
     recipe = read_recipe(config)
     with user_errors(ModuleNotFoundError, ValueError):
@@ -254,8 +253,8 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
     """Samples of a full run (drawn once) against both splits; kept in scores.json beside what decided them."""
     import torch
 
-    from iptv2_diffusion.metrics import generation
-    from iptv2_diffusion.training.generation import GenerationConfig, generate, start_accelerator
+    from iptv2_diffusion.evaluation import generation_metrics
+    from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, generate, start_accelerator
 
     drawn = GenerationConfig(
         pipeline=str(run.folder / "pipeline"),
@@ -276,14 +275,14 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
     if saved.get("about") == about:
         return saved["scores"]
     samples = torch.cat(list(folder.batches(config.num_samples)))
-    features = generation.extract_features(reference.extractor, samples.split(64))["pool"]
-    distance, _ = generation.nearest_neighbour_distance(samples, reference.train)
+    features = generation_metrics.extract_features(reference.extractor, samples.split(64))["pool"]
+    distance, _ = generation_metrics.nearest_neighbour_distance(samples, reference.train)
     heldout = reference.heldout_features
     result = {
-        "kid": generation.kid(features, heldout),
-        "kid_error": generation.half_sample_error(lambda part: generation.kid(part, heldout), features),
-        "fd_pca64": generation.frechet_distance_pca(features, heldout),
-        "fd_train": generation.frechet_distance(features, reference.train_features),
+        "kid": generation_metrics.kid(features, heldout),
+        "kid_error": generation_metrics.half_sample_error(lambda part: generation_metrics.kid(part, heldout), features),
+        "fd_pca64": generation_metrics.frechet_distance_pca(features, heldout),
+        "fd_train": generation_metrics.frechet_distance(features, reference.train_features),
         "nearest_neighbour_median": distance.median().item(),
         "sampling_seconds_per_image": folder.seconds_per_image(),
     }
@@ -293,18 +292,18 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
 
 def floors(reference: Reference) -> dict[str, float]:
     """What real images score: the held-out ones against the training ones, in the same metrics."""
-    from iptv2_diffusion.metrics import generation
+    from iptv2_diffusion.evaluation import generation_metrics
 
-    distance, _ = generation.nearest_neighbour_distance(reference.heldout, reference.train)
+    distance, _ = generation_metrics.nearest_neighbour_distance(reference.heldout, reference.train)
     features, heldout = reference.train_features, reference.heldout_features
     return {
         "heldout_images": len(reference.heldout),
         "train_images": len(reference.train),
         "encoder": reference.extractor.name,
         "encoder_sha256": reference.extractor.sha256,
-        "kid_train_to_heldout": generation.kid(features, heldout),
-        "fd_pca64_train_to_heldout": generation.frechet_distance_pca(features, heldout),
-        "fd_train_half_to_half": generation.half_half_floor(features),
+        "kid_train_to_heldout": generation_metrics.kid(features, heldout),
+        "fd_pca64_train_to_heldout": generation_metrics.frechet_distance_pca(features, heldout),
+        "fd_train_half_to_half": generation_metrics.half_half_floor(features),
         "nearest_neighbour_median_heldout": distance.median().item(),
     }
 
@@ -335,7 +334,7 @@ def make_row(config: ArenaConfig, run: Run, cost: dict[str, Any], *, chosen: boo
 
 def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, Any] | None) -> Path:
     """Replace the rows of these shapes in the file of results; machine and recipe go into a file beside it."""
-    from iptv2_diffusion.metrics.speed import describe_machine
+    from iptv2_diffusion.evaluation.speed import describe_machine
 
     path = Path(config.results)
     beside = path.with_name(f"{path.stem}-about.json")

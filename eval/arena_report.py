@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iptv2_diffusion.training.config import option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+from iptv2_diffusion.training.options import option, parse_config
 
 METRICS = {
     "held_out_loss": "held-out loss",
@@ -78,7 +78,7 @@ def spread(values: list[float]) -> str:
 
 def table(groups: Group) -> str:
     """Markdown: a row for each size and model."""
-    from iptv2_diffusion.metrics.speed import to_markdown
+    from iptv2_diffusion.evaluation.speed import to_markdown
 
     lines = []
     for (size, model), rows in groups.items():
@@ -139,7 +139,7 @@ def sheets(groups: Group, config: ReportConfig, folder: Path) -> list[Path]:
     """The first samples of each model, those of the same number from the same class and noise; one picture a size."""
     from PIL import Image
 
-    from iptv2_diffusion.training.pictures import picture_sheet
+    from iptv2_diffusion.evaluation.pictures import picture_sheet
 
     written = []
     for size in dict.fromkeys(size for size, _ in groups):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from iptv2_diffusion.data.real_noise import DND
+from iptv2_diffusion.evaluation.dnd_files import bundle, crop_path, write_crop
 from iptv2_diffusion.training.errors import run_main, user_errors
 
 
@@ -41,14 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         data = DND(options.data)
         options.output.mkdir(parents=True, exist_ok=True)
         denoise(data, missing(data, options.output), options)
-        print(f"submit the {len(data)} files of {data.bundle(options.output)}")
+        print(f"submit the {len(data)} files of {bundle(data, options.output)}")
     return 0
 
 
 def missing(data: DND, output: Path) -> dict[int, list[int]]:
     """Photograph -> its crops that are not written yet, both counted from 0."""
     crops = {
-        index: [crop for crop in range(len(boxes)) if not data.crop_path(output, index, crop).is_file()]
+        index: [crop for crop in range(len(boxes)) if not crop_path(output, index, crop).is_file()]
         for index, boxes in enumerate(data.boxes)
     }
     return {index: numbers for index, numbers in crops.items() if numbers}
@@ -67,7 +68,7 @@ def denoise(data: DND, todo: dict[int, list[int]], options: argparse.Namespace) 
         for crop in numbers:
             sigma = float(data.sigmas[index][crop]) if takes_sigma and options.sigma == "given" else None
             result = pipeline(crops[crop], sigma=sigma, self_ensemble=options.self_ensemble, output_type="np")
-            data.write_crop(options.output, index, crop, result.images[0])
+            write_crop(options.output, index, crop, result.images[0])
         print(f"[{index + 1}/{len(data)}] {len(numbers)} crops", flush=True)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iptv2_diffusion.metrics.generation import (
+from iptv2_diffusion.evaluation.generation_metrics import (
     FeatureExtractor,
     extract_features,
     frechet_distance,
@@ -35,12 +35,12 @@ from iptv2_diffusion.metrics.generation import (
     principal_axes,
     statistics,
 )
-from iptv2_diffusion.metrics.reference import ReferenceImages
-from iptv2_diffusion.training.config import coerce_fields, config_to_dict, option, parse_config
+from iptv2_diffusion.evaluation.reference_images import ReferenceImages
+from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, SampleFolder, generate, start_accelerator
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
-from iptv2_diffusion.training.generation import GenerationConfig, SampleFolder, generate, start_accelerator
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import available_cores
+from iptv2_diffusion.training.options import coerce_fields, config_to_dict, option, parse_config
 
 EXAMPLES = """
 examples:

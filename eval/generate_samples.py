@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iptv2_diffusion.training.config import option, parse_config
+from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, generate, label_of, start_accelerator
 from iptv2_diffusion.training.errors import UserError, run_main
-from iptv2_diffusion.training.generation import GenerationConfig, generate, label_of, start_accelerator
+from iptv2_diffusion.training.options import option, parse_config
 
 EXAMPLES = """
 examples:

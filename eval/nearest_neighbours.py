@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iptv2_diffusion.training.config import option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+from iptv2_diffusion.training.options import option, parse_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +86,7 @@ def write_picture(samples: Tensor, neighbours: Tensor, names: list[str], path: P
     """A class's samples over their nearest training images, two rows a class."""
     from torchvision.transforms.functional import to_pil_image
 
-    from iptv2_diffusion.training.pictures import picture_sheet
+    from iptv2_diffusion.evaluation.pictures import picture_sheet
 
     def row(images: Tensor) -> list:
         return [to_pil_image(image.clamp(0, 255).round().byte()) for image in images[:columns]]
@@ -107,7 +107,7 @@ def main() -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
     if pipeline.num_classes is None:
         raise ConfigError(f"{config.pipeline} is unconditional; this script draws samples by class")
-    from iptv2_diffusion.metrics.generation import nearest_neighbour_distance
+    from iptv2_diffusion.evaluation.generation_metrics import nearest_neighbour_distance
 
     train, heldout = load_split(config, config.train_split), load_split(config, config.heldout_split)
     samples = draw_samples(pipeline, config)

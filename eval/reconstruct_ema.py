@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iptv2_diffusion.training.config import option, parse_config
 from iptv2_diffusion.training.errors import UserError, run_main, user_errors
+from iptv2_diffusion.training.options import option, parse_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,8 @@ def replace_weights(source: Path, target: Path, tensors: dict[str, Tensor]) -> N
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
+    from iptv2_diffusion.evaluation.results import replaced
+
     for path in source.glob("*/*.safetensors"):
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) >= tensors.keys():
@@ -44,12 +46,9 @@ def replace_weights(source: Path, target: Path, tensors: dict[str, Tensor]) -> N
         raise UserError(f"no part of {source} has the {len(tensors)} weights of the snapshots; is it of another run?")
     weights = load_file(path)
     weights |= {name: tensor.to(weights[name].dtype) for name, tensor in tensors.items()}
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    save_file(weights, temporary / path.relative_to(source), metadata={"format": "pt"})
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+    with replaced(target) as temporary:
+        shutil.copytree(source, temporary)
+        save_file(weights, temporary / path.relative_to(source), metadata={"format": "pt"})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,15 +31,15 @@ import torch
 from PIL import Image
 
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
+from iptv2_diffusion.data.pairs import LAYOUTS, find_images, find_pairs
+from iptv2_diffusion.data.patches import read_image
 from iptv2_diffusion.data.real_noise import sidd_validation_blocks
-from iptv2_diffusion.data.restoration import find_images, read_image
-from iptv2_diffusion.data.restoration_sets import LAYOUTS, find_pairs
+from iptv2_diffusion.evaluation.peers import PEERS, Restorer, peer
+from iptv2_diffusion.evaluation.pictures import side_by_side
+from iptv2_diffusion.evaluation.restoration_metrics import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
+from iptv2_diffusion.evaluation.speed import PeakMemory, describe_machine
 from iptv2_diffusion.memory import keep_freed_memory
-from iptv2_diffusion.metrics.peers import PEERS, Restorer, peer
-from iptv2_diffusion.metrics.restoration import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
-from iptv2_diffusion.metrics.speed import PeakMemory, describe_machine
 from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
-from iptv2_diffusion.training.pictures import side_by_side
 
 SIDD_VALIDATION = "sidd_validation"
 SHOWN = 24  # images of which crops are written side by side

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from iptv2_diffusion.training.config import option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, user_errors
+from iptv2_diffusion.training.options import option, parse_config
 
 CHOICES = {
     "modes": ("inference", "training"),
@@ -124,9 +124,9 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
     """One row per model: all models in turn, at one setting."""
     import torch
 
-    from iptv2_diffusion.metrics.speed import matmul_rate, ratio, summary, time_interleaved
+    from iptv2_diffusion.evaluation.speed import matmul_rate, ratio, summary, time_interleaved
+    from iptv2_diffusion.evaluation.timed_steps import deploy, make_model, make_step
     from iptv2_diffusion.models.presets import count_macs, count_parameters
-    from iptv2_diffusion.training.timed_steps import deploy, make_model, make_step
 
     threads, size, mode, form, precision, batch = group
     torch.set_num_threads(threads)
@@ -192,8 +192,8 @@ def own_peak(config: ThroughputConfig) -> float:
     import psutil
     import torch
 
-    from iptv2_diffusion.metrics.speed import peak_bytes
-    from iptv2_diffusion.training.timed_steps import deploy, make_model, make_step
+    from iptv2_diffusion.evaluation.timed_steps import deploy, make_model, make_step
+    from iptv2_diffusion.memory import peak_bytes
 
     if config.device == "cuda":
         held, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
@@ -222,8 +222,8 @@ def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
     """Milliseconds by kind of operator, one row per kind, a column per model."""
     import torch
 
-    from iptv2_diffusion.metrics.speed import operator_times, to_markdown
-    from iptv2_diffusion.training.timed_steps import deploy, make_model, make_step
+    from iptv2_diffusion.evaluation.speed import operator_times, to_markdown
+    from iptv2_diffusion.evaluation.timed_steps import deploy, make_model, make_step
 
     rows = []
     for threads, size, mode, form, precision, batch in settings(config):
@@ -251,7 +251,7 @@ def make_restoration(spec: str, megapixels: float, tile: str, device: str) -> tu
     import torch
 
     from iptv2_diffusion import IPTV2RestorationPipeline
-    from iptv2_diffusion.training.timed_steps import make_model
+    from iptv2_diffusion.evaluation.timed_steps import make_model
 
     pipeline = IPTV2RestorationPipeline(make_model(spec, device=device).fuse())
     pipeline.set_progress_bar_config(disable=True)
@@ -266,7 +266,7 @@ def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
     """Seconds per megapixel, whole and tiled."""
     import torch
 
-    from iptv2_diffusion.metrics.speed import summary, time_interleaved
+    from iptv2_diffusion.evaluation.speed import summary, time_interleaved
 
     rows = []
     for threads, megapixels in itertools.product(config.num_threads, config.megapixels):
@@ -291,9 +291,9 @@ def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
 
 def quick(config: ThroughputConfig) -> dict[str, float]:
     """The figures that matter most, under a minute on two cores: S for inference, the demo's size for training."""
-    from iptv2_diffusion.metrics.speed import matmul_rate, ratio, summary, time_interleaved
+    from iptv2_diffusion.evaluation.speed import matmul_rate, ratio, summary, time_interleaved
+    from iptv2_diffusion.evaluation.timed_steps import make_model, make_step
     from iptv2_diffusion.models.presets import count_macs
-    from iptv2_diffusion.training.timed_steps import make_model, make_step
 
     trainable, dit = (make_model(name, device=config.device).eval() for name in ("iptv2-s", "dit-s-2"))
     fused = trainable.fuse()
@@ -320,7 +320,7 @@ def quick(config: ThroughputConfig) -> dict[str, float]:
 
 
 def save(rows: list[dict[str, Any]], folder: Path) -> None:
-    from iptv2_diffusion.metrics.speed import save_plot, save_rows
+    from iptv2_diffusion.evaluation.speed import save_plot, save_rows
 
     folder.mkdir(parents=True, exist_ok=True)
     save_rows(rows, folder)

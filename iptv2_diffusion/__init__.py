@@ -1,4 +1,4 @@
-"""IPT-V2 (arXiv 2404.00633): a U-shaped image transformer with hierarchical attentions, made to live in diffusers.
+"""IPT-V2 (arXiv 2404.00633): a U-shaped image transformer with hierarchical attentions, for diffusers.
 
     import torch
     from iptv2_diffusion import IPTV2Pipeline
@@ -6,22 +6,20 @@
     pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
     image = pipe("food_drink", generator=torch.Generator().manual_seed(0)).images[0]
 
-Importing this package costs milliseconds, and imports neither torch nor diffusers: each public name is loaded when
-first used, and diffusers hears of us when it is imported, before or after.
+Importing this package takes milliseconds and loads neither torch nor diffusers: each public name is loaded when it is
+first used.
 
-Living in diffusers. A saved pipeline records each component as (module, class). Our classes say that their module is
-``iptv2_diffusion``, whatever file they are in, so that files may move without breaking saved pipelines; diffusers then
-looks here for the class and for the base classes ``ModelMixin`` and ``SchedulerMixin`` by which it knows how to load
-it: hence they are public names too. :func:`_register_with_diffusers` does what is left for
-``DiffusionPipeline.from_pretrained``.
+diffusers and this package. A saved pipeline records each component as (module, class). Our public classes name
+``iptv2_diffusion`` as their module, whichever file defines them, so that files can move without breaking saved
+pipelines. diffusers looks up the class in that module, and beside it the base classes ``ModelMixin`` and
+``SchedulerMixin``, by which it knows how to load the class; this is why both are public names here.
+:func:`_register_with_diffusers` adds what plain ``DiffusionPipeline.from_pretrained(folder)`` needs.
 """
 
-import importlib.util
+import importlib
+import os
 import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,16 +30,16 @@ if TYPE_CHECKING:
     from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
     from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
     from iptv2_diffusion.objectives import DiffusionObjective
-    from pipelines.pipeline_iptv2 import IPTV2Pipeline
-    from pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
+    from iptv2_diffusion.pipelines.pipeline_iptv2 import IPTV2Pipeline
+    from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
 
 # Public name -> the module it is loaded from when first used.
 _LAZY_NAMES = {
     "PRESETS": "iptv2_diffusion.models.presets",
     "DiffusionObjective": "iptv2_diffusion.objectives",
-    "IPTV2Pipeline": "pipelines.pipeline_iptv2",
+    "IPTV2Pipeline": "iptv2_diffusion.pipelines.pipeline_iptv2",
     "IPTV2RestorationModel": "iptv2_diffusion.models.restoration_iptv2",
-    "IPTV2RestorationPipeline": "pipelines.pipeline_iptv2_restoration",
+    "IPTV2RestorationPipeline": "iptv2_diffusion.pipelines.pipeline_iptv2_restoration",
     "IPTV2Transformer2DModel": "iptv2_diffusion.models.transformer_iptv2",
     "LatentCodec": "iptv2_diffusion.latents",
     "ModelMixin": "diffusers",
@@ -62,8 +60,12 @@ __all__ = [
     "create_model",
 ]
 
-# Pipelines that plain ``DiffusionPipeline.from_pretrained`` is to find.
-_PIPELINES = ("IPTV2Pipeline", "IPTV2RestorationPipeline")
+_PIPELINES = [name for name, module in _LAZY_NAMES.items() if module.startswith("iptv2_diffusion.pipelines.")]
+
+# A wheel installs the pipelines inside this package. In a checkout their folder stands beside it.
+_PARENT = os.path.dirname(os.path.dirname(__file__))
+if os.path.isfile(os.path.join(_PARENT, "pipelines", "pipeline_iptv2.py")):
+    __path__.append(_PARENT)
 
 try:
     __version__ = version("iptv2-diffusion")
@@ -74,10 +76,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 def __getattr__(name: str) -> Any:
     if name not in _LAZY_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY_NAMES[name]), name)
-    if isinstance(value, type) and value.__module__.startswith(("iptv2_diffusion.", "pipelines.")):
-        value.__module__ = __name__  # what a saved pipeline records
-    globals()[name] = value
+    globals()[name] = value = getattr(importlib.import_module(_LAZY_NAMES[name]), name)
     return value
 
 
@@ -85,53 +84,41 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain DiffusionPipeline.from_pretrained
+
+
 def _register_with_diffusers() -> None:
-    """Let plain ``DiffusionPipeline.from_pretrained(folder)`` load our pipelines; diffusers has been imported.
+    """Let plain ``DiffusionPipeline.from_pretrained`` load our pipelines. diffusers must have been imported.
 
-    diffusers looks for the pipeline class as an attribute of ``diffusers``, and takes a component's module to be its
-    own if it is an attribute of ``diffusers.pipelines`` (for a repository on the Hub it accepts no other). Neither has
-    a public hook. The pipeline class is found lazily, since importing any pipeline takes seconds. Names that diffusers
-    should define itself one day are left alone, and so is a diffusers built in another way:
-    ``IPTV2Pipeline.from_pretrained`` of a folder needs none of this.
+    diffusers offers no hook. It takes the class of a pipeline from ``diffusers``, and it loads a repository of the Hub
+    only if the module of each component is an attribute of ``diffusers.pipelines``. Both attributes are set here,
+    unless diffusers has them. ``IPTV2Pipeline.from_pretrained(folder)`` needs neither.
     """
-    diffusers = sys.modules["diffusers"]
-
-    class DiffusersWithOurPipelines(type(diffusers)):
-        finds_iptv2_pipelines = True
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(sys.modules[__name__], name) if name in _PIPELINES else super().__getattr__(name)
-
-    try:
-        if not hasattr(diffusers.pipelines, __name__):
-            setattr(diffusers.pipelines, __name__, sys.modules[__name__])
-        known = hasattr(type(diffusers), "finds_iptv2_pipelines") or any(name in dir(diffusers) for name in _PIPELINES)
-        if not known:
-            diffusers.__class__ = DiffusersWithOurPipelines
-    except (AttributeError, TypeError):
-        return
+    diffusers, pipelines = sys.modules["diffusers"], importlib.import_module("diffusers.pipelines")
+    if not hasattr(pipelines, __name__):
+        setattr(pipelines, __name__, sys.modules[__name__])
+    if not set(_PIPELINES) & set(dir(diffusers)):
+        vars(diffusers).setdefault("__getattr__", _pipeline_class)
 
 
-class _RegisterOnImport(MetaPathFinder):
-    """Registers us as soon as diffusers has been imported, by whomever."""
+def _pipeline_class(name: str) -> Any:
+    """``diffusers.__getattr__`` (PEP 562): our pipelines as attributes, imported at first use (it takes seconds)."""
+    if name not in _PIPELINES:
+        raise AttributeError(f"module 'diffusers' has no attribute {name!r}")
+    return getattr(sys.modules[__name__], name)
 
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "diffusers":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _register_with_diffusers()
+class _RegisterLater:
+    """An import finder that finds nothing: it registers us when a later ``import diffusers`` loads its pipelines."""
 
-            spec.loader.exec_module = execute_and_register
-        return spec
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name == "diffusers.pipelines.pipeline_utils":  # the module of DiffusionPipeline
+            _register_with_diffusers()
 
 
 if "diffusers" in sys.modules:
     _register_with_diffusers()
 else:
-    sys.meta_path.insert(0, _RegisterOnImport())
+    sys.meta_path.insert(0, _RegisterLater)

@@ -42,6 +42,8 @@ class LatentCodec:
         compression: the spatial factor f.
     """
 
+    __module__ = "iptv2_diffusion"  # the public name, wherever this file lives
+
     def __init__(self, vae: nn.Module):
         config = getattr(vae, "config", None)
         if config is None or "latent_channels" not in config or not hasattr(vae, "decode"):

@@ -101,6 +101,8 @@ class DiffusionObjective:
         min_snr_gamma: None for the plain mean squared error; 5 is the usual value otherwise.
     """
 
+    __module__ = "iptv2_diffusion"  # the public name, wherever this file lives
+
     def __init__(
         self,
         scheduler: SchedulerMixin,
@@ -317,6 +319,13 @@ class DiffusionObjective:
         mean = torch.where(first, predicted, latents)
         nll = discretized_gaussian_nll(latents, mean, torch.where(first, log_variance, torch.zeros_like(log_variance)))
         return torch.where(first, nll, kl).mean(dim=(1, 2, 3)) / math.log(2.0)
+
+
+def null_label(model: nn.Module) -> int | None:
+    """The class index that means "no label" (also the number of classes); None for an unconditional model."""
+    if "num_embeds_ada_norm" in model.config:
+        return model.config.num_embeds_ada_norm
+    return model.config.num_class_embeds
 
 
 def _posterior_tables(betas: Tensor) -> dict[str, Tensor]:

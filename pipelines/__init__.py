@@ -1,1 +1,4 @@
-"""Diffusers pipelines of IPT-V2. Users import them from ``iptv2_diffusion``, where they are loaded when first used."""
+"""diffusers pipelines and command lines of IPT-V2, imported as ``iptv2_diffusion.pipelines``.
+
+The pipelines are public names of ``iptv2_diffusion``.
+"""

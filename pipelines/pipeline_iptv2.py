@@ -36,8 +36,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from iptv2_diffusion import IPTV2Transformer2DModel, LatentCodec
+from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.loading import align_weights
+from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class IPTV2Pipeline(DiffusionPipeline):
         >>> images = pipe(["food_drink", "flags"], num_images_per_label=4, generator=seeds).images
     """
 
+    __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ("latents", "class_labels", "model_output")
 

@@ -147,8 +147,8 @@ def load(arguments: argparse.Namespace):
             pass
     except OSError as error:
         raise CommandError(f"cannot write to {arguments.output}: {error.strerror}") from error
-    from iptv2_diffusion import IPTV2RestorationPipeline
     from iptv2_diffusion.memory import keep_freed_memory
+    from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
 
     if arguments.device == "cpu":
         keep_freed_memory()  # about twice as fast: docs/performance.md

@@ -7,23 +7,32 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for part in ("iptv2_diffusion", "pipelines", "train", "eval") for p in (ROOT / part).rglob("*.py"))
-OURS = ("iptv2_diffusion", "pipelines", "train", "eval")
+OURS = ("iptv2_diffusion", "train", "eval")
 # A floor may import itself and the floors below it
+FOUNDATION = [
+    f"iptv2_diffusion.{name}" for name in ("kernels", "models", "latents", "memory", "objectives", "sixteen_bit")
+]
+TRAINING = [*FOUNDATION, "iptv2_diffusion.data", "iptv2_diffusion.training"]
 BELOW = {
-    "iptv2_diffusion.models": [],
+    "iptv2_diffusion.kernels": [],
+    "iptv2_diffusion.models": ["iptv2_diffusion.kernels"],
     "iptv2_diffusion.latents": [],
     "iptv2_diffusion.memory": [],
     "iptv2_diffusion.objectives": [],
     "iptv2_diffusion.sixteen_bit": [],
     "iptv2_diffusion.data": ["iptv2_diffusion.latents", "iptv2_diffusion.sixteen_bit"],
-    "iptv2_diffusion.metrics": ["iptv2_diffusion.data"],
-    "pipelines": [
+    "iptv2_diffusion.training": [*FOUNDATION, "iptv2_diffusion.data"],
+    "iptv2_diffusion.evaluation": TRAINING,
+    "iptv2_diffusion.recipes": [*TRAINING, "iptv2_diffusion.evaluation"],
+    "iptv2_diffusion.pipelines": [
         "iptv2_diffusion.models",
         "iptv2_diffusion.latents",
         "iptv2_diffusion.memory",
         "iptv2_diffusion.sixteen_bit",
     ],
 }
+RECIPES = ("latent_diffusion", "vae", "restoration")
+RECIPE_FILES = {"config", "data", "task", "run"}  # the only names that several modules share
 FOREIGN = ("accelerate", "datasets", "torchmetrics", "torch_fidelity", "diffusers.schedulers", "diffusers.pipelines")
 
 
@@ -36,13 +45,19 @@ def imports(path):
             yield node.module or ""
 
 
+def module_name(path):
+    """The dotted name; pipelines/ is a folder at the top and a package inside ours."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("iptv2_diffusion", *parts) if parts[0] == "pipelines" else parts)
+
+
 def within(module, packages):
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_floors_import_downwards_only(path):
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    name = module_name(path)
     found = set(imports(path))
     assert not {module for module in found if within(module, ("train", "eval"))}
     for floor, below in BELOW.items():
@@ -51,6 +66,33 @@ def test_floors_import_downwards_only(path):
             assert not {m for m in found if within(m, OURS) and not within(m, allowed) and m != "iptv2_diffusion"}
     if within(name, ("iptv2_diffusion.models",)):
         assert not {module for module in found if within(module, FOREIGN)}
+
+
+def test_what_the_package_loads_lazily_does_not_import_it_back():
+    """`iptv2_diffusion/__init__.py` loads models and pipelines: they import modules, not its public names."""
+    lazy = [
+        path for path in SOURCES if within(module_name(path), ("iptv2_diffusion.models", "iptv2_diffusion.pipelines"))
+    ]
+    assert lazy
+    assert not [path for path in lazy if "iptv2_diffusion" in imports(path)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_imports_no_other(recipe):
+    others = [f"iptv2_diffusion.recipes.{name}" for name in RECIPES if name != recipe]
+    folder = ROOT / "iptv2_diffusion" / "recipes" / recipe
+    assert {"config", "task", "run"} <= {path.stem for path in folder.glob("*.py")}
+    assert not {module for path in folder.glob("*.py") for module in imports(path) if within(module, others)}
+
+
+def test_no_two_modules_share_a_name():
+    """But for the files that every recipe has."""
+    names = {}
+    for path in (p for part in ("iptv2_diffusion", "pipelines") for p in (ROOT / part).rglob("*.py")):
+        in_recipe = path.parent.parent.name == "recipes" and path.stem in RECIPE_FILES
+        if path.stem != "__init__" and not in_recipe:
+            names.setdefault(path.stem, []).append(path)
+    assert not {name: paths for name, paths in names.items() if len(paths) > 1 or name in RECIPE_FILES}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,6 +1,7 @@
 """Importing the package: cheap, lazy, and known to diffusers."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -35,22 +36,26 @@ def test_import_loads_nothing_but_itself():
     assert others <= sys.stdlib_module_names
 
 
-# Imported before diffusers: loads neither it nor torch, and diffusers knows us all the same once it is there
+# Imported before diffusers: loads neither it nor torch, and plain DiffusionPipeline finds our pipelines all the same
 FIRST = """
 import sys
 import iptv2_diffusion
 assert not {"torch", "diffusers"} & set(sys.modules)
+from diffusers import DiffusionPipeline
 import diffusers
 assert diffusers.pipelines.iptv2_diffusion is iptv2_diffusion
-assert diffusers.IPTV2Pipeline is iptv2_diffusion.IPTV2Pipeline
+assert not [name for name in sys.modules if name.startswith("iptv2_diffusion.")]
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+assert diffusers.IPTV2Pipeline is iptv2_diffusion.IPTV2Pipeline is type(pipeline)
 assert diffusers.IPTV2Pipeline.__module__ == "iptv2_diffusion"
-print(sum(type(finder).__name__ == "_RegisterOnImport" for finder in sys.meta_path))
 """
 
 
-def test_imported_before_diffusers():
-    result = subprocess.run([sys.executable, "-c", FIRST], check=True, capture_output=True, text=True, cwd=ROOT)
-    assert result.stdout.split() == ["0"]
+def test_imported_before_diffusers(tmp_path):
+    command = [sys.executable, "-c", FIRST, str(ROOT / "assets" / "iptv2-emoji64")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "train").glob("*.py") if p.name != "__init__.py"))
@@ -97,9 +102,19 @@ def test_diffusers_knows_us_and_is_otherwise_unchanged():
 
 
 def test_registering_twice_changes_nothing():
-    before = type(diffusers)
+    before = type(diffusers), dict(vars(diffusers)), dict(vars(diffusers.pipelines))
     iptv2_diffusion._register_with_diffusers()
-    assert type(diffusers) is before
+    assert (type(diffusers), vars(diffusers), vars(diffusers.pipelines)) == before
+
+
+def test_what_diffusers_has_already_is_left_alone(monkeypatch):
+    """A later diffusers may bring a pipeline of our names, or a `__getattr__`."""
+    monkeypatch.setattr(diffusers.pipelines, "iptv2_diffusion", "theirs")
+    monkeypatch.setattr(diffusers, "IPTV2Pipeline", "theirs", raising=False)
+    monkeypatch.delattr(diffusers, "__getattr__")
+    iptv2_diffusion._register_with_diffusers()
+    assert diffusers.pipelines.iptv2_diffusion == diffusers.IPTV2Pipeline == "theirs"
+    assert "__getattr__" not in vars(diffusers)
 
 
 def test_base_classes_by_which_diffusers_loads_our_components():

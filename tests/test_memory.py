@@ -1,10 +1,13 @@
-"""Freed memory stays with the process: counted in page faults, in processes of their own."""
+"""Freed memory stays with the process (counted in page faults, in processes of their own); the peak of a process."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from iptv2_diffusion.memory import peak_bytes
 
 PROGRAM = """
 import resource, torch
@@ -37,3 +40,18 @@ def test_large_blocks_are_not_faulted_in_again():
     left_alone, faults_before = run(MALLOC_TRIM_THRESHOLD_="131072")
     assert not left_alone
     assert faults < 1000 < faults_before
+
+
+def test_peak_grows_by_what_is_held():
+    before = peak_bytes()
+    held = torch.ones(before // 4 + (64 << 20) // 4)  # more than the process ever held
+    assert peak_bytes() - before >= 60 << 20
+    assert held[-1] == 1
+
+
+def test_peak_is_not_that_of_the_parent():
+    """Which a child process inherits in ru_maxrss."""
+    held = torch.ones(150 << 20)  # 600 MB
+    program = "from iptv2_diffusion.memory import peak_bytes; print(peak_bytes())"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < held.nbytes < peak_bytes()

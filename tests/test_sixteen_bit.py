@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image, read_file
 
-from iptv2_diffusion.data.restoration import read_image
+from iptv2_diffusion.data.patches import read_image
 from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit, turned, write_16_bit
 
 

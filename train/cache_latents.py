@@ -1,6 +1,6 @@
 """Encode the images of a latent-diffusion run once, on any number of processes, before it trains.
 
-    accelerate launch train/cache_latents.py --config configs/imagenet256-b.yaml --cache_dir /shared/latents
+    accelerate launch train/cache_latents.py --config configs/imagenet256.yaml --cache_dir /shared/latents
 
 It takes the very options of `train_ldm.py` and makes the caches that this would make by itself; the training command
 with the same `--data`, `--vae` and `--cache_dir` finds them. Start it again after a kill: whole shards are kept. The
@@ -9,9 +9,9 @@ files are the same for any number of processes; over several machines `cache_dir
 
 from __future__ import annotations
 
-from iptv2_diffusion.training.config import parse_config
-from iptv2_diffusion.training.errors import ConfigError, run_main
-from iptv2_diffusion.training.ldm_config import LDMConfig
+from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
+from iptv2_diffusion.training.errors import run_main
+from iptv2_diffusion.training.options import parse_config
 
 EXAMPLES = """
 examples:
@@ -24,26 +24,11 @@ examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, load, encode what is missing."""
+    """Parse the options, then run."""
     config = parse_config(LDMConfig, argv, description=__doc__, examples=EXAMPLES)
+    from iptv2_diffusion.recipes.latent_diffusion.data import make_caches  # late: torch takes seconds to import
 
-    from iptv2_diffusion.training.ldm_data import load_codec, load_images, open_caches
-    from iptv2_diffusion.training.loop import start_accelerator
-
-    if config.streaming:
-        raise ConfigError("a stream is not cached, but encoded as it comes: leave --streaming out to cache its images")
-    accelerator = start_accelerator(config)
-    train, heldout, _ = load_images(config, accelerator)
-    codec = load_codec(config, accelerator.device)
-    for what, cache in zip(
-        ("training", "held-out"),
-        open_caches(config, accelerator, codec, train, heldout, whole_run=True),
-        strict=True,
-    ):
-        if cache is not None:
-            accelerator.print(f"{len(cache)} {what} images with latents {cache.latent_shape} in {cache.folder}")
-    accelerator.end_training()
-    return 0
+    return make_caches(config)
 
 
 if __name__ == "__main__":

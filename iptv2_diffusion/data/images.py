@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from iptv2_diffusion.data.archives import FetchError, first_line, is_nested_tar, load_nested_tar, read_bytes
-from iptv2_diffusion.data.sampling import generator_for
+from iptv2_diffusion.data.draws import generator_for
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")

@@ -33,8 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iptv2_diffusion.data.archives import file_of
+from iptv2_diffusion.data.draws import StepDraws, derive_seed
 from iptv2_diffusion.data.latent_encoding import Encoding, encode_shard
-from iptv2_diffusion.data.sampling import StepDraws, derive_seed
 
 if TYPE_CHECKING:
     from iptv2_diffusion.data.images import ImageTensors

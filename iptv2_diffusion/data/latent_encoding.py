@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iptv2_diffusion.data.sampling import DataOrder, StepBatches, StepDraws, leave_signals_to_parent
+from iptv2_diffusion.data.draws import DataOrder, StepBatches, StepDraws, leave_signals_to_parent
 
 if TYPE_CHECKING:
     from iptv2_diffusion.data.images import ImageTensors

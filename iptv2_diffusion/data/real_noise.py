@@ -1,12 +1,10 @@
 """Benchmarks of real noise that come as MATLAB files: DND, whose crops are submitted, and SIDD's validation blocks.
 
 DND (Plötz & Roth 2017) keeps the clean photographs to itself: its server compares what it is sent, 20 crops of 512×512
-pixels of each of 50 photographs.
+pixels of each of 50 photographs (`evaluation/dnd_files.py` writes them).
 
     ROOT/info.mat                `info`, per photograph: `boundingboxes` (20, 4), `sigma_srgb` (20,)   HDF5 ("v7.3")
     ROOT/images_srgb/0001.mat    `InoisySRGB` (H, W, 3) of single on [0, 1]                             HDF5
-    OUT/0001_01.mat              `Idenoised_crop` (512, 512, 3) of single on [0, 1]                     "v5"
-    OUT/bundled/0001.mat         `Idenoised`, a cell of 20, with `israw` and `eval_version`: to submit  "v5"
 
 A box is [top, left, bottom, right], counted from 1, the last row and column included. MATLAB stores columns first, so
 that readers of HDF5 see every array transposed. Numbers of photographs and crops are those of info.mat.
@@ -17,7 +15,6 @@ SIDD (Abdelhamed et al. 2018), "SIDD Validation Data" and "Ground Truth", sRGB: 
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +25,7 @@ __all__ = ["DND", "sidd_validation_blocks"]
 
 
 class DND:
-    """The noisy crops of DND, and the files in which its server takes the denoised ones.
+    """The noisy crops of DND.
 
     Args:
         root: the folder dnd_2017.
@@ -72,31 +69,6 @@ class DND:
                 raise ValueError(f"{path} is {size} pixels; its box {box} of info.mat lies outside")
         return [np.ascontiguousarray(image[t:b, left:right]) for t, left, b, right in self.boxes[index]]
 
-    @staticmethod
-    def crop_path(output: Path, index: int, crop: int) -> Path:
-        """Where a denoised crop goes; both numbers count from 0."""
-        return output / f"{index + 1:04d}_{crop + 1:02d}.mat"
-
-    def write_crop(self, output: Path, index: int, crop: int, denoised: np.ndarray) -> None:
-        """Write one denoised crop (H, W, 3) on [0, 1], clipped to that range."""
-        save_mat(self.crop_path(output, index, crop), {"Idenoised_crop": denoised.clip(0, 1).astype(np.float32)})
-
-    def bundle(self, output: Path) -> Path:
-        """Gather the crops of each photograph into one file under output/bundled, which is what is submitted."""
-        folder = output / "bundled"
-        folder.mkdir(exist_ok=True)
-        for index, boxes in enumerate(self.boxes):
-            cell = np.empty(len(boxes), dtype=object)
-            for crop in range(len(boxes)):
-                path = self.crop_path(output, index, crop)
-                try:
-                    cell[crop] = read_mat(path, "Idenoised_crop")
-                except ValueError as error:
-                    raise ValueError(f"{path} is damaged; delete it and start the same command again") from error
-            contents = {"Idenoised": cell, "israw": False, "eval_version": "1.0"}
-            save_mat(folder / f"{index + 1:04d}.mat", contents)
-        return folder
-
 
 def read_hdf5(path: Path, read: Callable):
     """What `read` makes of an open HDF5 file; a file that is absent, damaged or of other contents is a ValueError."""
@@ -123,18 +95,6 @@ def read_mat(path: Path, name: str) -> np.ndarray:
         return loadmat(path)[name]
     except (MatReadError, zlib.error, LookupError, TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(" ".join(str(error).split())[:160]) from error
-
-
-def save_mat(path: Path, contents: dict) -> None:
-    """Write a MATLAB file under its final name at once."""
-    from scipy.io import savemat
-
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        savemat(temporary, contents, appendmat=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

@@ -26,9 +26,9 @@ import datasets
 import torch
 from torch import Tensor
 
+from iptv2_diffusion.data.draws import StepDraws, draw_step, generator_for
 from iptv2_diffusion.data.images import decode_image, path_of, view_of
 from iptv2_diffusion.data.latent_encoding import Encoding, moments
-from iptv2_diffusion.data.sampling import StepDraws, draw_step, generator_for
 
 if TYPE_CHECKING:
     from iptv2_diffusion.latents import LatentCodec

@@ -1,8 +1,10 @@
 """The two attentions of an FG block: focal (FCSA, channels inside windows) and global (GGSA, positions on a grid).
 
-Feature maps are (B, C, H, W) in channels-last memory, so that `permute(0, 2, 3, 1)` is a free view on which a 1×1
-convolution is one `nn.Linear` and a partition is one copy. Shape letters: B batch, C channels, H, W height and width,
-h heads, d = C/h channels of a head, w window, N = w² positions of a window, p stride, T tokens of a grid group.
+Maps are (B, C, H, W) in channels-last memory, and (B, H, W, C), their free view, inside. Shape letters: B batch,
+C channels, H, W height and width, h heads, d = C/h channels of a head, w window, N = w² positions of a window,
+p stride, T tokens of a grid group, G windows or groups times batch.
+
+`focal_attention` and `grid_attention` are the equations. Fast forms of them for CPUs and GPUs lie in `kernels/`.
 """
 
 import math
@@ -11,64 +13,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv2d, add_depthwise
-from .linear import Linear
-from .operators import channel_attention, rotate_normalised, window_partition, without_autocast
+from iptv2_diffusion.kernels import operator, upcast, without_autocast
+from iptv2_diffusion.kernels.geometry import (
+    grid_merge,
+    grid_partition,
+    key_mask,
+    pad_to_multiple,
+    rotary_embedding,
+    window_merge,
+    window_partition,
+)
 
-__all__ = ["FocalContextAttention", "GlobalGridAttention"]
+from .layers import DepthwiseConv2d, Linear, add_depthwise
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Maps into groups of positions, and back; into windows: see `window_partition` in operators.py
-
-
-def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
-    """Zero-pad a (B, H, W, C) map at the bottom and right to multiples of `height` and `width`."""
-    _, map_height, map_width, _ = x.shape
-    pad_height, pad_width = -map_height % height, -map_width % width
-    return F.pad(x, (0, 0, 0, pad_width, 0, pad_height)) if pad_height or pad_width else x
-
-
-def window_merge(x: Tensor, window: int, height: int, width: int) -> Tensor:
-    """(B·H/w·W/w, h, w², d) -> (B, H, W, C), the inverse of `window_partition` for one of q, k, v."""
-    _, heads, _, head_dim = x.shape
-    x = x.view(-1, height // window, width // window, heads, window, window, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
-    return x.reshape(-1, height, width, heads * head_dim)
-
-
-def grid_partition(x: Tensor, stride: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) -> (B·p·p, H/p·W/p, C): tokens at one offset of every p×p cell form a group. No copy if p is 1."""
-    batch, height, width, channels = x.shape
-    rows, columns = height // stride[0], width // stride[1]
-    x = x.view(batch, rows, stride[0], columns, stride[1], channels).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(-1, rows * columns, channels)
-
-
-def grid_merge(x: Tensor, stride: tuple[int, int], batch: int, height: int, width: int) -> Tensor:
-    """(B·p·p, H/p·W/p, C) -> (B, H, W, C), the inverse of `grid_partition`."""
-    channels = x.shape[-1]
-    x = x.view(batch, *stride, height // stride[0], width // stride[1], channels).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(batch, height, width, channels)
+__all__ = ["FocalContextAttention", "GlobalGridAttention", "focal_attention", "grid_attention"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Focal context self-attention (model.md §3)
+# FCSA: focal context self-attention (model.md §3)
 
 
 class FocalContextAttention(nn.Module):
     """FCSA: channel self-attention inside windows, with a second, shifted set of windows [paper; details lineage].
 
-    Per window and head, with q, k, v of shape (N, d) and a learned vector a of N positions:
+        x → 1×1 (C→3C) → DW3×3 → q, k, v → channel attention in windows and in shifted windows, merged → 1×1
 
-        A   = softmax(τ · q̂ᵀ k̂)  of shape (d, d),   q̂ = normalise_N(a·q),  k̂ = normalise_N(a·k)
-        out = v Aᵀ
-
-    The shifted branch attends the interior, cut by w/2 on every side, with its own τ and a; then
-    `(o₁·s₁ + o₂·s₂) / (s₁ + s₂)` per head and window position, s₂ = 0 outside of the interior. The lineage leaves s
-    unconstrained, which can divide by zero; here s = exp(merge_logits), 1 at initialisation [ours].
-    On a map of one window or less in either direction only the base branch runs.
-
-    Cost per position: C² · 4 + 27 C (depthwise) + 2·C·d for each branch.
+    Cost per position: C² · 4 + 27 C (depthwise) + 2·C·d for each set of windows.
 
     Args:
         channels: C, a multiple of `num_heads`.
@@ -106,62 +76,85 @@ class FocalContextAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), any H and W."""
-        _, _, height, width = x.shape
-        window = self.window_size
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, 3C, H, W)
-        qkv = self.qkv_depthwise(qkv).permute(0, 2, 3, 1)  # (B, H, W, 3C)
-        # Padded after the last bias: a padded position has q = k = v = 0 and so adds nothing to q̂ᵀk̂ nor to a norm.
-        qkv = pad_to_multiple(qkv, window, window)
-        _, padded_height, padded_width, _ = qkv.shape
+        qkv = self.qkv(x.permute(0, 2, 3, 1))  # (B, H, W, 3C)
+        qkv = self.qkv_depthwise(qkv.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        merge_logits = self.merge_logits if self.shifted else None
+        out = focal_attention(
+            qkv, self.spatial_affine, self.temperature, merge_logits, self.num_heads, self.window_size
+        )  # (B, H, W, C)
+        return self.out_proj(out).permute(0, 3, 1, 2)
 
-        if self.shifted and padded_height > window and padded_width > window:
-            parts = window_partition(qkv, window, self.num_heads, margins=(None, window // 2))
-            out = self.attend(*parts[:3], branch=0, size=(padded_height, padded_width))
-            inner = self.attend(*parts[3:], branch=1, size=(padded_height - window, padded_width - window))
-            out = self.merge(out, inner)
-        else:
-            parts = window_partition(qkv, window, self.num_heads)
-            out = self.attend(*parts, branch=0, size=(padded_height, padded_width))  # (B, H', W', C)
-        out = self.out_proj(out[:, :height, :width])
-        return out.permute(0, 3, 1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, branch: int, size: tuple[int, int]) -> Tensor:
-        """Channel attention in windows (windows, h, N, d) that tile a map of `size` -> (B, height, width, C)."""
-        out = channel_attention(q, k, v, self.spatial_affine[branch], self.temperature[branch])
-        return window_merge(out, self.window_size, *size)
+@operator
+def focal_attention(
+    qkv: Tensor, affine: Tensor, temperature: Tensor, merge_logits: Tensor | None, num_heads: int, window: int
+) -> Tensor:
+    """Channel attention in windows (o₁) and shifted windows (o₂), merged: (B, H, W, 3C) -> (B, H, W, C), any H and W.
 
-    def merge(self, base: Tensor, inner: Tensor) -> Tensor:
-        """Weighted mean of the base map (B, H, W, C) and the shifted branch's interior (B, H-w, W-w, C).
+        o = (s₁·o₁ + s₂·o₂) / (s₁ + s₂),   s = exp(merge_logits) > 0,   s₂ = 0 in the border
 
-        The base map is overwritten.
-        """
-        _, height, width, channels = inner.shape
-        window, heads = self.window_size, self.num_heads
-        start = window // 2
+    The shifted windows tile the interior, cut by w/2 on every side: no cyclic roll, no mask. The lineage leaves s
+    unconstrained, which can divide by zero; here s is positive, 1 at initialisation [ours]. On a map of one window or
+    less in either direction only the base windows are attended.
 
-        logits = self.merge_logits.float().view(2, heads, window, window).permute(0, 2, 3, 1)  # (2, w, w, h)
-        # s₂ / (s₁ + s₂) as a sigmoid cannot overflow. The interior's first position is that of (w/2, w/2) in a base
-        # window. In the border s₂ is 0: the base map stays.
-        share = (logits[1] - logits[0].roll((-start, -start), dims=(0, 1))).sigmoid().to(base.dtype)
-        share = share.repeat(height // window, width // window, 1)[..., None]  # (H-w, W-w, h, 1)
+    Args:
+        qkv: q, k, v beside each other, each of h heads.
+        affine: a of either set of windows, (2, h, N); (1, h, N) if there are no shifted windows.
+        temperature: τ, (2, h) or (1, h).
+        merge_logits: (2, h, N), or None if there are no shifted windows.
+        num_heads: h.
+        window: w.
+    """
+    _, map_height, map_width, channels = qkv.shape
+    # Padded after the last bias: a padded position has q = k = v = 0 and so adds nothing to q̂ᵀk̂ nor to a norm [ours].
+    qkv = pad_to_multiple(qkv, window, window)
+    _, height, width, _ = qkv.shape
+    out = attend_windows(qkv, affine[0], temperature[0], num_heads, window)  # o₁, (B, H', W', C)
 
-        split = (heads, channels // heads)
-        interior = base[:, start : start + height, start : start + width].unflatten(-1, split)
-        interior.lerp_(inner.unflatten(-1, split), share)
-        return base
+    if merge_logits is not None and height > window and width > window:
+        start, end = window // 2, window - window // 2
+        interior = qkv[:, start : height - end, start : width - end]
+        shifted = attend_windows(interior, affine[1], temperature[1], num_heads, window)  # o₂, (B, H'-w, W'-w, C)
+
+        # s₂ / (s₁ + s₂) as a sigmoid cannot overflow. The interior starts at position (w/2, w/2) of a base window.
+        logits = upcast(merge_logits).unflatten(-1, (window, window))  # (2, h, w, w)
+        share = (logits[1] - logits[0].roll((-start, -start), dims=(-2, -1))).sigmoid()
+        share = share.repeat(1, height // window - 1, width // window - 1).permute(1, 2, 0)  # (H'-w, W'-w, h)
+        share = share.repeat_interleave(channels // (3 * num_heads), dim=-1).to(out.dtype)
+
+        border = (0, 0, start, end, start, end)
+        out = torch.lerp(out, F.pad(shifted, border), F.pad(share, border))  # o₁ + share · (o₂ - o₁)
+    return out[:, :map_height, :map_width]
+
+
+def attend_windows(qkv: Tensor, affine: Tensor, temperature: Tensor, num_heads: int, window: int) -> Tensor:
+    """Channel attention in the windows that tile a map (B, H, W, 3C) -> (B, H, W, C)."""
+    _, height, width, _ = qkv.shape
+    q, k, v = window_partition(qkv, num_heads, window)  # (G, h, N, d)
+    return window_merge(channel_attention(q, k, v, affine, temperature), window, height, width)
+
+
+def channel_attention(q: Tensor, k: Tensor, v: Tensor, affine: Tensor, temperature: Tensor) -> Tensor:
+    """softmax(τ q̂ᵀ k̂) over the channels of a window, q̂ = normalise_N(a·q), k̂ = normalise_N(a·k); then v Aᵀ.
+
+    Normalised and summed in float32. q, k, v are (G, h, N, d), affine (a) is (h, N), temperature (τ) is (h,).
+    """
+    with without_autocast(v):
+        a, tau = upcast(affine)[..., None], upcast(temperature)[:, None, None]
+        q_hat = F.normalize(a * upcast(q), dim=-2)  # over the N positions
+        k_hat = F.normalize(a * upcast(k), dim=-2)
+        attention = (tau * (q_hat.transpose(-2, -1) @ k_hat)).softmax(dim=-1)  # A, (G, h, d, d)
+        return v @ attention.to(v.dtype).transpose(-2, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Global grid self-attention (model.md §4)
+# GGSA: global grid self-attention (model.md §4)
 
 
 class GlobalGridAttention(nn.Module):
     """GGSA: spatial attention over a grid of positions that lie in different windows [paper; details lineage].
 
-    A depthwise 5×5 with an identity shortcut, then, for each offset in a p×p cell, attention among the tokens at that
-    offset of every cell:
-
-        out = softmax(s · rope(q̂) rope(k̂)ᵀ) v,   q̂, k̂ of unit norm, s = min(exp(logit_scale), 100) per head
+        x → DW5×5 + identity → 1×1 (C→3C) → q, k, v → attention among the tokens at one offset of every p×p cell → 1×1
 
     Two forms of the grid, of which exactly one is given; the projections cost 4 C² per position either way:
 
@@ -197,23 +190,11 @@ class GlobalGridAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), any H and W."""
-        batch, _, height, width = x.shape
-        stride = self.strides(height, width)
-        x = pad_to_multiple(add_depthwise((self.depthwise,), x).permute(0, 2, 3, 1), *stride)  # (B, H', W', C)
-        _, padded_height, padded_width, _ = x.shape
-        tokens = self.qkv(grid_partition(x, stride)).unflatten(-1, (3, self.num_heads, -1))  # (B·p·p, T, 3, h, d)
-
-        scale = self.logit_scale.float().exp().clamp(max=self.max_logit_scale)
-        cos, sin = rotary_embedding(
-            padded_height // stride[0], padded_width // stride[1], tokens.shape[-1], tokens.device
-        )
-        q, k, v = (part.transpose(1, 2) for part in rotate_normalised(tokens, scale, cos, sin))  # (B·p·p, h, T, d)
-        mask = None
-        if (padded_height, padded_width) != (height, width):
-            mask = key_mask(height, width, stride, x.device).repeat(batch, 1, 1, 1)  # (B·p·p, 1, 1, T)
-        out = attend_tokens(q, k, v, mask).transpose(1, 2).flatten(-2)  # (B·p·p, T, C)
-
-        out = grid_merge(out, stride, batch, padded_height, padded_width)[:, :height, :width]
+        _, _, height, width = x.shape
+        x = add_depthwise(x, self.depthwise)
+        qkv = self.qkv(x.permute(0, 2, 3, 1))  # (B, H, W, 3C)
+        scale = upcast(self.logit_scale).exp().clamp(max=self.max_logit_scale)  # s, (h,)
+        out = grid_attention(qkv, scale, self.num_heads, self.strides(height, width))  # (B, H, W, C)
         return self.out_proj(out).permute(0, 3, 1, 2)
 
     def strides(self, height: int, width: int) -> tuple[int, int]:
@@ -223,37 +204,42 @@ class GlobalGridAttention(nn.Module):
         return min(self.stride, height), min(self.stride, width)
 
 
-def attend_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ) v for (…, T, d); `mask` is True at the keys that take part.
+@operator
+def grid_attention(qkv: Tensor, scale: Tensor, num_heads: int, stride: tuple[int, int]) -> Tensor:
+    """softmax(s · rope(q̂) rope(k̂)ᵀ) v in every group of a grid: (B, H, W, 3C) -> (B, H, W, C), any H and W.
 
-    That is `F.scaled_dot_product_attention` but for half precision on a CPU, where the backward of PyTorch's kernel is
-    slow: 87 ms against 13 ms for the two products (bfloat16, 256 groups, 2 heads, 64 tokens, d = 32; one core). Logits
-    are made in float32 there: rounded to bfloat16, one of 10 may be off by 0.03.
+    A group is the tokens at one offset of every p×p cell; q̂ and k̂ are of unit norm. Where the stride does not divide
+    the map, padded keys are masked [ours]. Normalised and turned in float32.
+
+    Args:
+        qkv: q, k, v beside each other, each of h heads.
+        scale: s, (h,).
+        num_heads: h.
+        stride: p, vertical and horizontal.
     """
-    if v.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
-        with without_autocast(q):
-            logits = q.float() @ k.float().transpose(-2, -1)
-        logits = logits if mask is None else logits.masked_fill(~mask, -math.inf)
-        return logits.softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    batch, map_height, map_width, _ = qkv.shape
+    qkv, scale = pad_to_multiple(qkv, *stride), upcast(scale)
+    _, height, width, _ = qkv.shape
+    tokens = grid_partition(qkv, stride).unflatten(-1, (3, num_heads, -1))  # (G, T, 3, h, d), G = B·p·p
+    q, k, v = tokens.permute(2, 0, 3, 1, 4).unbind(0)  # (G, h, T, d)
+
+    rows, columns = height // stride[0], width // stride[1]
+    cos, sin = rotary_embedding(rows, columns, q.shape[-1], q.device, scale.dtype)  # (T, d/2)
+    with without_autocast(q):
+        q = scale[:, None, None] * rope(F.normalize(upcast(q), dim=-1), cos, sin)
+        k = rope(F.normalize(upcast(k), dim=-1), cos, sin)
+
+    mask = key_mask(map_height, map_width, stride, qkv.device)  # (p·p, 1, 1, T)
+    mask = None if mask is None else mask.repeat(batch, 1, 1, 1)
+    out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1.0)
+    out = out.transpose(1, 2).flatten(-2)  # (G, T, C)
+    return grid_merge(out, stride, height, width)[:, :map_height, :map_width]
 
 
-def key_mask(height: int, width: int, stride: tuple[int, int], device: torch.device) -> Tensor:
-    """Which keys are real, per group: (p·p, 1, 1, T) of bool for an H×W map padded to multiples of the stride."""
-    real = torch.ones(1, height, width, 1, dtype=torch.bool, device=device)
-    return grid_partition(pad_to_multiple(real, *stride), stride).transpose(1, 2)[:, None]
-
-
-def rotary_embedding(rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the 2-D rotary angles, each (T, d/2) float32, T = rows·columns in row-major order.
-
-    Channel pair 2i turns by column·10000^(-4i/d), pair 2i+1 by row·10000^(-4i/d): integer indices inside the group.
-    """
-    frequency = 10000.0 ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)  # (d/4,)
-    row = torch.arange(rows, dtype=torch.float32, device=device)[:, None, None] * frequency  # (rows, 1, d/4)
-    column = torch.arange(columns, dtype=torch.float32, device=device)[None, :, None] * frequency
-    angle = torch.stack(torch.broadcast_tensors(column, row), dim=-1).reshape(rows * columns, head_dim // 2)
-    return angle.cos(), angle.sin()
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of adjacent channels of x (G, h, T, d) by the angle of its token; cos and sin are (T, d/2)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 def check_heads(channels: int, num_heads: int, multiple: int = 1) -> None:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Downsample, FGBlock, SkipConnection, Upsample
+from .blocks import Downsample, FGBlock, FGBlockConfig, SkipConnection, Upsample
 
 __all__ = ["IPTV2Backbone"]
 
@@ -23,17 +24,12 @@ class IPTV2Backbone(nn.Module):
         channels: C, even.
         layers_per_stage: FG blocks of each stage, 2L-1 numbers.
         num_attention_heads: one number, or one per stage.
-        attention_pattern: see `FGBlock`.
-        window_size: w of FCSA; at each level no larger than the level's map at `sample_size`.
-        grid_stride: stride of GGSA, one number or one per level; None if `grid_size` is given.
-        grid_size: fixed grid of GGSA instead of a stride.
-        feed_forward, ffn_ratio: see `FGBlock`.
+        block: what every block has in common; at each level its window is no larger than the level's map at
+            `sample_size`.
+        grid_stride: stride of GGSA, one number or one per level; None if `block.grid_size` is given.
         conditioning_dim: D: one number for one vector that feeds all stages, one per level for a vector per level,
             None for an unconditional U.
-        norm_bias: bias of the plain norms of an unconditional U.
-        temperature_init: FCSA's temperature at initialisation.
         sample_size: (height, width) of the map that windows are fitted to; None for no particular size.
-        fused: deployed form, see `RepLeFFN`.
     """
 
     def __init__(
@@ -41,17 +37,10 @@ class IPTV2Backbone(nn.Module):
         channels: int,
         layers_per_stage: Sequence[int] = (2, 5, 8, 5, 2),
         num_attention_heads: int | Sequence[int] = 4,
-        attention_pattern: Sequence[str] = ("focal", "grid"),
-        window_size: int = 8,
+        block: FGBlockConfig = FGBlockConfig(),  # noqa: B008 (frozen)
         grid_stride: int | Sequence[int] | None = 2,
-        grid_size: int | None = None,
-        feed_forward: str = "rep-leffn",
-        ffn_ratio: float = 2.0,
         conditioning_dim: int | Sequence[int] | None = None,
-        norm_bias: bool = True,
-        temperature_init: float = 1.0,
         sample_size: tuple[int, int] | None = None,
-        fused: bool = False,
     ):
         super().__init__()
         stages = len(layers_per_stage)
@@ -72,25 +61,17 @@ class IPTV2Backbone(nn.Module):
         self.gradient_checkpointing = False  # ModelMixin.enable_gradient_checkpointing sets it and the function
 
         def make_stage(stage: int) -> nn.ModuleList:
-            window, shifted = fit_window(window_size, resolutions[stage], levels, sample_size)
-            return nn.ModuleList(
-                FGBlock(
-                    widths[stage],
-                    heads[stage],
-                    attention_pattern,
-                    window_size=window,
-                    shifted=shifted,
-                    grid_stride=strides[resolutions[stage]],
-                    grid_size=grid_size,
-                    feed_forward=feed_forward,
-                    ffn_ratio=ffn_ratio,
-                    conditioning_dim=dims[self.width_levels[stage]],
-                    norm_bias=norm_bias,
-                    temperature_init=temperature_init,
-                    fused=fused,
-                )
-                for _ in range(layers_per_stage[stage])
+            level = resolutions[stage]
+            window, shifted = fit_window(block.window_size, level, levels, sample_size)
+            config = replace(
+                block,
+                attention_pattern=tuple(block.attention_pattern),
+                window_size=window,
+                shifted=shifted,
+                grid_stride=strides[level],
+                conditioning_dim=dims[self.width_levels[stage]],
             )
+            return nn.ModuleList(FGBlock(widths[stage], heads[stage], config) for _ in range(layers_per_stage[stage]))
 
         encoder, decoder = range(levels - 1), range(levels, stages)
         self.encoder = nn.ModuleList(make_stage(stage) for stage in encoder)

@@ -1,6 +1,6 @@
-"""What the U is made of: norms, the FG block, down- and up-sampling (model.md §1, §2)."""
+"""What the U is made of: adaptive norm, the FG block, down- and up-sampling, the skip (model.md §1, §2)."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -8,24 +8,9 @@ from torch import Tensor, nn
 
 from .attention import FocalContextAttention, GlobalGridAttention
 from .feed_forward import FeedForward, RepLeFFN
-from .linear import Linear
-from .operators import scale_add
+from .layers import LayerNorm2d, Linear, scale_add
 
-__all__ = ["AdaLayerNormZero2d", "Downsample", "FGBlock", "LayerNorm2d", "SkipConnection", "Upsample"]
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a (B, C, H, W) map, in float32.
-
-    `bias=False` is the bias-free norm of denoisers (Restormer's finding; ours keeps LayerNorm's centring).
-    """
-
-    def __init__(self, channels: int, eps: float = 1e-6, elementwise_affine: bool = True, bias: bool = True):
-        super().__init__(channels, eps=eps, elementwise_affine=elementwise_affine, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # PyTorch's layer_norm accumulates in float32 whatever the input, so no cast is written here.
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+__all__ = ["AdaLayerNormZero2d", "Downsample", "FGBlock", "FGBlockConfig", "SkipConnection", "Upsample"]
 
 
 class AdaLayerNormZero2d(nn.Module):
@@ -48,7 +33,35 @@ class AdaLayerNormZero2d(nn.Module):
     def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, C, H, W), conditioning (B, D) -> the modulated map and the residual's gate (B, C, 1, 1) or None."""
         shift, scale, *gate = self.linear(F.silu(conditioning))[:, :, None, None].chunk(3 if self.gate else 2, dim=1)
-        return scale_add(shift, 1 + scale, self.norm(x)), gate[0] if gate else None
+        return scale_add(self.norm(x), 1 + scale, shift), gate[0] if gate else None
+
+
+@dataclass(frozen=True)
+class FGBlockConfig:
+    """What one FG block is, beside its width and heads.
+
+    Attributes:
+        attention_pattern: the attentions in order, each "focal" or "grid", a feed-forward after each [ours: the order].
+        window_size, shifted, temperature_init: of FCSA, see `FocalContextAttention`.
+        grid_stride, grid_size: of GGSA, exactly one is not None, see `GlobalGridAttention`.
+        feed_forward: "rep-leffn", or "plain" for one without depthwise convolutions (an ablation).
+        ffn_ratio: r of the feed-forward.
+        conditioning_dim: D; None makes an unconditional block with plain norms.
+        norm_bias: bias of the plain norms.
+        fused: build Rep-LeFFN in its deployed form.
+    """
+
+    attention_pattern: tuple[str, ...] = ("focal", "grid")
+    window_size: int = 8
+    shifted: bool = True
+    temperature_init: float = 1.0
+    grid_stride: int | None = 2
+    grid_size: int | None = None
+    feed_forward: str = "rep-leffn"
+    ffn_ratio: float = 2.0
+    conditioning_dim: int | None = None
+    norm_bias: bool = True
+    fused: bool = False
 
 
 class FGBlock(nn.Module):
@@ -57,72 +70,51 @@ class FGBlock(nn.Module):
     Args:
         channels: C.
         num_heads: heads of every attention.
-        attention_pattern: the attentions in order, each "focal" or "grid", a Rep-LeFFN after each [ours: the order].
-        window_size, shifted: of FCSA.
-        grid_stride, grid_size: of GGSA; exactly one is not None.
-        feed_forward: "rep-leffn", or "plain" for one without depthwise convolutions (an ablation).
-        ffn_ratio: r of the feed-forward.
-        conditioning_dim: D; None makes an unconditional block with plain norms.
-        norm_bias: bias of the plain norms.
-        temperature_init: of FCSA.
-        fused: build Rep-LeFFN in its deployed form.
+        config: the rest.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        attention_pattern: Sequence[str] = ("focal", "grid"),
-        window_size: int = 8,
-        shifted: bool = True,
-        grid_stride: int | None = 2,
-        grid_size: int | None = None,
-        feed_forward: str = "rep-leffn",
-        ffn_ratio: float = 2.0,
-        conditioning_dim: int | None = None,
-        norm_bias: bool = True,
-        temperature_init: float = 1.0,
-        fused: bool = False,
-    ):
+    def __init__(self, channels: int, num_heads: int, config: FGBlockConfig = FGBlockConfig()):
         super().__init__()
-        self.conditional = conditioning_dim is not None
-
-        def norm() -> nn.Module:
-            if self.conditional:
-                return AdaLayerNormZero2d(channels, conditioning_dim)
-            return LayerNorm2d(channels, bias=norm_bias)
-
-        def attention(kind: str) -> nn.Module:
-            if kind == "focal":
-                return FocalContextAttention(
-                    channels, num_heads, window_size, shifted, temperature_init=temperature_init
-                )
-            if kind == "grid":
-                return GlobalGridAttention(channels, num_heads, grid_stride, grid_size)
-            raise ValueError(f"attention_pattern has {kind!r}; it may name 'focal' and 'grid'")
-
-        def ffn() -> nn.Module:
-            if feed_forward == "rep-leffn":
-                return RepLeFFN(channels, ffn_ratio, fused)
-            if feed_forward == "plain":
-                return FeedForward(channels, ffn_ratio)
-            raise ValueError(f"feed_forward is {feed_forward!r}; it may be 'rep-leffn' or 'plain'")
-
+        self.conditional = config.conditioning_dim is not None
         self.norms = nn.ModuleList()
         self.layers = nn.ModuleList()
-        for kind in attention_pattern:
-            self.norms.extend((norm(), norm()))
-            self.layers.extend((attention(kind), ffn()))
+        for kind in config.attention_pattern:
+            self.norms.extend((make_norm(channels, config), make_norm(channels, config)))
+            self.layers.extend((make_attention(kind, channels, num_heads, config), make_feed_forward(channels, config)))
 
     def forward(self, x: Tensor, conditioning: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), conditioning (B, D) if the block is conditional -> (B, C, H, W)."""
         for norm, layer in zip(self.norms, self.layers, strict=True):
             if self.conditional:
                 normed, gate = norm(x, conditioning)
-                x = scale_add(x, gate, layer(normed))
+                x = scale_add(layer(normed), gate, x)  # x + gate · layer(norm(x))
             else:
                 x = x + layer(norm(x))
         return x
+
+
+def make_norm(channels: int, config: FGBlockConfig) -> nn.Module:
+    if config.conditioning_dim is not None:
+        return AdaLayerNormZero2d(channels, config.conditioning_dim)
+    return LayerNorm2d(channels, bias=config.norm_bias)
+
+
+def make_attention(kind: str, channels: int, num_heads: int, config: FGBlockConfig) -> nn.Module:
+    if kind == "focal":
+        return FocalContextAttention(
+            channels, num_heads, config.window_size, config.shifted, temperature_init=config.temperature_init
+        )
+    if kind == "grid":
+        return GlobalGridAttention(channels, num_heads, config.grid_stride, config.grid_size)
+    raise ValueError(f"attention_pattern has {kind!r}; it may name 'focal' and 'grid'")
+
+
+def make_feed_forward(channels: int, config: FGBlockConfig) -> nn.Module:
+    if config.feed_forward == "rep-leffn":
+        return RepLeFFN(channels, config.ffn_ratio, config.fused)
+    if config.feed_forward == "plain":
+        return FeedForward(channels, config.ffn_ratio)
+    raise ValueError(f"feed_forward is {config.feed_forward!r}; it may be 'rep-leffn' or 'plain'")
 
 
 class Downsample(nn.Module):

@@ -3,12 +3,9 @@
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv2d, add_depthwise, is_plain, merge_depthwise
-from .linear import Linear, linear
-from .operators import without_autocast
+from .layers import DepthwiseConv2d, Linear, add_depthwise, linear_gelu, linear_pair, merge_depthwise, merge_pair
 
 __all__ = ["FeedForward", "RepLeFFN"]
 
@@ -24,9 +21,8 @@ class RepLeFFN(nn.Module):
 
         x → 1×1 (W = W₂W₁, b = W₂b₁ + b₂) → GELU → DW5×5 (K₅ + pad K₃ + pad K₁ + δ) → 1×1 (likewise)
 
-    A training forward sums the depthwise kernels first, and multiplies a pair of 1×1 first where the map has enough
-    positions for that to pay: the same function, fewer multiplications [ours]. `fuse()` stores the merged kernels in
-    a new module for deployment.
+    Training computes this second form too, from weights that it merges at every step: the same function, fewer
+    multiplications [ours]. `fuse()` stores the merged weights in a new module for deployment.
 
     Args:
         channels: C.
@@ -58,13 +54,13 @@ class RepLeFFN(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
         if self.fused:
-            x = apply_linear(x, self.expand, gelu=True).permute(0, 3, 1, 2)  # (B, rC, H, W)
+            x = linear_gelu(x, self.expand).permute(0, 3, 1, 2)  # (B, rC, H, W)
             x = self.depthwise(x).permute(0, 2, 3, 1)
             x = self.project(x)
         else:
-            x = apply_pair(x, self.expand_in, self.expand_out, gelu=True).permute(0, 3, 1, 2)  # (B, rC, H, W)
-            x = add_depthwise((self.depthwise_5x5, self.depthwise_3x3, self.depthwise_1x1), x).permute(0, 2, 3, 1)
-            x = apply_pair(x, self.project_in, self.project_out)
+            x = linear_pair(x, self.expand_in, self.expand_out, gelu=True).permute(0, 3, 1, 2)  # (B, rC, H, W)
+            x = add_depthwise(x, self.depthwise_5x5, self.depthwise_3x3, self.depthwise_1x1).permute(0, 2, 3, 1)
+            x = linear_pair(x, self.project_in, self.project_out)
         return x.permute(0, 3, 1, 2)
 
     @torch.no_grad()
@@ -130,34 +126,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.project(apply_linear(x.permute(0, 2, 3, 1), self.expand, gelu=True)).permute(0, 3, 1, 2)
-
-
-def apply_linear(x: Tensor, layer: nn.Linear, gelu: bool = False) -> Tensor:
-    """layer(x), or GELU of it."""
-    if is_plain(layer):
-        return linear(x, layer.weight, layer.bias, gelu)
-    return F.gelu(layer(x)) if gelu else layer(x)
-
-
-def apply_pair(x: Tensor, first: nn.Linear, second: nn.Linear, gelu: bool = False) -> Tensor:
-    """second(first(x)) of a (B, H, W, C) map, or GELU of it, in the order of fewer multiplications.
-
-    Merging costs in·middle·out once and saves middle·(in + out) - in·out at each position.
-    """
-    if is_plain(first) and is_plain(second):
-        inner, middle, outer = first.in_features, first.out_features, second.out_features
-        positions = x.numel() // inner
-        if positions * (middle * (inner + outer) - inner * outer) > inner * middle * outer:
-            return linear(x, *merge_pair(first, second), gelu)
-    return apply_linear(first(x), second, gelu)
-
-
-def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight W₂W₁ and bias W₂b₁ + b₂ of `second ∘ first`.
-
-    Autocast is off here: in half precision the rounding of W₂W₁ would add to that of the product with x.
-    """
-    with without_autocast(first.weight):
-        bias = None if first.bias is None else second.weight @ first.bias + second.bias
-        return second.weight @ first.weight, bias
+        return self.project(linear_gelu(x.permute(0, 2, 3, 1), self.expand)).permute(0, 3, 1, 2)

@@ -5,8 +5,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .depthwise import is_hooked
 from .feed_forward import RepLeFFN
+from .layers import is_hooked
 
 Model = TypeVar("Model", bound="FusibleModelMixin")
 Module = TypeVar("Module", bound=nn.Module)

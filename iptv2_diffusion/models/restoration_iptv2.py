@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .backbone import IPTV2Backbone, pad_replicate
+from .blocks import FGBlockConfig
 from .fusion import FusibleModelMixin
 from .loading import AlignedLoadingMixin
 
@@ -115,16 +116,18 @@ class IPTV2RestorationModel(
             channels,
             layers_per_stage,
             num_attention_heads,
-            attention_pattern,
-            window_size,
-            grid_stride,
-            grid_size,
-            ffn_ratio=ffn_ratio,
+            FGBlockConfig(
+                attention_pattern=attention_pattern,
+                window_size=window_size,
+                temperature_init=temperature_init,
+                grid_size=grid_size,
+                ffn_ratio=ffn_ratio,
+                norm_bias=norm_bias,
+                fused=fused,
+            ),
+            grid_stride=grid_stride,
             conditioning_dim=conditioning_dim if conditional else None,
-            norm_bias=norm_bias,
-            temperature_init=temperature_init,
             sample_size=None if size is None else (-(-size[0] // unshuffle), -(-size[1] // unshuffle)),
-            fused=fused,
         )
         self.head = nn.Conv2d(self.backbone.out_channels, planes, 3, padding=1)
         nn.init.zeros_(self.head.weight)

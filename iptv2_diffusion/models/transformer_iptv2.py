@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .backbone import IPTV2Backbone, pad_replicate
-from .blocks import AdaLayerNormZero2d
+from .blocks import AdaLayerNormZero2d, FGBlockConfig
 from .fusion import FusibleModelMixin
 from .loading import AlignedLoadingMixin
 
@@ -114,16 +114,18 @@ class IPTV2Transformer2DModel(
             channels,
             layers_per_stage,
             num_attention_heads,
-            attention_pattern,
-            window_size,
-            grid_stride,
-            grid_size,
-            feed_forward,
-            ffn_ratio,
+            FGBlockConfig(
+                attention_pattern=attention_pattern,
+                window_size=window_size,
+                temperature_init=temperature_init,
+                grid_size=grid_size,
+                feed_forward=feed_forward,
+                ffn_ratio=ffn_ratio,
+                fused=fused,
+            ),
+            grid_stride=grid_stride,
             conditioning_dim=conditioning_dim or conditioning_dims,
-            temperature_init=temperature_init,
             sample_size=(-(-height // patch_size), -(-width // patch_size)),
-            fused=fused,
         )
         self.head = nn.Conv2d(self.backbone.out_channels, self.backbone.out_channels, 3, padding=1)
         self.norm_out = AdaLayerNormZero2d(

@@ -1,4 +1,4 @@
 """What every train script shares: configuration, checkpoints and exact resumption, averaged weights, logs, the loop.
 
-`config` and `errors` import nothing heavy, so that `--help` answers at once.
+`options` and `errors` import nothing heavy, so that `--help` answers at once.
 """

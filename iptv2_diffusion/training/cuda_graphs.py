@@ -17,7 +17,7 @@ from iptv2_diffusion.training.errors import ConfigError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from iptv2_diffusion.training.config import TrainingConfig
+    from iptv2_diffusion.training.options import TrainingConfig
 
 __all__ = ["GraphedModel", "PositionalCall", "wants_graphs"]
 

@@ -9,7 +9,7 @@ Instead of one constant-length average there may be several by power functions o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.tensor import DTensor
 
-from iptv2_diffusion.training.alignment import without_alignment
 from iptv2_diffusion.training.power_ema import PowerEMA, write_snapshot
 from iptv2_diffusion.training.sharding import (
     forget_gathered,
@@ -32,6 +31,8 @@ from iptv2_diffusion.training.sharding import (
     shard_like,
     whole,
 )
+
+StateDict = dict[str, torch.Tensor]
 
 _MODEL_FILE = "model.safetensors"
 _OPTIMIZER_FILE = "optimizer.bin"
@@ -122,12 +123,15 @@ class ModelState:
             state |= self._by_name(average)
         return {name: whole(tensor) for name, tensor in state.items()}
 
-    def write_snapshots(self, folder: Path) -> None:
-        """Write the power-function averages as they are now (see `power_ema.py`); called by all processes."""
+    def write_snapshots(self, folder: Path, result: Callable[[StateDict], StateDict] = dict) -> None:
+        """Write the power-function averages as they are now (see `power_ema.py`); called by all processes.
+
+        `result` takes a state dict and returns the part of it that a result keeps.
+        """
         for average in self.averages:
             tensors = self._whole_by_name(average)
             if self.accelerator.is_main_process:
-                write_snapshot(folder, average.optimization_step, average.sigma_rel, without_alignment(tensors))
+                write_snapshot(folder, average.optimization_step, average.sigma_rel, result(tensors))
 
     def _by_name(self, average: EMAModel) -> dict[str, torch.Tensor]:
         """An average under the parameters' names, sharded as these are."""

@@ -3,7 +3,7 @@
 A script describes *what* is trained as a `TrainingTask`; `Trainer` owns *how*: accelerate, AdamW, schedule, averaged
 weights, accumulation, clipping, checkpoints and exact resumption, held-out losses, previews, logs, signals, NaN stop.
 
-Everything random at step n must be drawn by the task as a pure function of (seed, n) (see `data/sampling.py`). Then a
+Everything random at step n must be drawn by the task as a pure function of (seed, n) (see `data/draws.py`). Then a
 checkpoint needs no random state, and the loss curve depends neither on the number of processes nor on accumulation.
 """
 
@@ -36,12 +36,12 @@ from torch import Tensor, nn
 
 from iptv2_diffusion.memory import keep_freed_memory
 from iptv2_diffusion.training.checkpoint import CheckpointManager
-from iptv2_diffusion.training.config import TrainingConfig, config_to_dict, frozen_fields, save_config
 from iptv2_diffusion.training.cuda_graphs import GraphedModel, wants_graphs
-from iptv2_diffusion.training.ema import ModelState
+from iptv2_diffusion.training.ema import ModelState, StateDict
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError, user_errors
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves
 from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
+from iptv2_diffusion.training.options import TrainingConfig, config_to_dict, frozen_fields, save_config
 from iptv2_diffusion.training.power_ema import forget_snapshots_after
 from iptv2_diffusion.training.precision import device_of_sums, fastest_precision
 from iptv2_diffusion.training.sharding import refuse_other_sharding, shard, whole
@@ -150,6 +150,7 @@ class Trainer:
         accelerator: from `make_accelerator`.
         model: the bare model, on any device, in float32.
         curves: names of the metrics drawn in loss_curve.png.
+        result: takes the model's state dict and returns the part of it that a result keeps, for snapshots of averages.
     """
 
     def __init__(
@@ -159,9 +160,10 @@ class Trainer:
         model: nn.Module,
         *,
         curves: tuple[str, ...] = ("loss", "heldout_loss"),
+        result: Callable[[StateDict], StateDict] = dict,
     ) -> None:
         graphs = wants_graphs(config, accelerator)
-        self.config, self.accelerator, self.curves = config, accelerator, curves
+        self.config, self.accelerator, self.curves, self.result = config, accelerator, curves, result
         self.output_dir = Path(config.output_dir)
         with user_errors(OSError):
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -439,7 +441,7 @@ class Trainer:
         config, last, worked = self.config, self.finished, False
         if config.ema == "power" and (self.step % config.ema_snapshot_every == 0 or last):
             with user_errors(OSError, SafetensorError):
-                self.state.write_snapshots(self.snapshots)
+                self.state.write_snapshots(self.snapshots, self.result)
             worked = True
         if config.eval_every and (self.step % config.eval_every == 0 or last):
             with self.state.averaged() as model:

@@ -8,7 +8,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from iptv2_diffusion.training.config import TrainingConfig
+from iptv2_diffusion.training.options import TrainingConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig, *, fused: bool = True) -> torch.optim.AdamW:

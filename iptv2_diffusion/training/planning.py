@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iptv2_diffusion.metrics.speed import peak_bytes
+from iptv2_diffusion.memory import peak_bytes
 from iptv2_diffusion.models.activations import LiveStorages
 from iptv2_diffusion.training.loop import Trainer
 from iptv2_diffusion.training.signals import StopSignal
@@ -24,9 +24,8 @@ from iptv2_diffusion.training.signals import StopSignal
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from iptv2_diffusion.data.sampling import StepDraws
-    from iptv2_diffusion.training.config import TrainingConfig
     from iptv2_diffusion.training.loop import TrainingTask
+    from iptv2_diffusion.training.options import TrainingConfig
 
 MB = 1e6
 
@@ -128,14 +127,6 @@ def _resident() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
-
-
-class SyntheticLatents:
-    """A `LatentSource` of noise, for planning: no images are needed."""
-
-    def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Noise, and label 0."""
-        return draws.posterior_noise, torch.zeros_like(draws.items)
 
 
 def plan_text(memory: Mapping[str, Memory], speed: Speed, config: TrainingConfig, macs: float, parameters: int) -> str:

@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from iptv2_diffusion.data.draws import draw_step, own_slices
 from iptv2_diffusion.data.images import ImageTensors, class_names, load_image_dataset
-from iptv2_diffusion.data.sampling import draw_step, own_slices
 from iptv2_diffusion.data.streaming import ImageStream, Lane, StreamedLatents, StreamOrder, count_lanes, join_positions
 from iptv2_diffusion.latents import LatentCodec
 

@@ -12,7 +12,7 @@ from PIL import Image
 from script_loading import load_script
 from tiny_pipelines import save_pipeline
 
-from iptv2_diffusion.metrics.generation import (
+from iptv2_diffusion.evaluation.generation_metrics import (
     efficientnet_lite0,
     extract_features,
     frechet_distance,
@@ -24,9 +24,10 @@ from iptv2_diffusion.metrics.generation import (
     precision_recall,
     statistics,
 )
-from iptv2_diffusion.training.config import parse_config
+from iptv2_diffusion.evaluation.sample_folder import SampleFolder
+from iptv2_diffusion.models.presets import PRESETS
 from iptv2_diffusion.training.errors import ConfigError, UserError
-from iptv2_diffusion.training.generation import SampleFolder
+from iptv2_diffusion.training.options import parse_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "eval" / "fid_benchmark.py"
@@ -210,8 +211,12 @@ class TestRefusals:
 def test_configurations_of_imagenet_score_what_the_training_configurations_make(script, size):
     config = parse_config(script.BenchmarkConfig, ["--config", str(ROOT / f"configs/benchmark/imagenet{size}.yaml")])
     entries = config.entries()
-    trained = {yaml.safe_load(p.read_text())["output_dir"] for p in (ROOT / "configs").glob(f"*imagenet{size}*.yaml")}
-    assert {str(Path(e.generation.pipeline).parent) for e in entries} == trained
+    recipe = yaml.safe_load((ROOT / f"configs/imagenet{size}.yaml").read_text())
+    folder = Path(recipe["output_dir"])
+    assert folder.name == recipe["model"]
+    sizes = ("s", "b", "l", "xl")
+    trained = {folder.with_name(name) for k in sizes for name in (f"iptv2-{k}", f"dit-{k}-2") if name in PRESETS}
+    assert {Path(e.generation.pipeline).parent for e in entries} == trained
     assert len(trained) == 8
     assert sorted({e.generation.guidance_scale for e in entries}) == [1.0, 1.5]
     for entry in entries:

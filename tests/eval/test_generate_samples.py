@@ -16,7 +16,7 @@ from script_loading import load_script
 from tiny_pipelines import KINDS, save_pipeline
 
 from iptv2_diffusion import IPTV2Pipeline
-from iptv2_diffusion.data.sampling import generator_for
+from iptv2_diffusion.data.draws import generator_for
 from iptv2_diffusion.training.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""nearest_neighbours.py on a tiny pipeline and a folder of images; its distances: tests/metrics/."""
+"""nearest_neighbours.py on a tiny pipeline and a folder of images; its distances: tests/evaluation/."""
 
 import json
 import sys

@@ -15,10 +15,10 @@ from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
-from iptv2_diffusion.metrics import peers
+from iptv2_diffusion.evaluation import peers
+from iptv2_diffusion.evaluation.pictures import side_by_side
 from iptv2_diffusion.sixteen_bit import write_16_bit
 from iptv2_diffusion.training.errors import UserError
-from iptv2_diffusion.training.pictures import side_by_side
 
 ROOT = Path(__file__).parents[2]
 benchmark = load_script("eval/restoration_benchmark.py")

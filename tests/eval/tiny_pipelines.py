@@ -26,7 +26,7 @@ def save_pipeline(folder, kind="iptv2"):
         pipeline = IPTV2Pipeline(randomise(model), vae, FlowMatchEulerDiscreteScheduler())
     else:
         dit = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 4}
-        if kind == "dit":  # what train_ldm.py saves for configs/dit-*.yaml: learned variance, sampled by DDPM
+        if kind == "dit":  # what configs/imagenet256.yaml makes of a DiT: learned variance, sampled by DDPM
             model = DiTTransformer2DModel(**dit, out_channels=8, num_embeds_ada_norm=3)
             scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False)
             pipeline = IPTV2Pipeline(randomise(model), vae, scheduler, id2label={0: "a", 1: "b", 2: "c"})

@@ -277,7 +277,7 @@ class TestPartitions:
         padded = attention.pad_to_multiple(x, window, window)
         sides = padded.shape[1:3]
         assert sides == tuple(math.ceil(side / window) * window for side in size)
-        parts = attention.window_partition(padded, window, heads=2)
+        parts = attention.window_partition(padded, num_heads=2, window=window)
         assert all(part.shape[1:] == (2, window**2, 4) for part in parts)
         merged = [attention.window_merge(part, window, *sides)[:, :height, :width] for part in parts]
         assert torch.equal(torch.cat(merged, dim=-1), x)
@@ -291,12 +291,12 @@ class TestPartitions:
         sides = padded.shape[1:3]
         groups = attention.grid_partition(padded, stride)
         assert groups.shape == (2 * math.prod(stride), (sides[0] // stride[0]) * (sides[1] // stride[1]), 8)
-        merged = attention.grid_merge(groups, stride, 2, *sides)[:, :height, :width]
+        merged = attention.grid_merge(groups, stride, *sides)[:, :height, :width]
         assert torch.equal(merged, x)
 
     def test_a_window_is_local_and_a_grid_group_is_global(self):
         index = torch.arange(36.0).view(1, 6, 6, 1).expand(1, 6, 6, 3).contiguous()
-        window = attention.window_partition(index, 2, heads=1)[0]
+        window = attention.window_partition(index, num_heads=1, window=2)[0]
         group = attention.grid_partition(index, (3, 3))[..., 0]
         assert window[1].flatten().tolist() == [2, 3, 8, 9]
         assert group[1].flatten().tolist() == [1, 4, 19, 22]

@@ -10,12 +10,17 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from iptv2_diffusion.models.backbone import IPTV2Backbone
+from iptv2_diffusion.models.blocks import FGBlockConfig
 
 
 def backbone(channels=8, conditioning_dim=6, randomize=True, **kwargs) -> IPTV2Backbone:
     torch.manual_seed(0)
     defaults = {"layers_per_stage": (1, 1, 1, 1, 1), "num_attention_heads": 2, "window_size": 4}
-    module = IPTV2Backbone(channels, conditioning_dim=conditioning_dim, **{**defaults, **kwargs}).eval()
+    kwargs = {**defaults, **kwargs}
+    block = FGBlockConfig(
+        **{k: kwargs.pop(k) for k in set(kwargs) & set(FGBlockConfig.__annotations__) - {"grid_stride"}}
+    )
+    module = IPTV2Backbone(channels, block=block, conditioning_dim=conditioning_dim, **kwargs).eval()
     return references.randomize_(module, 0.1) if randomize else module
 
 

@@ -6,7 +6,8 @@ import pytest
 import references
 import torch
 
-from iptv2_diffusion.models.blocks import AdaLayerNormZero2d, Downsample, FGBlock, LayerNorm2d, Upsample
+from iptv2_diffusion.models.blocks import AdaLayerNormZero2d, Downsample, FGBlock, FGBlockConfig, Upsample
+from iptv2_diffusion.models.layers import LayerNorm2d
 
 PATTERNS = [("focal", "grid"), ("grid", "grid"), ("grid", "focal"), ("focal",), ("focal", "grid", "focal")]
 
@@ -14,7 +15,7 @@ PATTERNS = [("focal", "grid"), ("grid", "grid"), ("grid", "focal"), ("focal",), 
 def fg_block(conditioning_dim=6, randomize=True, **kwargs) -> FGBlock:
     torch.manual_seed(0)
     kwargs = {"window_size": 4, **kwargs}
-    block = FGBlock(8, 2, conditioning_dim=conditioning_dim, **kwargs).eval()
+    block = FGBlock(8, 2, FGBlockConfig(conditioning_dim=conditioning_dim, **kwargs)).eval()
     return references.randomize_(block) if randomize else block
 
 

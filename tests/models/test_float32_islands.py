@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from iptv2_diffusion import DiffusionObjective, create_model
-from iptv2_diffusion.models.attention import attend_tokens, rotary_embedding
-from iptv2_diffusion.models.blocks import LayerNorm2d
-from iptv2_diffusion.models.operators import channel_attention, rotate_normalised
+from iptv2_diffusion.kernels.cpu_attention import attend_tokens, channel_attention, rotate_normalised
+from iptv2_diffusion.kernels.geometry import rotary_embedding
+from iptv2_diffusion.models.layers import LayerNorm2d
 
 HALF = [torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])

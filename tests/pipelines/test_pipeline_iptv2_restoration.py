@@ -12,7 +12,7 @@ from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.models.activations import activation_bytes_per_pixel
-from pipelines.pipeline_iptv2_restoration import blending, estimate_sigma, starts
+from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import blending, estimate_sigma, starts
 
 
 @pytest.fixture(scope="module")

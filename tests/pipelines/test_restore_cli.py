@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageCms
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from iptv2_diffusion.pipelines.restore_cli import CommandError, main
 from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit, write_16_bit
-from pipelines.restore_cli import CommandError, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,7 +158,7 @@ def test_a_picture_that_memory_does_not_hold_does_not_stop_the_others(model, pic
     code = """
 import resource, sys, torch
 from iptv2_diffusion import IPTV2RestorationPipeline
-from pipelines.restore_cli import main
+from iptv2_diffusion.pipelines.restore_cli import main
 torch.set_num_threads(1)
 IPTV2RestorationPipeline.from_pretrained(sys.argv[-1])  # libraries are in memory before the limit is set
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -232,8 +232,8 @@ def test_a_picture_of_24_megapixels_stays_under_4_gb(tmp_path):
     Image.fromarray(picture).save(tmp_path / "large.png")
     code = """
 import sys
-from iptv2_diffusion.metrics.speed import peak_bytes
-from pipelines.restore_cli import main
+from iptv2_diffusion.memory import peak_bytes
+from iptv2_diffusion.pipelines.restore_cli import main
 print("failed" if main(sys.argv[1:]) else peak_bytes())
 """
     words = [str(tmp_path / "large.png"), "-o", str(tmp_path / "out"), "--sigma", "25"]

@@ -8,7 +8,7 @@ import torch
 
 from iptv2_diffusion import IPTV2RestorationPipeline
 from iptv2_diffusion.data.degradations import GaussianNoise, MotionBlur, RainStreaks
-from iptv2_diffusion.metrics.restoration import psnr
+from iptv2_diffusion.evaluation.restoration_metrics import psnr
 
 ASSETS = Path(__file__).parents[2] / "assets"
 # restorer -> degradation and the least gain in dB

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from iptv2_diffusion import IPTV2Pipeline, IPTV2RestorationPipeline, create_model
+from iptv2_diffusion.evaluation.timed_steps import Autocast
 from iptv2_diffusion.training.cuda_graphs import GraphedModel
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.timed_steps import Autocast
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 PRESETS = ["tiny", "emoji64-s", "restoration-tiny", "restoration-nano"]

@@ -16,10 +16,14 @@ from script_loading import load_script
 
 from iptv2_diffusion import IPTV2Pipeline
 from iptv2_diffusion.data.images import load_image_dataset
+from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import UserError
+from iptv2_diffusion.training.options import parse_config
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "vae" not in path.name)
+SMALL_DIT = '{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}'
+SMALL = {"iptv2": ["--model", "tiny"], "dit": ["--model", "dit-s-2", "--model_overrides", SMALL_DIT]}
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +147,7 @@ def test_a_corrupt_image_is_left_out_or_fails_by_name(main, ground, tmp_path, ca
 
 
 def test_a_dit_trains_under_the_same_script_with_learned_variance(main, tmp_path):
-    small = '{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}'
-    options = ("--model", "dit-s-2", "--model_overrides", small, "--learned_variance", "--max_train_steps", 2)
+    options = (*SMALL["dit"], "--learned_variance", "--max_train_steps", 2)
     assert main(tmp_path, *options, "--save_dtype", "float16") == 0
     pipeline = IPTV2Pipeline.from_pretrained(tmp_path / "pipeline")
     assert pipeline.transformer.config.out_channels == 2 * CHANNELS
@@ -251,25 +254,44 @@ def dry_run_of(config, ground, output, small_model):
     return [*options, "--heldout_split", "none", "--vae_subfolder", "none", *small_model]
 
 
+FAST = {("emoji64", "iptv2"), ("imagenet256", "dit")}
+DRY_RUNS = [
+    pytest.param(path, model, marks=() if (path.stem, model) in FAST else pytest.mark.slow, id=f"{path.stem}-{model}")
+    for path in CONFIGS
+    for model in (("iptv2", "dit") if path.stem.startswith("imagenet") else ("iptv2",))
+]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_understood(script, config):
-    parsed = script.parse_config(script.LDMConfig, ["--config", str(config)])
+    parsed = parse_config(LDMConfig, ["--config", str(config)])
     from iptv2_diffusion.models.presets import PRESETS
 
     assert parsed.model in PRESETS
 
 
-@pytest.mark.parametrize(
-    "config",
-    [pytest.param(p, marks=() if p.stem in ("emoji64", "dit-s-2-imagenet256") else pytest.mark.slow) for p in CONFIGS],
-    ids=lambda path: path.stem,
-)
-def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path, config):
-    small_model = ["--model", "tiny"]
-    if config.stem.startswith("dit"):
-        small = '{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}'
-        small_model = ["--model", "dit-s-2", "--model_overrides", small]
-    assert script.main(dry_run_of(config, ground, tmp_path, small_model)) == 0
+@pytest.mark.parametrize("size", [256, 512])
+@pytest.mark.parametrize("model", ["iptv2-s", "dit-xl-2"])
+def test_imagenet_is_trained_by_the_recipe_of_dit_whatever_the_model(script, size, model):
+    """docs/model.md, section 8; `--model` changes nothing else."""
+    words = ["--config", str(ROOT / f"configs/imagenet{size}.yaml"), "--model", model]
+    config = script.parse_config(script.LDMConfig, words)
+    assert (config.model, config.resolution, config.num_classes) == (model, size, 1000)
+    assert (config.learning_rate, config.lr_schedule, config.weight_decay, config.batch_size) == (
+        1e-4,
+        "constant",
+        0,
+        256,
+    )
+    assert (config.ema, config.ema_decay, config.label_dropout, config.random_flip) == ("constant", 0.9999, 0.1, True)
+    assert (config.objective, config.learned_variance, config.timestep_sampling) == ("epsilon", True, "uniform")
+    assert (config.stratified_timesteps, config.sample_steps) == (False, 250)
+    assert config.vae == "stabilityai/sd-vae-ft-ema"
+
+
+@pytest.mark.parametrize(("config", "model"), DRY_RUNS)
+def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path, config, model):
+    assert script.main(dry_run_of(config, ground, tmp_path, SMALL[model])) == 0
 
 
 @pytest.mark.parametrize(

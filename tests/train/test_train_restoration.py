@@ -16,8 +16,12 @@ from safetensors.torch import load_file
 from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from iptv2_diffusion.recipes.restoration.config import RestorationConfig
+from iptv2_diffusion.recipes.restoration.data import make_sources
+from iptv2_diffusion.recipes.restoration.run import make_model
 from iptv2_diffusion.training.errors import UserError
 from iptv2_diffusion.training.logging import read_metrics
+from iptv2_diffusion.training.options import parse_config
 
 ROOT = Path(__file__).parents[2]
 train_restoration = load_script("train/train_restoration.py")
@@ -168,13 +172,13 @@ def test_a_generators_backbone_to_start_from(photos, capsys):
 
 
 def test_scales_add_smaller_copies_to_train_on_and_leave_the_heldout_crops_alone(photos, capsys):
-    config = train_restoration.parse_config(
-        train_restoration.RestorationConfig,
+    config = parse_config(
+        RestorationConfig,
         ["--data", str(photos / "photos"), "--cache_dir", str(photos / "cache"), "--scales", "1,0.5"],
     )
     accelerator = Accelerator(cpu=True)
     (train_source,), (test_source,) = (
-        train_restoration.make_sources(config, config.data, split, accelerator) for split in ("train", "test")
+        make_sources(config, config.data, split, accelerator) for split in ("train", "test")
     )
     assert [image.shape[:2] for image in train_source.sampler.clean.images] == [(64, 72), (32, 36)] * 3
     assert [image.shape[:2] for image in test_source.sampler.clean.images] == [(64, 72)] * 3
@@ -238,13 +242,23 @@ def test_the_examples_of_help_run_as_printed(photos, words, monkeypatch, capsys)
     assert ("(100.0%)" in told) == ("configs/restoration/denoise-color-emoji64.yaml" in words)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/restoration").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_configurations_are_valid(path, monkeypatch, capsys):
-    from iptv2_diffusion.training.config import parse_config
+def shipped_commands():
+    """Options of every configuration, and of the variants that the comments of one name."""
+    for path in sorted((ROOT / "configs/restoration").glob("*.yaml")):
+        yield pytest.param([], path, id=path.stem)
+        for line in path.read_text().splitlines():
+            if line.startswith("#   --"):
+                words = shlex.split(line[1:])
+                yield pytest.param(words, path, id=words[words.index("--output_dir") + 1])
 
+
+@pytest.mark.parametrize(("words", "path"), shipped_commands())
+def test_shipped_configurations_are_valid(words, path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)  # backbones to start from are named from there
-    config = parse_config(train_restoration.RestorationConfig, ["--config", str(path)])
+    config = parse_config(RestorationConfig, ["--config", str(path), *words])
     with torch.device("meta") if config.backbone_from is None else contextlib.nullcontext():
-        model = train_restoration.make_model(config)
+        model = make_model(config)
     assert model.config.in_channels == config.channels
     assert ("(100.0%)" in capsys.readouterr().out) == (config.backbone_from is not None)
+    if config.layout != "clean":  # pairs have no noise level
+        assert model.config.sigma_conditioning is None

@@ -1,15 +1,3 @@
-"""Shared by the tests of the training code."""
+"""Shared by the tests of this folder."""
 
-import pytest
-from accelerate.state import AcceleratorState, GradientState
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """Each test makes its own accelerator, on the CPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+from fresh_accelerate import fresh_accelerate  # noqa: F401

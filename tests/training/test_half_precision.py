@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 
 from iptv2_diffusion import DiffusionObjective, create_model
-from iptv2_diffusion.data.sampling import DataOrder, draw_step
-from iptv2_diffusion.training.config import TrainingConfig
+from iptv2_diffusion.data.draws import DataOrder, draw_step
 from iptv2_diffusion.training.optimisation import make_optimizer
+from iptv2_diffusion.training.options import TrainingConfig
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the loss curve, the sheet of pictures and the one-line errors."""
+"""metrics.jsonl, the loss curve and the one-line errors."""
 
 import errno
 import math
@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, user_errors
 from iptv2_diffusion.training.logging import MetricLog, ProgressBar, available_trackers, plot_curves, read_metrics
-from iptv2_diffusion.training.pictures import picture_sheet
 
 
 def write(path, steps, **options):
@@ -73,14 +72,6 @@ def test_the_bar_estimates_the_end_from_the_time_spent(capsys):
     assert bar.images_per_second > 0
     bar.close()
     assert "loss=0.5" in capsys.readouterr().err
-
-
-def test_a_sheet_has_a_row_a_class():
-    rows = [[Image.new("RGB", (16, 32), "red")] * 3, [Image.new("L", (16, 32))] * 3]
-    sheet = picture_sheet(rows, ["first", "second"])
-    assert sheet.height == 2 * (64 + 2) + 2
-    assert sheet.getpixel((sheet.width - 10, 10)) == (255, 0, 0)
-    assert sheet.getpixel((sheet.width - 10, 80)) == (0, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -144,7 +135,6 @@ def test_help_imports_nothing_heavy_of_ours():
     """`--help` of the train scripts must answer at once."""
     import subprocess
 
-    code = (
-        "import sys; sys.modules['accelerate'] = sys.modules['datasets'] = None; import iptv2_diffusion.training.config"
-    )
+    ours = "iptv2_diffusion.training.options"
+    code = f"import sys; sys.modules['accelerate'] = sys.modules['datasets'] = None; import {ours}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

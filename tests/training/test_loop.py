@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from iptv2_diffusion.data.sampling import generator_for, own_slices
-from iptv2_diffusion.training.config import TrainingConfig, parse_config
+from iptv2_diffusion.data.draws import generator_for, own_slices
 from iptv2_diffusion.training.cuda_graphs import PositionalCall, wants_graphs
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import Trainer, make_accelerator
+from iptv2_diffusion.training.options import TrainingConfig, parse_config
 
 
 class Regression:

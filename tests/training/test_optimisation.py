@@ -7,9 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from iptv2_diffusion.training.config import TrainingConfig
 from iptv2_diffusion.training.ema import ModelState
 from iptv2_diffusion.training.optimisation import LearningRate, make_optimizer
+from iptv2_diffusion.training.options import TrainingConfig
 
 
 def schedule(**options):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from iptv2_diffusion.models.activations import LiveStorages
-from iptv2_diffusion.training.config import TrainingConfig
+from iptv2_diffusion.training.options import TrainingConfig
 from iptv2_diffusion.training.planning import estimate_memory
 
 ROOT = Path(__file__).parents[2]

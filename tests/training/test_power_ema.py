@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from test_loop import equal, rows, run, snapshot
 
-from iptv2_diffusion.training.config import TrainingConfig, parse_config
 from iptv2_diffusion.training.ema import ModelState
 from iptv2_diffusion.training.errors import ConfigError
+from iptv2_diffusion.training.options import TrainingConfig, parse_config
 from iptv2_diffusion.training.power_ema import PowerEMA, coefficients, find_snapshots, gamma_of, reconstruct
 
 

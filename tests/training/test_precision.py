@@ -7,8 +7,8 @@ import torch
 from accelerate import PartialState
 
 from iptv2_diffusion.training import precision
-from iptv2_diffusion.training.config import TrainingConfig
 from iptv2_diffusion.training.loop import start_accelerator
+from iptv2_diffusion.training.options import TrainingConfig
 
 
 @pytest.fixture(autouse=True)

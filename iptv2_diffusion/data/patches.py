@@ -1,0 +1,215 @@
+"""Photographs for restoration: decoded once into a memory map, then patches at random places of it.
+
+Everything that is random in a batch is drawn for the whole global batch from one generator of (seed, step), as in
+`data/draws.py`: a run resumes exactly and does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit
+
+__all__ = ["ImageStore", "PatchSampler", "read_image", "transform"]
+
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's conversion to gray
+CELL = 32  # side of the squares whose texture is measured, pixels
+TEXTURE_FLOOR = 0.1  # weight of a perfectly flat square, beside 1 for one of TEXTURE_FULL or more
+TEXTURE_FULL = 12.0  # standard deviation of luminance, 0–255 scale
+
+
+def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
+    """Decode to (H, W, channels) of uint8, or uint16 for PNG and TIFF of 16 bits; gray or RGB, alpha dropped.
+
+    Raises `ValueError` naming the file if it cannot be decoded or is empty.
+    """
+    try:
+        if not is_16_bit(path):
+            with Image.open(path) as file:
+                return np.asarray(file.convert("L" if channels == 1 else "RGB")).reshape(file.height, file.width, -1)
+        image = read_16_bit(path)
+    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as an image: {reason[:160] or type(error).__name__}") from error
+    image = image[..., : 1 if image.shape[2] < 3 else 3]
+    if channels == 1 and image.shape[2] == 3:
+        return (image @ LUMA).round().astype(np.uint16)[..., None]
+    return np.repeat(image, channels, axis=2) if image.shape[2] < channels else image
+
+
+class ImageStore:
+    """Images of a list of files, decoded once into one memory-mapped file that later runs find again.
+
+    Args:
+        files: image files, all of 8 bits or all of 16.
+        cache_dir: where the decoded file lies, named by a hash of names, sizes and times of the files.
+        channels: 1 or 3.
+        scales: each image comes once for each of these: as it is (1), and shrunk by Lanczos resampling, 8 bits only.
+        say: called with one line before a long decoding.
+
+    Attributes:
+        files: the file of each image.
+        images: arrays (H, W, channels) of uint8 or uint16, views of the memory map.
+        peak: 255 or 65535.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        cache_dir: str | Path,
+        channels: int = 3,
+        scales: Sequence[float] = (1.0,),
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.files = [file for file in files for _ in scales]
+        description = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        scaled = [list(scales)] if tuple(scales) != (1.0,) else []
+        key = hashlib.sha256(json.dumps([channels, *scaled, description]).encode()).hexdigest()[:24]
+        data, index = (Path(cache_dir).expanduser() / f"images-{key}{suffix}" for suffix in (".raw", ".json"))
+        if not index.is_file():
+            say(f"decoding {len(files)} images into {data}")
+            decode_into(files, data, index, channels, scales)
+        described = json.loads(index.read_text(encoding="utf-8"))
+        flat = np.memmap(data, dtype=described["dtype"], mode="r")
+        self.peak = float(np.iinfo(flat.dtype).max)
+        self.images, start = [], 0
+        for height, width in described["sizes"]:
+            count = height * width * channels
+            self.images.append(flat[start : start + count].reshape(height, width, channels))
+            start += count
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def crop(self, item: int, top: int, left: int, height: int, width: int) -> Tensor:
+        """Part of an image: (channels, height, width) of float32 on [0, 1]; reflected where the image ends before."""
+        part = self.images[item][top : top + height, left : left + width]
+        if part.shape[:2] != (height, width):
+            part = np.pad(part, ((0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)), "reflect")
+        return torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1) / self.peak
+
+
+def decode_into(files: Sequence[Path], data: Path, index: Path, channels: int, scales: Sequence[float]) -> None:
+    """Write the pixels of all files one after another; the index, written last, makes the store valid."""
+    data.parent.mkdir(parents=True, exist_ok=True)
+    temporary = data.with_name(f".tmp-{os.getpid()}-{data.name}")
+    sizes, dtype = [], None
+    try:
+        with temporary.open("wb") as file:
+            for path in files:
+                image = read_image(path, channels)
+                if dtype not in (None, image.dtype):
+                    raise ValueError(
+                        f"{path} is {image.dtype}, the images before it are {dtype}; do not mix bit depths"
+                    )
+                dtype = image.dtype
+                for scale in scales:
+                    scaled = image if scale == 1 else shrink(image, scale, path)
+                    sizes.append(scaled.shape[:2])
+                    file.write(np.ascontiguousarray(scaled).tobytes())
+        temporary.replace(data)
+    finally:
+        temporary.unlink(missing_ok=True)
+    temporary = index.with_name(f".tmp-{os.getpid()}-{index.name}")
+    temporary.write_text(json.dumps({"dtype": str(dtype), "sizes": sizes}), encoding="utf-8")
+    temporary.replace(index)
+
+
+def shrink(image: np.ndarray, scale: float, path: Path) -> np.ndarray:
+    """An (H, W, channels) image of 8 bits at another size."""
+    if image.dtype != np.uint8:
+        raise ValueError(f"{path} has 16 bits, and images of 8 bits only are shrunk; leave out scales")
+    size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
+    small = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(small).reshape(size[1], size[0], -1)
+
+
+class PatchSampler:
+    """Patches at random places of the images, textured places preferred.
+
+    A place is drawn among squares of 32 pixels with a probability that grows with the standard deviation of the
+    square's luminance, up to a limit: sky and blur, most of a wallpaper, teach little. Then it is shifted at random.
+
+    Args:
+        clean: the target images.
+        degraded: the same images degraded, or None where the degradation is synthetic.
+        prefer_texture: False draws all places alike.
+    """
+
+    def __init__(self, clean: ImageStore, degraded: ImageStore | None = None, prefer_texture: bool = True) -> None:
+        if degraded is not None:
+            check_pairs(clean, degraded)
+        self.clean, self.degraded = clean, degraded
+        cells, weights = [], []
+        for item, image in enumerate(clean.images):
+            rows, columns = max(1, image.shape[0] // CELL), max(1, image.shape[1] // CELL)
+            grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2) * CELL
+            cells.append(np.concatenate([np.full((len(grid), 1), item), grid], axis=1))
+            weights.append(cell_texture(image, clean.peak).reshape(-1) if prefer_texture else np.ones(len(grid)))
+        self.cells = np.concatenate(cells)  # (cells, 3): image, top, left
+        self.cumulative = np.cumsum(np.concatenate(weights))
+
+    def places(self, uniforms: Tensor, size: int) -> list[tuple[int, int, int]]:
+        """(image, top, left) of patches for uniform numbers (B, 3) in [0, 1): square, vertical and horizontal shift."""
+        places = []
+        chosen = np.searchsorted(self.cumulative, uniforms[:, 0].double().numpy() * self.cumulative[-1], side="right")
+        for (item, top, left), (_, down, right) in zip(
+            self.cells[np.minimum(chosen, len(self.cells) - 1)].tolist(), uniforms.tolist(), strict=True
+        ):
+            height, width, _ = self.clean.images[item].shape
+            # The square's centre falls on a random point of the patch's middle.
+            top = top + CELL // 2 - size // 2 + round((down - 0.5) * CELL)
+            left = left + CELL // 2 - size // 2 + round((right - 0.5) * CELL)
+            places.append((item, max(0, min(top, height - size)), max(0, min(left, width - size))))
+        return places
+
+    def smaller_than(self, size: int) -> list[Path]:
+        """The images that a patch of `size` does not fit in: they are continued by reflection."""
+        pairs = zip(self.clean.files, self.clean.images, strict=True)
+        return [file for file, image in pairs if min(image.shape[:2]) < size]
+
+    def patches(self, places: Sequence[tuple[int, int, int]], size: int) -> tuple[Tensor, Tensor | None]:
+        """Clean and degraded patches (B, channels, size, size) on [0, 1]; None if there are no degraded images."""
+        clean = torch.stack([self.clean.crop(*place, size, size) for place in places])
+        if self.degraded is None:
+            return clean, None
+        return clean, torch.stack([self.degraded.crop(*place, size, size) for place in places])
+
+
+def check_pairs(clean: ImageStore, degraded: ImageStore) -> None:
+    """Raise a ValueError unless the two stores hold as many images, of the same sizes."""
+    if len(clean) != len(degraded):
+        raise ValueError(f"{len(degraded)} degraded images but {len(clean)} clean ones; they must be pairs")
+    for ours, theirs, a, b in zip(clean.images, degraded.images, clean.files, degraded.files, strict=True):
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"{b} is {theirs.shape[0]}x{theirs.shape[1]} pixels but its clean partner {a} is "
+                f"{ours.shape[0]}x{ours.shape[1]}; a pair must have one size"
+            )
+
+
+def cell_texture(image: np.ndarray, peak: float) -> np.ndarray:
+    """Weight of each 32×32 square of an (H, W, channels) image, in [TEXTURE_FLOOR, 1]: (H // 32, W // 32)."""
+    rows, columns = max(1, image.shape[0] // CELL), max(1, image.shape[1] // CELL)
+    luminance = image[: rows * CELL, : columns * CELL].mean(axis=2, dtype=np.float32) * (255 / peak)
+    height, width = luminance.shape
+    squares = luminance.reshape(rows, height // rows, columns, width // columns)
+    return np.clip(squares.std(axis=(1, 3)) / TEXTURE_FULL, TEXTURE_FLOOR, 1.0)
+
+
+def transform(images: Tensor, codes: Tensor) -> Tensor:
+    """One of the eight flips and rotations of each square patch (B, C, P, P); codes (B,) int in [0, 8)."""
+    turned = []
+    for image, code in zip(images, codes.tolist(), strict=True):
+        image = torch.rot90(image, code % 4, dims=(-2, -1))
+        turned.append(image.flip(-1) if code >= 4 else image)
+    return torch.stack(turned)

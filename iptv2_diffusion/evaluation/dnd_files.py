@@ -1,0 +1,57 @@
+"""The files in which DND's server takes the denoised crops, in MATLAB's format "v5".
+
+    OUT/0001_01.mat              `Idenoised_crop` (512, 512, 3) of single on [0, 1]
+    OUT/bundled/0001.mat         `Idenoised`, a cell of 20, with `israw` and `eval_version`: to submit
+
+`data/real_noise.py` reads the noisy ones.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from iptv2_diffusion.data.real_noise import DND, read_mat
+
+__all__ = ["bundle", "crop_path", "write_crop"]
+
+
+def crop_path(output: Path, index: int, crop: int) -> Path:
+    """Where a denoised crop goes; both numbers count from 0."""
+    return output / f"{index + 1:04d}_{crop + 1:02d}.mat"
+
+
+def write_crop(output: Path, index: int, crop: int, denoised: np.ndarray) -> None:
+    """Write one denoised crop (H, W, 3) on [0, 1], clipped to that range."""
+    save_mat(crop_path(output, index, crop), {"Idenoised_crop": denoised.clip(0, 1).astype(np.float32)})
+
+
+def bundle(data: DND, output: Path) -> Path:
+    """Gather the crops of each photograph into one file under output/bundled, which is what is submitted."""
+    folder = output / "bundled"
+    folder.mkdir(exist_ok=True)
+    for index, boxes in enumerate(data.boxes):
+        cell = np.empty(len(boxes), dtype=object)
+        for crop in range(len(boxes)):
+            path = crop_path(output, index, crop)
+            try:
+                cell[crop] = read_mat(path, "Idenoised_crop")
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged; delete it and start the same command again") from error
+        contents = {"Idenoised": cell, "israw": False, "eval_version": "1.0"}
+        save_mat(folder / f"{index + 1:04d}.mat", contents)
+    return folder
+
+
+def save_mat(path: Path, contents: dict) -> None:
+    """Write a MATLAB file under its final name at once."""
+    from scipy.io import savemat
+
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        savemat(temporary, contents, appendmat=False)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

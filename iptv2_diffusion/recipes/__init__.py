@@ -1,0 +1,1 @@
+"""One folder a training: its options, data, task and run."""

@@ -1,0 +1,205 @@
+"""What a latent-diffusion run trains on: images, codec and latents, as the options of `LDMConfig` say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import datasets
+import diffusers
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from iptv2_diffusion.data.draws import DataOrder, class_balanced_weights
+from iptv2_diffusion.data.images import (
+    ImageTensors,
+    class_names,
+    load_image_dataset,
+    load_train_and_heldout,
+    with_labels_of,
+)
+from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource, cached_latents
+from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
+from iptv2_diffusion.data.streaming import ImageStream, StreamedLatents, StreamOrder
+from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
+from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
+from iptv2_diffusion.training.loop import start_accelerator
+from iptv2_diffusion.training.precision import fastest_precision
+
+
+def load_images(
+    config: LDMConfig, accelerator: Accelerator
+) -> tuple[ImageTensors | ImageStream, ImageTensors | None, list[str]]:
+    """Training images, held-out images (None if none are wanted) and class names ([] without labels)."""
+    columns = {"image_column": config.image_column, "label_column": config.label_column, "revision": config.revision}
+    if config.streaming:
+        return _load_stream(config, accelerator, columns)
+    # One process prepares what `datasets` caches on the disk; the others then find it there.
+    with user_errors(OSError, ValueError, KeyError), accelerator.local_main_process_first():
+        train, heldout = load_train_and_heldout(
+            config.data,
+            train_split=config.train_split,
+            heldout_split=config.heldout_split,
+            heldout_fraction=config.heldout_fraction,
+            seed=config.seed,
+            **columns,
+        )
+    names = class_names(train) or []
+    if config.class_balance and not names:
+        raise ConfigError(
+            f"class_balance is {config.class_balance}, but no labels were found in {config.data}; name them by "
+            "--label_column, give every class its own sub-folder, or leave class_balance out"
+        )
+    if config.dry_run:
+        train = train.select(range(min(len(train), 2 * config.batch_size)))
+        heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
+
+    def tensors(dataset: Any) -> ImageTensors:
+        return ImageTensors(dataset, size=config.size, strict=config.strict)
+
+    with user_errors(ValueError):
+        return tensors(train), None if heldout is None else tensors(heldout), names
+
+
+def _load_stream(
+    config: LDMConfig, accelerator: Accelerator, columns: dict[str, Any]
+) -> tuple[ImageStream, ImageTensors | None, list[str]]:
+    """The same for a stream, whose held-out images are the first of a split of their own, held in memory."""
+    with user_errors(OSError, ValueError, KeyError):
+        train = load_image_dataset(config.data, split=config.train_split, streaming=True, **columns)
+        names = class_names(train) or []
+        if "label" in train.column_names and not names:
+            if config.num_classes is None:
+                raise ConfigError(
+                    f"the labels of a stream cannot be counted beforehand, and {config.data} does not name them: give "
+                    "--num_classes, or --label_column ignore"
+                )
+            names = [str(label) for label in range(config.num_classes)]
+        heldout = None
+        if config.heldout_split is None:
+            accelerator.print("no held-out loss: a stream needs a --heldout_split of its own for that")
+        else:
+            first = load_image_dataset(config.data, split=config.heldout_split, streaming=True, **columns)
+            records = list(first.take(config.heldout_samples))
+            dataset = datasets.Dataset.from_list(records, features=first.features)
+            dataset = with_labels_of(dataset, train, f'{config.data}, split "{config.heldout_split}"')
+            heldout = ImageTensors(dataset, size=config.size, strict=config.strict)
+    return ImageStream(train, config.size, strict=config.strict, block=config.shuffle_block), heldout, names
+
+
+def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
+    """The VAE's codec, frozen, on the device."""
+    with user_errors(OSError, ValueError, TypeError, SafetensorError):
+        options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
+        description = diffusers.AutoencoderKL.load_config(config.vae, **options)
+        vae_class = getattr(diffusers, description.get("_class_name", "AutoencoderKL"), None)
+        if vae_class is None:
+            raise ConfigError(f"{config.vae} is a {description['_class_name']}, which diffusers does not have")
+        vae = vae_class.from_pretrained(config.vae, **options).requires_grad_(False).eval()
+        vae.to(device, memory_format=torch.channels_last)
+        codec = LatentCodec(vae)
+        codec.latent_size(*config.size)  # raises if the image size does not fit
+    return codec
+
+
+def open_caches(
+    config: LDMConfig,
+    accelerator: Accelerator,
+    codec: LatentCodec,
+    *images: ImageTensors | None,
+    whole_run: bool = False,
+) -> list[LatentCache | None]:
+    """The caches of training and held-out images (the latter never mirrored), made first where they are missing.
+
+    The processes of each machine share the work; with `whole_run` those of all machines, which needs a common disk.
+    """
+    share = (accelerator.process_index, accelerator.num_processes)
+    if not whole_run:
+        share = (accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", share[1])))
+    caches: list[LatentCache | None] = []
+    for part, training in zip(images, (True, False), strict=True):
+        encoding = Encoding(
+            flips=config.random_flip and training,
+            crops=config.crops if training else 1,
+            dtype=config.cache_dtype,
+            precision=encode_precision(config),
+        )
+        with user_errors(OSError, ValueError, as_error=LocalError):
+            cache = part and cached_latents(
+                part,
+                codec,
+                config.cache_dir,
+                encoding,
+                batch_size=config.encode_batch_size,
+                num_workers=config.num_workers,
+                shard_images=config.cache_shard_images,
+                share=share,
+                say=accelerator.print,
+            )
+        caches.append(cache)
+    return caches
+
+
+def make_caches(config: LDMConfig) -> int:
+    """Encode what is missing of the run's caches, on all processes of all machines; returns the exit code."""
+    if config.streaming:
+        raise ConfigError("a stream is not cached, but encoded as it comes: leave --streaming out to cache its images")
+    accelerator = start_accelerator(config)
+    train, heldout, _ = load_images(config, accelerator)
+    codec = load_codec(config, accelerator.device)
+    for what, cache in zip(
+        ("training", "held-out"),
+        open_caches(config, accelerator, codec, train, heldout, whole_run=True),
+        strict=True,
+    ):
+        if cache is not None:
+            accelerator.print(f"{len(cache)} {what} images with latents {cache.latent_shape} in {cache.folder}")
+    accelerator.end_training()
+    return 0
+
+
+def encode_precision(config: LDMConfig) -> Literal["float32", "bfloat16"]:
+    """`config.encode_precision`, with `auto` decided for this machine."""
+    if config.encode_precision != "auto":
+        return config.encode_precision
+    return "bfloat16" if fastest_precision() == "bf16" else "float32"
+
+
+def encode_on_the_fly(
+    config: LDMConfig,
+    codec: LatentCodec,
+    images: ImageTensors | ImageStream,
+    slices: list[slice],
+    step: int,
+    *,
+    position: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+) -> tuple[LatentSource, DataOrder | StreamOrder]:
+    """Latents encoded as they are needed from optimiser step `step` on, and the order they come in.
+
+    Of a stream, `position` is where it was at that step, and labels must be below `num_classes`.
+    """
+    encoding = Encoding(flips=config.random_flip, crops=config.crops, precision=encode_precision(config))
+    if isinstance(images, ImageStream):
+        stream = StreamedLatents(
+            images,
+            codec,
+            batch_size=config.batch_size,
+            slices=slices,
+            seed=config.seed,
+            start=step,
+            position=position,
+            encoding=encoding,
+            num_workers=config.num_workers,
+            num_classes=num_classes,
+        )
+        return stream, StreamOrder(config.seed)
+    with user_errors(OSError, ValueError):
+        labels = torch.tensor(images.labels)[images.valid_indices()]
+        order = DataOrder(len(labels), config.seed, class_balanced_weights(labels, config.class_balance))
+        options: dict[str, Any] = {"order": order, "batch_size": config.batch_size, "slices": slices, "start": step}
+        source = EncodedLatents(images, codec, encoding=encoding, num_workers=config.num_workers, **options)
+    return source, order

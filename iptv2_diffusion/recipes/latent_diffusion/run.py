@@ -1,0 +1,257 @@
+"""A latent-diffusion run from its options to a pipeline folder: build, train, save.
+
+Latents come from a VAE through `LatentCodec`, cached once or on the fly; `DiffusionObjective` says what is predicted;
+`Trainer` runs the loop, resumes exactly and saves. This file joins them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from iptv2_diffusion import IPTV2Pipeline
+from iptv2_diffusion.data.draws import DataOrder, class_balanced_weights, own_slices
+from iptv2_diffusion.data.images import ImageTensors
+from iptv2_diffusion.evaluation.generation_metrics import make_extractor
+from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
+from iptv2_diffusion.evaluation.results import cast, replaced
+from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.models.fusion import trainable
+from iptv2_diffusion.models.presets import create_model
+from iptv2_diffusion.objectives import DiffusionObjective, null_label
+from iptv2_diffusion.recipes.latent_diffusion.alignment import (
+    TargetFeatures,
+    attach_alignment,
+    load_target,
+    without_alignment,
+)
+from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
+from iptv2_diffusion.recipes.latent_diffusion.data import encode_on_the_fly, load_codec, load_images, open_caches
+from iptv2_diffusion.recipes.latent_diffusion.plan import show_plan
+from iptv2_diffusion.recipes.latent_diffusion.task import LatentDiffusionTask
+from iptv2_diffusion.training.errors import ConfigError, user_errors
+from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry_run
+
+
+def run(config: LDMConfig) -> int:
+    """Build, train, save; returns the exit code."""
+    if config.dry_run:
+        prepare_dry_run(config)
+        config.heldout_samples, config.preview_classes, config.preview_per_class, config.sample_steps = 16, 2, 2, 2
+        config.kid_samples, config.kid_every = min(config.kid_samples, 8), 1
+    accelerator = make_accelerator(config)
+    images = load_images(config, accelerator)
+    codec = load_codec(config, accelerator.device)
+    num_classes = count_classes(config, images[2], getattr(images[0], "labels", []))
+    if config.plan:
+        show_plan(config, accelerator, codec, make_objective(config), partial(make_model, config, codec, num_classes))
+        return 0
+    model = make_model(config, codec, num_classes)
+    target = align(config, codec, model)
+    parameters = sum(p.numel() for p in model.parameters())
+    accelerator.print(f"{config.model}: {parameters / 1e6:.2f} M parameters on {accelerator.device}")
+    trainer = Trainer(config, accelerator, model, result=without_alignment)
+    task = make_task(config, trainer, codec, images, trainer.resume(), target)
+    if trainer.fit(task):
+        trainer.finish()
+        return 0
+    if config.dry_run:
+        trainer.check_resume()
+    weights = trainer.state.averaged_state_dict()  # by all: those of a sharded model are gathered
+    if accelerator.is_main_process:
+        save_results(config, trainer, task, weights)
+    trainer.finish()
+    if accelerator.is_main_process:
+        print("dry run: every stage ran" if config.dry_run else next_steps(config, trainer, task))
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the run is made of
+
+
+def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -> nn.Module:
+    """The denoiser for these latents and classes, initialised from the seed."""
+    channels = codec.latent_channels
+    height, width = codec.latent_size(*config.size)
+    out_channels = 2 * channels if config.learned_variance else channels
+    overrides = {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "out_channels": out_channels,
+        "num_class_embeds": num_classes,
+        **config.model_overrides,
+    }
+    set_seed(config.seed)
+    with user_errors(OSError, ValueError, TypeError):
+        model = trainable(create_model(config.model, **overrides))
+    if model.config.in_channels != channels:
+        raise ConfigError(
+            f"the model takes {model.config.in_channels} channels, the VAE {config.vae} gives {channels}; choose "
+            "another VAE or leave in_channels out of model_overrides"
+        )
+    if model.config.out_channels not in (None, out_channels):
+        raise ConfigError(
+            f"the model gives {model.config.out_channels} channels for latents of {channels}; with learned_variance "
+            f"{config.learned_variance} it must give {out_channels}: leave out_channels out of model_overrides"
+        )
+    if num_classes is not None and null_label(model) != num_classes:
+        raise ConfigError(
+            f"the model has {null_label(model)} classes, the data {num_classes}; set --num_classes and leave "
+            "num_class_embeds out of model_overrides"
+        )
+    patch = model.config.patch_size
+    if "num_embeds_ada_norm" in model.config and (height % patch or width % patch):
+        raise ConfigError(
+            f"latents of {height} x {width} do not divide into this DiT's patches of {patch}; choose a resolution in "
+            f"multiples of {patch * codec.compression}"
+        )
+    return model
+
+
+def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int | None:
+    """Number of classes; None for unlabelled data. `labels` are those of all images, if they are known beforehand."""
+    found = max(len(names), max(labels, default=-1) + 1) if names else 0
+    if names and min(labels, default=0) < 0:
+        raise ConfigError(f"the data has the label {min(labels)}; labels are 0 to {found - 1}: mend or remove those")
+    if config.num_classes and not names:
+        raise ConfigError(
+            f"num_classes is {config.num_classes}, but no labels were found in {config.data}; name them by "
+            "--label_column, give every class its own sub-folder, or leave num_classes out"
+        )
+    if config.num_classes is not None and config.num_classes < found:
+        raise ConfigError(
+            f"num_classes is {config.num_classes}, but the data has labels up to {found - 1}; use {found} or more"
+        )
+    return config.num_classes or found or None
+
+
+def make_objective(config: LDMConfig) -> DiffusionObjective:
+    """The training loss with its scheduler."""
+    with user_errors(ValueError):
+        options: dict[str, Any] = {"shift": config.flow_shift} if config.objective == "flow" else {}
+        scheduler = DiffusionObjective.make_scheduler(
+            config.objective, learned_variance=config.learned_variance, **options
+        )
+        return DiffusionObjective(
+            scheduler,
+            learned_variance=config.learned_variance,
+            timestep_sampling=config.timestep_sampling,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+            timestep_shift=config.timestep_shift,
+            min_snr_gamma=config.min_snr_gamma,
+        )
+
+
+def align(config: LDMConfig, codec: LatentCodec, model: nn.Module) -> TargetFeatures | None:
+    """The features that the model is to be aligned with, and the projection in the model; None if it is not."""
+    if config.align_target is None:
+        return None
+    target = load_target(config.align_target, codec)
+    attach_alignment(model, config.align_stage, target.dim, config.align_hidden)
+    return target
+
+
+def make_distance(
+    config: LDMConfig, accelerator: Accelerator, heldout: ImageTensors | None, labelled: bool
+) -> KernelDistance | None:
+    """What measures samples in training; None if nothing does."""
+    if not config.kid_samples:
+        return None
+    if heldout is None:
+        raise ConfigError("kid_samples needs held-out images: set heldout_split or heldout_fraction, or kid_samples 0")
+    if len(heldout) < 2:
+        raise ConfigError(f"kid_samples needs 2 held-out images or more, not {len(heldout)}; raise heldout_fraction")
+    with user_errors(OSError, ValueError, ModuleNotFoundError):
+        extractor = make_extractor(config.kid_extractor, config.inception_weights).to(accelerator.device)
+        return KernelDistance(
+            heldout, extractor, accelerator, count=config.kid_samples, seed=config.seed, labelled=labelled
+        )
+
+
+def make_task(
+    config: LDMConfig,
+    trainer: Trainer,
+    codec: LatentCodec,
+    images: Any,
+    step: int,
+    target_features: TargetFeatures | None,
+) -> LatentDiffusionTask:
+    """Latents (cached or on the fly) and all that a step needs, ready to go on from `step`."""
+    accelerator = trainer.accelerator
+    train, heldout, names = images
+    slices = own_slices(
+        config.batch_size, accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
+    )
+    # What may be refused comes before the images are encoded, which can take hours.
+    objective = make_objective(config)
+    distance = make_distance(config, accelerator, heldout, labelled=null_label(trainer.state.module) is not None)
+    cached = train if config.cache_latents else None
+    latents, heldout_latents = open_caches(config, accelerator, codec, cached, heldout)
+    if latents is not None:
+        weights = class_balanced_weights(latents.class_labels, config.class_balance)
+        source, order = latents, DataOrder(len(latents), config.seed, weights)
+    else:
+        known = null_label(trainer.state.module)
+        source, order = encode_on_the_fly(
+            config, codec, train, slices, step, position=trainer.position, num_classes=known
+        )
+    count = "a stream of" if config.streaming else len(source)
+    accelerator.print(f"{count} images to train on, {f'{len(names)} classes' if names else 'without labels'}")
+    return LatentDiffusionTask(
+        config,
+        accelerator,
+        codec=codec,
+        model=trainer.state.module,
+        objective=objective,
+        source=source,
+        heldout=heldout_latents,
+        order=order,
+        slices=slices,
+        latent_shape=(codec.latent_channels, *codec.latent_size(*config.size)),
+        names=names,
+        distance=distance,
+        target_features=target_features,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What it leaves
+
+
+def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask, weights: dict[str, Tensor]) -> None:
+    """The pipeline folder with the averaged weights, then samples.png from that folder, read back."""
+    folder = trainer.output_dir / "pipeline"
+    module = trainer.state.module
+    model = type(module).from_config(module.config)
+    model.load_state_dict(without_alignment(weights))
+    with user_errors(OSError):
+        with replaced(folder) as temporary:
+            task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)
+        pipeline = IPTV2Pipeline.from_pretrained(folder).to(trainer.accelerator.device)
+        task.sheet(pipeline, trainer.output_dir / "samples.png")
+
+
+def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -> str:
+    """What was made, and commands to copy."""
+    folder = trainer.output_dir
+    label = repr(task.id2label[0]) + ", " if task.id2label else ""
+    others = "--heldout_split none --output_dir runs/mine"
+    return f"""
+trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
+  samples.png  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
+
+What to try next
+  more images, in Python:
+    from iptv2_diffusion import IPTV2Pipeline
+    pipe = IPTV2Pipeline.from_pretrained("{folder}/pipeline")
+    pipe({label}num_images_per_label=4, guidance_scale={config.guidance_scale:g}).images[0].show()
+  curves:            tensorboard --logdir {folder}
+  train longer:      {trainer.command_to_train_longer}
+  your own images:   accelerate launch train/train_ldm.py --config {folder}/config.yaml --data MY_FOLDER {others}
+  all options:       python train/train_ldm.py --help"""

@@ -1,0 +1,221 @@
+"""Latent diffusion as a training task: what `train_ldm.py` trains, evaluates and previews.
+
+    loss(step) = mean over the batch of objective(model(x_t, t, label), x0, noise)
+
+Latents, noise, timesteps and label drops of a step are a function of (seed, step) alone; see `data/draws.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor, nn
+
+from iptv2_diffusion.data.draws import DataOrder, StepDraws, draw_step
+from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource
+from iptv2_diffusion.data.streaming import StreamedLatents, StreamOrder, join_positions
+from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
+from iptv2_diffusion.evaluation.pictures import picture_sheet
+from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.objectives import DiffusionObjective, null_label
+from iptv2_diffusion.recipes.latent_diffusion.alignment import Alignment, TargetFeatures
+from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
+from iptv2_diffusion.training.errors import LocalError, user_errors
+from iptv2_diffusion.training.precision import device_of_sums
+from iptv2_diffusion.training.signals import no_interruption
+
+NOISE_BANDS = 4  # the held-out loss is also told for each quarter of the timesteps
+
+
+class LatentDiffusionTask:
+    """A `TrainingTask` (see `training/loop.py`).
+
+    Args:
+        config: of the run.
+        accelerator: gives device and processes.
+        codec: of the latents; its VAE goes into the pipelines.
+        model: the bare denoiser; its config is read, and its alignment, if it has one.
+        objective: what is predicted.
+        source: latents of the training images.
+        heldout: latents of the held-out images, or None.
+        order: the order of the training images.
+        slices: this process's micro-batches within the global batch.
+        latent_shape: (C, h, w).
+        names: of the classes; empty if unknown.
+        distance: measures samples at `kid_every`, or None.
+        target_features: what the model's `alignment` (see `alignment.py`) is aligned with, if it has one.
+    """
+
+    works_together = True
+    interrupt = staticmethod(no_interruption)
+
+    def __init__(
+        self,
+        config: LDMConfig,
+        accelerator: Accelerator,
+        *,
+        codec: LatentCodec,
+        model: nn.Module,
+        objective: DiffusionObjective,
+        source: LatentSource,
+        heldout: LatentCache | None,
+        order: DataOrder | StreamOrder,
+        slices: list[slice],
+        latent_shape: tuple[int, int, int],
+        names: list[str],
+        distance: KernelDistance | None = None,
+        target_features: TargetFeatures | None = None,
+    ) -> None:
+        self.config, self.accelerator, self.codec, self.objective = config, accelerator, codec, objective
+        self.source, self.heldout, self.order, self.slices = source, heldout, order, slices
+        self.latent_shape, self.distance = latent_shape, distance
+        self.null_label = null_label(model)
+        self.images = order.num_items if isinstance(order, DataOrder) else None
+        self.id2label = dict(enumerate(names))
+        self.target_features = target_features
+        self.alignment: Alignment | None = getattr(model, "alignment", None)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
+        """(latents, noise, timesteps, labels) of each micro-batch, on the device."""
+        config = self.config
+        draws = draw_step(
+            self.order, step, config.batch_size, self.latent_shape, stratified=config.stratified_timesteps
+        )
+        for part in self.slices:
+            yield self._prepare(draws[part], self.source, config.label_dropout)
+
+    def _prepare(self, draws: StepDraws, source: LatentSource, label_dropout: float) -> tuple[Tensor, ...]:
+        with user_errors(OSError, ValueError, as_error=LocalError):  # of images read as they are needed
+            latents, labels = source.batch(draws)
+        if self.null_label is not None:
+            labels = labels.masked_fill(draws.label_drops < label_dropout, self.null_label)
+        timesteps = self.objective.sample_timesteps(draws.timesteps)
+        device = self.accelerator.device
+        return tuple(t.to(device, non_blocking=True) for t in (latents, draws.noise, timesteps, labels))
+
+    def position(self, step: int) -> dict[str, Any] | None:
+        """Where a stream of images is at the start of `step`; None for data with random access."""
+        if not isinstance(self.source, StreamedLatents):
+            return None
+        own = [self.source.position(step)]
+        return join_positions(gather_object(own) if self.accelerator.num_processes > 1 else own)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        """Mean loss of a micro-batch, with the alignment where there is one."""
+        losses = self._losses(model, batch)
+        if self.alignment is not None:
+            with torch.no_grad():
+                features = self.target_features(batch[0])
+            losses = losses + self.config.align_weight * self.alignment.loss(features)
+        return losses.mean()
+
+    def _losses(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        """Loss of each sample, (B,)."""
+        latents, noise, timesteps, labels = batch
+        return self.objective.loss(model, latents, noise, timesteps, None if self.null_label is None else labels)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Held-out loss, KID
+
+    def evaluate(self, model: nn.Module, step: int, last: bool) -> dict[str, float]:
+        """Held-out loss, and KID every `kid_every` steps and after the last."""
+        config, figures = self.config, self.heldout_loss(model)
+        if self.distance is not None and (last or step % config.kid_every == 0):
+            sampling = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
+            figures |= self.distance(self.pipeline(model), self.interrupt, **sampling)
+        return figures
+
+    @torch.no_grad()
+    def heldout_loss(self, model: nn.Module) -> dict[str, float]:
+        """Held-out loss, with the same images, noise and timesteps each time; in all and by quarter of the timesteps.
+
+        Timesteps are spread evenly over the images, whatever `stratified_timesteps` says. Each process takes its share
+        of the images.
+        """
+        if self.heldout is None:
+            return {}
+        config, accelerator = self.config, self.accelerator
+        count = min(len(self.heldout), config.heldout_samples)
+        draws = draw_step(DataOrder(len(self.heldout), config.seed), 0, count, self.latent_shape)
+        draws.flips.zero_()
+        device = device_of_sums(accelerator)
+        sums = torch.zeros(2, NOISE_BANDS, dtype=torch.float64, device=device)  # of losses, of samples
+        size = self.slices[0].stop - self.slices[0].start
+        for start in range(0, count, accelerator.num_processes * size):
+            # All processes run as many batches: those of a sharded model gather its weights together. What lies
+            # beyond the end is computed on the first images and does not count.
+            self.interrupt()
+            own = start + accelerator.process_index * size
+            counts = own < count
+            batch = self._prepare(draws[own : own + size] if counts else draws[:size], self.heldout, 0.0)
+            losses = self._losses(model, batch).to(device).double()
+            band = (batch[2].to(device).double() / self.objective.num_train_timesteps * NOISE_BANDS).long()
+            band = band.clamp(max=NOISE_BANDS - 1)
+            sums[0].index_add_(0, band, losses * counts)
+            sums[1].index_add_(0, band, torch.ones_like(losses) * counts)
+        totals, counts = accelerator.reduce(sums, "sum").tolist()
+        bands = {
+            f"heldout_loss_t{100 * i // NOISE_BANDS}": totals[i] / counts[i] for i in range(NOISE_BANDS) if counts[i]
+        }
+        return {"heldout_loss": sum(totals) / sum(counts), **bands}
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Samples
+
+    def pipeline(self, model: nn.Module) -> Any:
+        """A pipeline around a denoiser, with this run's VAE, sampler and class names."""
+        from iptv2_diffusion import IPTV2Pipeline  # late: diffusers' pipelines take seconds to import
+
+        scheduler = sampling_scheduler(self.objective)
+        return IPTV2Pipeline(model, self.codec.vae, scheduler, id2label=self.id2label or None)
+
+    def preview(self, model: nn.Module, step: int) -> Path:
+        """previews/step-*.png: one row a class, the same seeds each time. The processes share the rows."""
+        path = Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png"
+        return self.sheet(self.pipeline(model), path, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def sheet(self, pipeline: Any, path: Path, process: int = 0, processes: int = 1) -> Path:
+        """Draw samples, one row a class (at most `config.preview_classes`), and write them as one picture.
+
+        With several processes each draws every n-th row (all the same number of them, as a sharded model needs) and
+        the first writes.
+        """
+        config = self.config
+        pipeline.set_progress_bar_config(disable=True)
+        classes: list[int | None] = [*range(min(self.null_label or 0, config.preview_classes))] or [None]
+        drawn = []
+        for start in range(0, len(classes), processes):
+            self.interrupt()
+            row = (start + process) % len(classes)
+            label = classes[row]
+            seeds = [torch.Generator().manual_seed(1000 * row + column) for column in range(config.preview_per_class)]
+            images = pipeline(
+                label,
+                num_images_per_label=config.preview_per_class,
+                num_inference_steps=config.sample_steps,
+                guidance_scale=config.guidance_scale,
+                generator=seeds,
+            ).images
+            drawn.append((row, images))
+        rows = dict(gather_object(drawn) if processes > 1 else drawn)
+        names = [self.id2label.get(label, f"class {label}") for label in classes if label is not None]
+        if process == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture_sheet([rows[row] for row in range(len(classes))], names).save(path)
+        return path
+
+
+def sampling_scheduler(objective: DiffusionObjective) -> Any:
+    """What the pipeline samples with: DPM-Solver++ needs the fewest steps; a learned variance needs DDPM."""
+    if objective.prediction_type == "flow" or objective.learned_variance:
+        return objective.scheduler
+    return DPMSolverMultistepScheduler.from_config(objective.scheduler.config)

@@ -1,0 +1,1 @@
+"""Image restoration: `train/train_restoration.py`."""

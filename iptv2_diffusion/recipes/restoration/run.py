@@ -1,0 +1,108 @@
+"""A restoration run from its options to a pipeline folder: build, train, save."""
+
+from __future__ import annotations
+
+import shutil
+
+from accelerate.utils import set_seed
+from torch import nn
+
+from iptv2_diffusion import IPTV2RestorationPipeline
+from iptv2_diffusion.evaluation.results import cast, replaced
+from iptv2_diffusion.models.exchange import load_backbone
+from iptv2_diffusion.models.fusion import trainable
+from iptv2_diffusion.models.presets import create_model
+from iptv2_diffusion.recipes.restoration.config import RestorationConfig
+from iptv2_diffusion.recipes.restoration.data import make_heldout, make_sources
+from iptv2_diffusion.recipes.restoration.task import RestorationTask
+from iptv2_diffusion.training.errors import ConfigError, user_errors
+from iptv2_diffusion.training.loop import Trainer, check_batch_size, make_accelerator, prepare_dry_run
+
+
+def run(config: RestorationConfig) -> int:
+    """Build, train, save; returns the exit code."""
+    if config.dry_run:
+        prepare_dry_run(config)
+        config.heldout_images, config.heldout_size = 1, 64
+    accelerator = make_accelerator(config)
+    for stage, size in enumerate(config.patch_batch_sizes, start=1):
+        check_batch_size(f"patch_batch_sizes, stage {stage}:", size, accelerator, config.gradient_accumulation_steps)
+    model = make_model(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    accelerator.print(f"{config.model}: {parameters / 1e6:.3f} M parameters on {accelerator.device}")
+    trainer = Trainer(config, accelerator, model, curves=("psnr", *(f"psnr_sigma{s:g}" for s in config.heldout_sigmas)))
+    task = make_task(config, trainer)
+    trainer.resume()
+    if trainer.fit(task):
+        trainer.finish()
+        return 0
+    if config.dry_run:
+        trainer.check_resume()
+    if accelerator.is_main_process:
+        save_pipeline(config, trainer)
+    trainer.finish()
+    if accelerator.is_main_process:
+        print("dry run: every stage ran" if config.dry_run else next_steps(config, trainer))
+    return 0
+
+
+def make_model(config: RestorationConfig) -> nn.Module:
+    """The restorer, initialised from the seed, its backbone from another model if one is named."""
+    overrides = {"in_channels": config.channels, **config.model_overrides}
+    if config.tasks:
+        overrides["num_tasks"] = len(config.tasks)
+    set_seed(config.seed)
+    with user_errors(OSError, ValueError, TypeError):
+        model = trainable(create_model(config.model, **overrides))
+        if config.backbone_from is not None:
+            print(load_backbone(model, create_model(config.backbone_from)))
+    if not hasattr(model.config, "sigma_conditioning"):
+        raise ConfigError(f"{config.model} is a {type(model).__name__}, not a restorer; see --help for --model")
+    noisy = config.layout == "clean" and any("noise" in names for names in (config.degradations, *config.tasks))
+    if model.config.sigma_conditioning is not None and not noisy:
+        raise ConfigError(
+            "this model takes a noise level and the data has none; add --model_overrides "
+            "'{\"sigma_conditioning\": null}'"
+        )
+    return model
+
+
+def make_task(config: RestorationConfig, trainer: Trainer) -> RestorationTask:
+    """Sources and held-out crops."""
+    accelerator = trainer.accelerator
+    sources = make_sources(config, config.data, "train", accelerator)
+    heldout = make_heldout(config, accelerator)
+    images = len(set(sources[0].sampler.clean.files))
+    largest = max(config.patch_sizes) + 2 * max(source.margin for source in sources)
+    if small := sources[0].sampler.smaller_than(largest):
+        scaled = " (counted at each of the scales)" if len(config.scales) > 1 else ""
+        told = f"{len(small)} images{scaled}, as {small[0]}, are smaller than {largest} pixels: reflected beyond"
+        accelerator.print(told)
+    accelerator.print(f"{images} images to train on, {sum(len(b.clean) for b in heldout.values())} held-out crops")
+    return RestorationTask(config, accelerator, model=trainer.state.module, sources=sources, heldout=heldout)
+
+
+def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
+    """output_dir/pipeline: the fused restorer with the averaged weights, and the run's configuration beside it."""
+    module = trainer.state.module
+    model = type(module).from_config(module.config)
+    model.load_state_dict(trainer.state.averaged_state_dict())
+    model = cast(model.fuse(), config.save_dtype)
+    sigma_range = None if model.config.sigma_conditioning is None else config.noise
+    with user_errors(OSError), replaced(trainer.output_dir / "pipeline") as temporary:
+        IPTV2RestorationPipeline(model, sigma_range).save_pretrained(temporary)
+        shutil.copy(trainer.output_dir / "config.yaml", temporary / "training_config.yaml")
+
+
+def next_steps(config: RestorationConfig, trainer: Trainer) -> str:
+    """What was made, and commands to copy."""
+    folder = trainer.output_dir
+    return f"""
+trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
+  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
+
+What to try next
+  restore pictures:  iptv2-restore photo.png -o restored --model {folder}/pipeline
+  measure it:        python eval/restoration_benchmark.py --models {folder}/pipeline
+  train longer:      {trainer.command_to_train_longer}
+  all options:       python train/train_restoration.py --help"""

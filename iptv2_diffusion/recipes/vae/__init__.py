@@ -1,0 +1,1 @@
+"""The VAE of latent diffusion: `train/train_vae.py`."""

@@ -1,0 +1,45 @@
+"""What a VAE run trains on: images, mirrored or not."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from iptv2_diffusion.data.images import ImageTensors, load_train_and_heldout
+from iptv2_diffusion.recipes.vae.config import VAEConfig
+from iptv2_diffusion.training.errors import ConfigError, user_errors
+
+
+def load_images(config: VAEConfig, accelerator: Accelerator) -> tuple[ImageTensors, ImageTensors]:
+    """Training and held-out images."""
+    # One process prepares what `datasets` caches on the disk; the others then find it there.
+    with user_errors(OSError, ValueError, KeyError), accelerator.local_main_process_first():
+        train, heldout = load_train_and_heldout(
+            config.data,
+            train_split=config.train_split,
+            heldout_split=config.heldout_split,
+            heldout_fraction=config.heldout_fraction,
+            seed=config.seed,
+            image_column=config.image_column,
+            label_column="ignore",
+            revision=config.revision,
+        )
+    if heldout is None:
+        raise ConfigError(f"{config.data} has {len(train)} image; two are needed, one of them held out")
+    if config.dry_run:
+        train, heldout = (d.select(range(min(len(d), 4 * config.batch_size))) for d in (train, heldout))
+    with user_errors(OSError, ValueError):
+        images = [ImageTensors(d, size=config.size, strict=config.strict) for d in (train, heldout)]
+        for part in images:
+            part.valid_indices()
+    return images[0], images[1]
+
+
+class FlippedImages:
+    """Pixels of a readable image, mirrored or not, by (item, flip)."""
+
+    def __init__(self, images: ImageTensors) -> None:
+        self.images, self.readable = images, images.valid_indices()
+
+    def __getitem__(self, key: tuple[int, bool]) -> Tensor:
+        return self.images.get(self.readable[key[0]], flip=key[1])["pixel_values"]

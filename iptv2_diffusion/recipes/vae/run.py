@@ -1,0 +1,75 @@
+"""A VAE run from its options to a VAE folder: build, train, save."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
+
+from iptv2_diffusion.evaluation.results import cast, replaced
+from iptv2_diffusion.recipes.vae.config import VAEConfig
+from iptv2_diffusion.recipes.vae.data import load_images
+from iptv2_diffusion.recipes.vae.task import VAELoss, VAETask
+from iptv2_diffusion.training.errors import user_errors
+from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry_run
+
+
+def run(config: VAEConfig) -> int:
+    """Build, train, save; returns the exit code."""
+    if config.dry_run:
+        prepare_dry_run(config)
+        config.heldout_samples = config.statistics_samples = 16
+    accelerator = make_accelerator(config)
+    train, heldout = load_images(config, accelerator)
+    model = VAELoss(make_vae(config), config)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    accelerator.print(f"AutoencoderKL of {size:.2f} M parameters on {accelerator.device}, {len(train):,} images")
+    trainer = Trainer(config, accelerator, model, curves=("loss",))
+    task = VAETask(config, accelerator, train, heldout, trainer.resume())
+    if trainer.fit(task):
+        trainer.finish()
+        return 0
+    if config.dry_run:
+        trainer.check_resume()
+    save_results(trainer, task, accelerator)
+    trainer.finish()
+    return 0
+
+
+def make_vae(config: VAEConfig) -> AutoencoderKL:
+    """The untrained VAE, initialised from the seed."""
+    set_seed(config.seed)
+    levels = len(config.block_out_channels)
+    return AutoencoderKL(
+        block_out_channels=config.block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        mid_block_add_attention=config.mid_block_attention,
+        sample_size=config.size[0] if config.size[0] == config.size[1] else config.size,
+        scaling_factor=1.0,
+    )
+
+
+def save_results(trainer: Trainer, task: VAETask, accelerator: Accelerator) -> None:
+    """output_dir/vae with the averaged weights and latent statistics; its PSNR, read back, over all held-out images."""
+    config, folder = task.config, trainer.output_dir / "vae"
+    with trainer.state.averaged() as model:
+        mean, std = task.statistics(model.vae)
+        vae = AutoencoderKL.from_config(model.vae.config, latents_mean=mean, latents_std=std)
+        vae.load_state_dict(model.vae.state_dict())
+    if accelerator.is_main_process:
+        with user_errors(OSError), replaced(folder) as temporary:
+            cast(vae, config.save_dtype).save_pretrained(temporary)
+    accelerator.wait_for_everyone()
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval().to(accelerator.device)
+    heldout = task.heldout.valid_indices()
+    psnr = task.psnr(vae, heldout)
+    if accelerator.is_main_process:
+        picture = task.picture(vae, trainer.output_dir / "reconstructions.png")
+        print(f"held-out PSNR {psnr:.2f} dB over {len(heldout)} images, weights in {config.save_dtype}")
+        print(f"latents_mean {[round(m, 4) for m in mean]}, latents_std {[round(s, 4) for s in std]}")
+        print("dry run: every stage ran" if config.dry_run else f"the VAE is in {folder}, a picture in {picture}")

@@ -1,0 +1,156 @@
+"""A VAE as a training task: what `train_vae.py` trains, evaluates and previews.
+
+loss = l1_weight·|y − x| + mse_weight·(y − x)² + kl_weight·KL, each a mean over its elements (pixels, or latents for
+the KL), x in [-1, 1]; y is decoded from a sample of the posterior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from iptv2_diffusion.data.draws import (
+    DataOrder,
+    StepBatches,
+    draw_step,
+    generator_for,
+    leave_signals_to_parent,
+    own_slices,
+)
+from iptv2_diffusion.data.images import ImageTensors
+from iptv2_diffusion.evaluation.pictures import picture_sheet
+from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.recipes.vae.config import VAEConfig
+from iptv2_diffusion.recipes.vae.data import FlippedImages
+from iptv2_diffusion.training.precision import device_of_sums
+
+
+class VAELoss(nn.Module):
+    """(pixels (B, 3, H, W) in [-1, 1], noise (B, c, h, w)) → scalar loss.
+
+    A module, since data-parallel training synchronises through `forward` only.
+    """
+
+    def __init__(self, vae: AutoencoderKL, config: VAEConfig) -> None:
+        super().__init__()
+        self.vae, self.config = vae, config
+        self.enable_gradient_checkpointing = vae.enable_gradient_checkpointing
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Weighted sum of absolute error, squared error and KL divergence."""
+        config = self.config
+        posterior = self.vae.encode(pixels).latent_dist
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        error = decoded.float() - pixels
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        return config.l1_weight * error.abs().mean() + config.mse_weight * error.square().mean() + config.kl_weight * kl
+
+
+class VAETask:
+    """What `Trainer` trains: images, flips and posterior noise of each step are a function of (seed, step)."""
+
+    def __init__(
+        self, config: VAEConfig, accelerator: Accelerator, train: ImageTensors, heldout: ImageTensors, start: int
+    ) -> None:
+        self.config, self.accelerator, self.train, self.heldout = config, accelerator, train, heldout
+        self.latent_shape = (config.latent_channels, *(side // config.downscale for side in config.size))
+        self.slices = own_slices(
+            config.batch_size,
+            accelerator.num_processes,
+            accelerator.process_index,
+            config.gradient_accumulation_steps,
+        )
+        self.order = DataOrder(len(train.valid_indices()), config.seed)
+        sampler = StepBatches(self.order, config.batch_size, self.slices, start=start, flip=config.random_flip)
+        workers = {"num_workers": config.num_workers, "worker_init_fn": leave_signals_to_parent}
+        self._pixels = iter(DataLoader(FlippedImages(train), batch_sampler=sampler, **workers))
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(pixels, posterior noise) of each micro-batch of optimiser step `step`; steps must come in order."""
+        noise = draw_step(self.order, step, self.config.batch_size, self.latent_shape).posterior_noise
+        device = self.accelerator.device
+        for part in self.slices:
+            yield next(self._pixels).to(device, non_blocking=True), noise[part].to(device, non_blocking=True)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean loss of a micro-batch."""
+        return model(*batch)
+
+    def evaluate(self, model: nn.Module, step: int, last: bool) -> Mapping[str, float]:
+        """PSNR over the first `heldout_samples` of a fixed shuffle of the held-out images."""
+        return {"heldout_psnr": self.psnr(model.vae, self._some(self.heldout, self.config.heldout_samples))}
+
+    def psnr(self, vae: AutoencoderKL, indices: list[int]) -> float:
+        """Mean over images of the PSNR [dB] of the posterior mean's reconstruction.
+
+        Each over all RGB values, both sides rounded to 8 bits; float32; the same on every process.
+        """
+        device = device_of_sums(self.accelerator)
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        codec = LatentCodec(vae)
+        for pixels in self._batches(self.heldout, mine):
+            with torch.no_grad():
+                decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
+            levels = [((x.clamp(-1, 1) + 1) * 127.5).round().to(device).double() for x in (pixels, decoded)]
+            error = (levels[0] - levels[1]).square().mean((1, 2, 3))
+            # A perfect reconstruction would be infinite: count it as half a level wrong in one value.
+            error = error.clamp_min(0.25 / pixels[0].numel())
+            total += torch.stack([(10 * torch.log10(255**2 / error)).sum(), torch.ones_like(error).sum()])
+        total = self.accelerator.reduce(total, "sum")
+        return (total[0] / total[1]).item()
+
+    def preview(self, model: nn.Module, step: int) -> Path:
+        """previews/step-*.png: held-out originals over their reconstructions."""
+        return self.picture(model.vae, Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png")
+
+    def picture(self, vae: AutoencoderKL, path: Path) -> Path:
+        """Two rows of held-out images: originals over reconstructions."""
+        codec = LatentCodec(vae)
+        pixels = next(self._batches(self.heldout, self._some(self.heldout, self.config.preview_images), size=10**9))
+        with torch.no_grad():
+            decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
+        rows = []
+        for images in (pixels, decoded):
+            levels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            rows.append([Image.fromarray(image) for image in levels])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture_sheet(rows, ["original", "decoded"]).save(path)
+        return path
+
+    def statistics(self, vae: AutoencoderKL) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each latent channel over training images.
+
+        Of the posterior's samples (variance of the means + mean of the variances): what the denoiser is trained on.
+        """
+        device = device_of_sums(self.accelerator)
+        sums = torch.zeros(3, self.config.latent_channels, dtype=torch.float64, device=device)
+        count = 0
+        with torch.no_grad():
+            for pixels in self._batches(self.train, self._some(self.train, self.config.statistics_samples)):
+                posterior = vae.encode(pixels).latent_dist
+                mean, variance = posterior.mean.to(device).double(), posterior.var.to(device).double()
+                sums += torch.stack([v.sum((0, 2, 3)) for v in (mean, mean.square(), variance)])
+                count += mean.numel() // self.config.latent_channels
+        first, second, variance = sums / count
+        return first.tolist(), (second - first.square() + variance).sqrt().tolist()
+
+    def _some(self, images: ImageTensors, count: int) -> list[int]:
+        """The first `count` image numbers of a fixed shuffle."""
+        valid = images.valid_indices()
+        order = torch.randperm(len(valid), generator=generator_for(0, "some")).tolist()
+        return [valid[i] for i in order[:count]]
+
+    def _batches(self, images: ImageTensors, indices: list[int], size: int = 64) -> Iterator[Tensor]:
+        """Pixels (≤ size, 3, H, W) of the images, on the device."""
+        for start in range(0, len(indices), size):
+            pixels = [images.get(i)["pixel_values"] for i in indices[start : start + size]]
+            yield torch.stack(pixels).to(self.accelerator.device)

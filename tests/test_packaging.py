@@ -1,0 +1,126 @@
+"""The wheel: one top-level name, every module, and pipelines that load wherever Python is started."""
+
+import configparser
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "iptv2_diffusion", "pipelines")
+PIPELINE = ROOT / "assets" / "iptv2-emoji64"
+
+
+def run(*command, cwd, **environment):
+    """Standard output of a command that must succeed."""
+    result = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built offline from a copy of the sources: a build leaves files beside them."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "dist")
+    run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=folder)
+    (path,) = (folder / "dist").glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A folder with the wheel's contents, as an installation leaves them."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A folder outside of the checkout that has a package `pipelines` of its own."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "pipelines").mkdir()
+    (folder / "pipelines" / "__init__.py").write_text("alien = True\n")
+    return folder
+
+
+def test_the_wheel_installs_one_name_with_every_module_and_its_types(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    installed = {name for name in names if ".dist-info/" not in name}
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "iptv2_diffusion").rglob("*.py")}
+    modules |= {f"iptv2_diffusion/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "pipelines").rglob("*.py")}
+    assert {name for name in installed if name.endswith(".py")} == modules, "pyproject.toml: packages is not complete"
+    assert {name.split("/")[0] for name in installed} == {"iptv2_diffusion"}
+    assert "iptv2_diffusion/py.typed" in installed
+
+
+def test_the_citation_names_the_version_of_the_wheel(wheel):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert wheel.name.split("-")[1] == citation["version"]
+
+
+def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
+    entries = configparser.ConfigParser()
+    entries.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
+    assert "iptv2-restore" in entries["console_scripts"]
+    for name, target in entries["console_scripts"].items():
+        module, function = target.split(":")
+        program = f"import sys; sys.argv = [{name!r}, '--help']; from {module} import {function} as run; run()"
+        assert name in run(sys.executable, "-c", program, cwd=elsewhere, PYTHONPATH=str(installed))
+
+
+WHERE = """
+import importlib.util, json, sys
+import iptv2_diffusion, pipelines
+found = importlib.util.find_spec("iptv2_diffusion.pipelines.pipeline_iptv2")
+assert not {"torch", "diffusers"} & set(sys.modules)
+print(json.dumps([iptv2_diffusion.__file__, found.origin, pipelines.__file__]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "start"), [("wheel", "elsewhere"), ("checkout", "elsewhere"), ("wheel", "checkout"), (None, "checkout")]
+)
+def test_the_pipelines_are_found_wherever_python_starts(code, start, installed, elsewhere):
+    """`python -c` puts the current folder first: in the checkout its own code wins over the wheel's."""
+    cwd = {"elsewhere": elsewhere, "checkout": ROOT}[start]
+    path = {"wheel": installed, "checkout": ROOT, None: ""}[code]
+    package, ours, top = map(Path, json.loads(run(sys.executable, "-c", WHERE, cwd=cwd, PYTHONPATH=str(path))))
+    assert top == cwd / "pipelines" / "__init__.py"
+    if ROOT in (cwd, path):
+        assert (package, ours) == (ROOT / "iptv2_diffusion/__init__.py", ROOT / "pipelines/pipeline_iptv2.py")
+    else:
+        home = installed / "iptv2_diffusion"
+        assert (package, ours) == (home / "__init__.py", home / "pipelines/pipeline_iptv2.py")
+
+
+LOAD = """
+import pickle, sys
+from diffusers import DiffusionPipeline
+import iptv2_diffusion
+plain = DiffusionPipeline.from_pretrained(sys.argv[1])
+ours = iptv2_diffusion.IPTV2Pipeline.from_pretrained(sys.argv[1])
+assert type(plain) is type(ours) is pickle.loads(pickle.dumps(type(plain)))
+assert isinstance(plain.transformer, iptv2_diffusion.IPTV2Transformer2DModel)
+assert plain("flags", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)
+print(sys.modules[type(plain).__call__.__module__].__file__)
+"""
+
+
+def test_the_wheel_loads_a_shipped_pipeline_beside_an_alien_pipelines_package(installed, elsewhere):
+    """Imported after diffusers here; tests/test_imports.py has the other order."""
+    told = run(sys.executable, "-c", LOAD, str(PIPELINE), cwd=elsewhere, PYTHONPATH=str(installed))
+    assert told.splitlines()[-1] == str(installed / "iptv2_diffusion/pipelines/pipeline_iptv2.py")
