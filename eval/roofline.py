@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from iptv2_diffusion.training.config import option, parse_config
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
+from iptv2_diffusion.training.options import option, parse_config
 
 CHOICES = {"modes": ("inference", "training"), "forms": ("eager", "compiled", "kernels")}
 
@@ -99,7 +99,7 @@ def make_rows(config: RooflineConfig) -> list[dict[str, Any]]:
 def measure(spec: str, size: int | None, mode: str, config: RooflineConfig) -> float:
     """Milliseconds of an eager step on this CPU."""
     from iptv2_diffusion.evaluation.roofline import best_of
-    from iptv2_diffusion.training.timed_steps import deploy, make_model, make_step
+    from iptv2_diffusion.evaluation.timed_steps import deploy, make_model, make_step
 
     model = make_model(spec, size)
     model = model if mode == "training" else deploy(model, "fused")

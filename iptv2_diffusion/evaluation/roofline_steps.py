@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from iptv2_diffusion.evaluation.roofline import Recorder
 from iptv2_diffusion.kernels.triton_fcsa import focal_attention, traffic
-from iptv2_diffusion.models.attention import FocalContextAttention
+from iptv2_diffusion.models import attention as attention_module
 from iptv2_diffusion.models.presets import PRESETS, create_model
 
 __all__ = ["make_on_meta", "record"]
@@ -89,31 +89,8 @@ class OneAttentionKernel(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def focal_kernel() -> Iterator[None]:
-    """FCSA by its Triton kernel's operator."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        qkv = self.qkv_depthwise(qkv).permute(0, 2, 3, 1)
-        logits = self.merge_logits if self.shifted else None
-        out = focal_attention(qkv, self.spatial_affine, self.temperature, logits, self.num_heads, self.window_size)
-        return self.out_proj(out).permute(0, 3, 1, 2)
-
-    plain = FocalContextAttention.forward
-    FocalContextAttention.forward = forward
-    try:
-        yield
-    finally:
-        FocalContextAttention.forward = plain
-
-
 def record(model: nn.Module, batch_size: int, training: bool, form: str) -> Recorder:
-    """Record a forward, or a forward and backward, of a denoiser on the meta device, in the model's precision.
-
-    A compiled form takes the branches that the code takes when a compiler traces it, with autograd's backward; an eager
-    one those with a backward of their own.
-    """
+    """Record a forward, or a forward and backward, of a denoiser on the meta device, in the model's precision."""
     size, channels = model.config.sample_size, model.config.in_channels
     height, width = (size, size) if isinstance(size, int) else size
     dtype = next(model.parameters()).dtype
@@ -122,10 +99,8 @@ def record(model: nn.Module, batch_size: int, training: bool, form: str) -> Reco
     model.train(training).requires_grad_(training)
     recorder = Recorder(model, OWN)
     with ExitStack() as stack:
-        if form != "eager":
-            stack.enter_context(mock.patch("torch.compiler.is_compiling", return_value=True))
         if form == "kernels":
-            stack.enter_context(focal_kernel())
+            stack.enter_context(mock.patch.object(attention_module, "focal_attention", focal_attention))
         stack.enter_context(OneAttentionKernel())
         stack.enter_context(torch.set_grad_enabled(training))
         stack.enter_context(recorder)

@@ -10,12 +10,14 @@ here knows a model: these files import torch alone.
 | `cpu_depthwise.py` | `depthwise_conv2d` | oneDNN has no fast weight gradient for five columns |
 | `cpu_linear.py` | `linear` | `F.linear` copies the bias first; GELU is one more pass |
 | `cpu_scale_add.py` | `scale_add` | the backward of `torch.addcmul` makes two passes more |
+| `triton_fcsa.py` | `focal_attention` | on a GPU: window copies, and four passes over maps of 3C channels |
 
 docs/performance.md says what each form buys. `IPTV2_KERNELS=off`, or `use_fast_forms(False)`, runs the plain formulas
 everywhere.
 """
 
-from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add  # noqa: F401  (each adds its forms to the registry)
+# Each adds its forms to the registry.
+from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add, triton_fcsa  # noqa: F401
 from .registry import fast_forms_in_use, operator, upcast, use_fast_forms, without_autocast
 
 __all__ = ["fast_forms_in_use", "operator", "upcast", "use_fast_forms", "without_autocast"]

@@ -1,19 +1,16 @@
-"""What the Triton kernels share: whether they may run, the one switch, and what happens when one does not compile.
+"""What the Triton kernels share: whether they may run, and what happens when one does not compile.
 
 A kernel runs on CUDA and ROCm tensors, and on CPU tensors under Triton's interpreter (`TRITON_INTERPRET=1`, for tests).
 Before its first use with a data type and block shape it is run once on a tiny map. If that fails, one warning says why
 and the plain formula is used from then on.
-
-`IPTV2_KERNELS=off` turns all kernels off, `auto` (the default) uses them where they can run; `set_kernels` does the
-same from Python.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -32,13 +29,9 @@ __all__ = [
     "dot_precision",
     "is_usable",
     "jit",
-    "kernels_mode",
-    "set_kernels",
     "tl",
-    "use_kernels",
 ]
 
-MODES = ("auto", "off")
 MINIMUM_TRITON = (3, 2)  # what torch 2.6 brings
 MINIMUM_CAPABILITY = (8, 0)  # bfloat16 on the matrix units
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,49 +56,9 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The switch
-
-
-def read_mode(value: str) -> str:
-    """The mode that a user wrote."""
-    mode = value.strip().lower()
-    if mode not in MODES:
-        raise ValueError(f"IPTV2_KERNELS is {value!r}; use {' or '.join(MODES)}")
-    return mode
-
-
-_mode: str | None = None  # None until the environment is read
-_problems: dict[tuple, str | None] = {}  # what was tried -> why it failed, None if it ran
-
-
-def kernels_mode() -> str:
-    """The mode in force: "auto" or "off"."""
-    return _mode if _mode is not None else read_mode(os.environ.get("IPTV2_KERNELS", "auto"))
-
-
-def set_kernels(mode: str | None) -> None:
-    """Use the Triton kernels where they can run ("auto") or nowhere ("off"); None returns to `IPTV2_KERNELS`.
-
-    A model that `torch.compile` has compiled keeps the form it was compiled with; call `torch._dynamo.reset()`.
-    """
-    global _mode
-    _mode = None if mode is None else read_mode(mode)
-
-
-@contextmanager
-def use_kernels(mode: str) -> Iterator[None]:
-    """`set_kernels(mode)` inside a `with`."""
-    global _mode
-    before = _mode
-    set_kernels(mode)
-    try:
-        yield
-    finally:
-        _mode = before
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Whether a kernel may run
+
+_problems: dict[tuple, str | None] = {}  # what was tried -> why it failed, None if it ran
 
 
 def is_usable(name: str, device_type: str, device_index: int | None, probe: Callable[[], None], *key: object) -> bool:
@@ -114,8 +67,6 @@ def is_usable(name: str, device_type: str, device_index: int | None, probe: Call
     `probe` runs it once for each `key`, the constants that it is compiled for.
     Callers mark their question with `assume_constant_result`, so that `torch.compile` sees only the answer.
     """
-    if kernels_mode() == "off":
-        return False
     if INTERPRETED:
         return True
     reason = unsuitable(device_type, device_index)

@@ -26,6 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .registry import fast_form, fast_forms_in_use
 from .triton_common import DTYPES, block_of, device_of, dot, dot_precision, is_usable, jit, tl
 
 __all__ = ["MAX_HEAD_DIM", "MAX_WINDOW", "focal_attention", "supports"]
@@ -450,29 +451,14 @@ attend.register_autograd(backward, setup_context=save)
 # For callers
 
 
-def focal_attention(
-    qkv: Tensor, affine: Tensor, temperature: Tensor, merge_logits: Tensor | None, heads: int, window: int
-) -> Tensor:
-    """FCSA of a map of q, k, v: base windows, shifted windows and their merge (model.md §3). Differentiable once.
-
-    Args:
-        qkv: (B, H, W, 3C), any H and W: q, k and v beside each other, each head by head.
-        affine: a, (branches, h, w²).
-        temperature: τ, (branches, h).
-        merge_logits: logarithms of s₁ and s₂, (2, h, w²); None for the base windows alone. On a map of one window or
-            less in either direction the base windows run alone too, and its gradient is None.
-        heads: h.
-        window: w.
-
-    Returns:
-        (B, H, W, C) in qkv's dtype.
-    """
-    return attend(qkv, affine, temperature, merge_logits, heads, window)
-
-
 def supports(qkv: Tensor, heads: int, window: int) -> bool:
     """Whether `focal_attention` takes this map (B, H, W, 3C): by device, dtype, window and head width."""
-    if qkv.dim() != 4 or qkv.dtype not in DTYPES or not 1 <= window <= MAX_WINDOW:
+    if (
+        not fast_forms_in_use("focal_attention")
+        or qkv.dim() != 4
+        or qkv.dtype not in DTYPES
+        or not 1 <= window <= MAX_WINDOW
+    ):
         return False
     # By comparison, so that a compiler that takes the channels for dynamic still finds a constant.
     head_dims = [d for d in range(1, MAX_HEAD_DIM + 1) if qkv.shape[-1] == 3 * heads * d]
@@ -494,6 +480,34 @@ def probe(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) 
     for logits in (None, affine):
         out = attend(qkv, affine, temperature, logits, 1, window)
         attend_backward(out, qkv, affine, temperature, logits, 1, window)
+
+
+def takes(
+    qkv: Tensor, affine: Tensor, temperature: Tensor, merge_logits: Tensor | None, num_heads: int, window: int
+) -> bool:
+    """`supports`, of the operator's arguments."""
+    return supports(qkv, num_heads, window)
+
+
+@fast_form("focal_attention", device="cuda", compiles=True, takes=takes)
+def focal_attention(
+    qkv: Tensor, affine: Tensor, temperature: Tensor, merge_logits: Tensor | None, num_heads: int, window: int
+) -> Tensor:
+    """FCSA of a map of q, k, v: base windows, shifted windows and their merge (model.md §3). Differentiable once.
+
+    Args:
+        qkv: (B, H, W, 3C), any H and W: q, k and v beside each other, each head by head.
+        affine: a, (branches, h, w²).
+        temperature: τ, (branches, h).
+        merge_logits: logarithms of s₁ and s₂, (2, h, w²); None for the base windows alone. On a map of one window or
+            less in either direction the base windows run alone too, and its gradient is None.
+        num_heads: h.
+        window: w.
+
+    Returns:
+        (B, H, W, C) in qkv's dtype.
+    """
+    return attend(qkv, affine, temperature, merge_logits, num_heads, window)
 
 
 def traffic(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from iptv2_diffusion.kernels import triton_common, triton_fcsa
+from iptv2_diffusion.kernels import triton_fcsa, use_fast_forms
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -201,6 +201,6 @@ def test_what_it_does_not_take():
     assert not triton_fcsa.supports(qkv, 3, 2)  # 8 channels are no 3 heads
     assert not triton_fcsa.supports(qkv, 1, 17)
     assert not triton_fcsa.supports(torch.empty(1, 4, 4, 3 * 80), 1, 2)
-    with triton_common.use_kernels("off"):
+    with use_fast_forms(False):
         assert not triton_fcsa.supports(qkv, 1, 2)
     assert triton_fcsa.supports(qkv, 1, 2)

@@ -1,4 +1,4 @@
-"""Where the Triton kernels may run, the switch, and a kernel that does not compile."""
+"""Where the Triton kernels may run, and a kernel that does not compile."""
 
 import warnings
 
@@ -10,43 +10,14 @@ from iptv2_diffusion.kernels import triton_common
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    """No memory of earlier attempts, no switch set, a GPU that takes kernels."""
+    """No memory of earlier attempts."""
     monkeypatch.setattr(triton_common, "_problems", {})
     monkeypatch.setattr(triton_common, "_warned", set())
-    monkeypatch.setattr(triton_common, "_mode", None)
-    monkeypatch.delenv("IPTV2_KERNELS", raising=False)
 
 
 @pytest.fixture
 def _suitable(monkeypatch):
     monkeypatch.setattr(triton_common, "unsuitable", lambda *device: None)
-
-
-class TestSwitch:
-    def test_environment(self, monkeypatch):
-        assert triton_common.kernels_mode() == "auto"
-        monkeypatch.setenv("IPTV2_KERNELS", " Off ")
-        assert triton_common.kernels_mode() == "off"
-
-    def test_python_wins_over_the_environment_and_gives_way_again(self, monkeypatch):
-        monkeypatch.setenv("IPTV2_KERNELS", "off")
-        with triton_common.use_kernels("auto"):
-            assert triton_common.kernels_mode() == "auto"
-        assert triton_common.kernels_mode() == "off"
-        triton_common.set_kernels("auto")
-        assert triton_common.kernels_mode() == "auto"
-        triton_common.set_kernels(None)
-        assert triton_common.kernels_mode() == "off"
-
-    def test_a_wrong_value_names_the_right_ones(self, monkeypatch):
-        monkeypatch.setenv("IPTV2_KERNELS", "on")
-        with pytest.raises(ValueError, match="IPTV2_KERNELS is 'on'; use auto or off"):
-            triton_common.kernels_mode()
-
-    @pytest.mark.usefixtures("_suitable")
-    def test_off_tries_nothing(self):
-        with triton_common.use_kernels("off"):
-            assert not triton_common.is_usable("a kernel", "cuda", 0, pytest.fail)
 
 
 @pytest.mark.usefixtures("_suitable")
