@@ -11,21 +11,25 @@ photographs.
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from pathlib import Path
 
 import torch
 
+from iptv2_diffusion.data.files import user_path
+from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.data.real_noise import DND
 from iptv2_diffusion.evaluation.dnd_files import bundle, crop_path, write_crop
-from iptv2_diffusion.training.errors import run_main, user_errors
+from iptv2_diffusion.training.errors import UserError, run_main, user_errors
 
 
 def main(argv: list[str] | None = None) -> int:
     """Denoise what is missing, then bundle."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder dnd_2017")
-    parser.add_argument("--model", required=True, help="pipeline folder")
-    parser.add_argument("--output", type=Path, default=Path("runs/dnd"), help="folder to write to")
+    parser.add_argument("--data", type=user_path, required=True, help="the folder dnd_2017")
+    parser.add_argument("--model", required=True, type=os.path.expanduser, help="pipeline folder")
+    parser.add_argument("--output", type=user_path, default=Path("runs/dnd"), help="folder to write to")
     parser.add_argument(
         "--sigma",
         choices=("given", "estimated"),
@@ -40,22 +44,28 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(options.num_threads)
     with user_errors(OSError, ValueError, ImportError):
         data = DND(options.data)
-        options.output.mkdir(parents=True, exist_ok=True)
-        denoise(data, missing(data, options.output), options)
+        folder = OwnFolder.claim(options.output, "a submission to DND", earlier=made_before_records)
+        denoise(data, missing(data, folder), options, folder)
         print(f"submit the {len(data)} files of {bundle(data, options.output)}")
     return 0
 
 
-def missing(data: DND, output: Path) -> dict[int, list[int]]:
+def made_before_records(folder: Path) -> list[str] | None:
+    """Crops of a version without records; None for a folder of something else."""
+    names = [path.name for path in folder.iterdir() if re.fullmatch(r"\d{4}_\d{2}\.mat", path.name)]
+    return names or None
+
+
+def missing(data: DND, folder: OwnFolder) -> dict[int, list[int]]:
     """Photograph -> its crops that are not written yet, both counted from 0."""
     crops = {
-        index: [crop for crop in range(len(boxes)) if not crop_path(output, index, crop).is_file()]
+        index: [crop for crop in range(len(boxes)) if not folder.holds(crop_path(folder.folder, index, crop).name)]
         for index, boxes in enumerate(data.boxes)
     }
     return {index: numbers for index, numbers in crops.items() if numbers}
 
 
-def denoise(data: DND, todo: dict[int, list[int]], options: argparse.Namespace) -> None:
+def denoise(data: DND, todo: dict[int, list[int]], options: argparse.Namespace, folder: OwnFolder) -> None:
     """Run the model on the crops and write each at once."""
     from iptv2_diffusion import IPTV2RestorationPipeline
 
@@ -68,7 +78,11 @@ def denoise(data: DND, todo: dict[int, list[int]], options: argparse.Namespace) 
         for crop in numbers:
             sigma = float(data.sigmas[index][crop]) if takes_sigma and options.sigma == "given" else None
             result = pipeline(crops[crop], sigma=sigma, self_ensemble=options.self_ensemble, output_type="np")
+            path = crop_path(options.output, index, crop)
+            if folder.is_foreign(path.name):
+                raise UserError(f"{path} was not made here; move it away, or choose another --output")
             write_crop(options.output, index, crop, result.images[0])
+            folder.record(path.name, path.stat().st_size)
         print(f"[{index + 1}/{len(data)}] {len(numbers)} crops", flush=True)
 
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iptv2_diffusion.data.files import inside
+from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.evaluation.generation_metrics import (
     FeatureExtractor,
     extract_features,
@@ -118,8 +120,12 @@ class Entry:
             steps = logged[-1]["step"] if steps is None else steps
             hours = logged[-1]["seconds"] / 3600 if hours is None else hours
         run = path.parent.name if path.name == "pipeline" else path.name
-        name = told["name"] or f"{run}-cfg{generation.guidance_scale:g}"
-        return cls(str(name), generation, steps, hours)
+        name = str(told["name"] or f"{run}-cfg{generation.guidance_scale:g}")
+        try:
+            inside(Path(config.output_dir), name)
+        except ValueError as error:
+            raise ConfigError(f"models: {error}") from error
+        return cls(name, generation, steps, hours)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -321,6 +327,12 @@ def evaluate(
     return {**describe(config, extractors, reference), "floor": floors, "models": rows}
 
 
+def made_before_records(folder: Path) -> list[str] | None:
+    """Results of a version without records; None for a folder of something else."""
+    names = [name for name in ("results.json", "results.md", "fid.png") if (folder / name).is_file()]
+    return names if names or any(folder.glob("*/generation.json")) else None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Generate with all processes, score with the first, write."""
     config = parse_config(BenchmarkConfig, argv, description=__doc__, examples=EXAMPLES)
@@ -330,6 +342,9 @@ def main(argv: list[str] | None = None) -> int:
         reference = ReferenceImages(config.reference, split=config.reference_split, size=config.resolution)
     extractors = [extractor.to(accelerator.device) for extractor in extractors]
     check_numbers(config, extractors, reference)
+    with user_errors(OSError, ValueError):
+        if accelerator.is_main_process:
+            OwnFolder.claim(Path(config.output_dir), "benchmark results", earlier=made_before_records)
     output_dir, folders = Path(config.output_dir), []
     for entry in config.entries():
         accelerator.print(f"{entry.name}: {entry.generation.num_samples} images of {entry.generation.pipeline}")
@@ -341,10 +356,14 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(available_cores())  # drawing had each process's share of them
     results = evaluate(config, extractors, reference, folders)
     text = f"`{results['command']}`\n\n{table(results)}"
-    with user_errors(OSError):
-        (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (output_dir / "results.md").write_text(text, encoding="utf-8")
-        plot(results, output_dir / "fid.png", config.published)
+    own = OwnFolder(output_dir, "benchmark results")
+    with user_errors(OSError, ValueError):
+        with own.writing("results.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        with own.writing("results.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        with own.writing("fid.png") as temporary:
+            plot(results, temporary, config.published)
     print(text)
     print(f"wrote results.json, results.md and fid.png to {output_dir}/")
     return 0

@@ -20,6 +20,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,9 @@ import torch
 from PIL import Image
 
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
+from iptv2_diffusion.data.files import user_path
+from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
+from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.data.pairs import LAYOUTS, find_images, find_pairs
 from iptv2_diffusion.data.patches import read_image
 from iptv2_diffusion.data.real_noise import sidd_validation_blocks
@@ -39,6 +43,7 @@ from iptv2_diffusion.evaluation.pictures import side_by_side
 from iptv2_diffusion.evaluation.restoration_metrics import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
 from iptv2_diffusion.evaluation.speed import PeakMemory, describe_machine
 from iptv2_diffusion.memory import keep_freed_memory
+from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
 
 SIDD_VALIDATION = "sidd_validation"
@@ -78,22 +83,22 @@ def test_photographs() -> dict[str, np.ndarray]:
     }
 
 
-def folder_photographs(folder: str) -> dict[str, np.ndarray]:
+def folder_photographs(folder: str, limits: Limits) -> dict[str, np.ndarray]:
     """All images of a folder and its sub-folders on 0–255, by their path inside it without the suffix."""
-    root = Path(folder).expanduser()
+    root = user_path(folder)
     files = by_name(find_images(root), lambda path: path.relative_to(root).with_suffix("").as_posix())
-    return {name: read_255(path) for name, path in files.items()}
+    return {name: read_255(path, limits) for name, path in files.items()}
 
 
-def read_255(path: Path) -> np.ndarray:
+def read_255(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """(H, W, 3) on 0–255: uint8, or float64 where the file has 16 bits or floats."""
-    image = read_image(path)
+    image = read_image(path, limits=limits)
     return image if image.dtype == np.uint8 else image / 257 if image.dtype == np.uint16 else image * 255.0
 
 
-def data_set(layout: str, data: str, first: int | None) -> Iterator[Example]:
+def data_set(layout: str, data: str, first: int | None, limits: Limits) -> Iterator[Example]:
     """The test pairs of a data set, one after another."""
-    root = Path(data).expanduser()
+    root = user_path(data)
     if layout == SIDD_VALIDATION:
         for name, degraded, clean in itertools.islice(sidd_validation_blocks(root), first):
             yield Example(layout, None, name, degraded, clean)
@@ -101,7 +106,7 @@ def data_set(layout: str, data: str, first: int | None) -> Iterator[Example]:
     pairs = {pair.degraded: pair.clean for pair in find_pairs(layout, root, "test")[:first]}
     named = by_name(pairs, lambda path: path.relative_to(root).with_suffix("").as_posix())
     for name, path in named.items():
-        degraded, clean = read_255(path), read_255(pairs[path])
+        degraded, clean = read_255(path, limits), read_255(pairs[path], limits)
         if degraded.shape != clean.shape:
             sizes = [f"{image.shape[0]}x{image.shape[1]}" for image in (degraded, clean)]
             raise UserError(f"{path} is {sizes[0]} pixels but {pairs[path]} is {sizes[1]}; a pair must have one size")
@@ -194,7 +199,11 @@ def load_lpips(network: str, protocol: Protocol) -> LPIPS | None:
 
 
 def measure(
-    restorers: dict[str, Restorer], examples: Iterable[Example], protocol: Protocol, lpips: LPIPS | None, output: Path
+    restorers: dict[str, Restorer],
+    examples: Iterable[Example],
+    protocol: Protocol,
+    lpips: LPIPS | None,
+    output: OwnFolder,
 ) -> list[dict]:
     """One row per method and example; crops of the first examples side by side under `output`."""
     rows: list[dict] = []
@@ -206,7 +215,10 @@ def measure(
         for method, restore in {"input": lambda image, _: image, **restorers}.items():
             with PeakMemory() as memory:
                 started = time.perf_counter()
-                shown[method] = restore(example.degraded, example.level)
+                try:
+                    shown[method] = restore(example.degraded, example.level)
+                except NonFiniteImageError as error:
+                    raise UserError(f"{method} on {example.name}: {error}") from error
                 seconds = time.perf_counter() - started
             a, b = (
                 torch.from_numpy(np.asarray(image, np.float64) / 255).permute(2, 0, 1)[None]
@@ -222,9 +234,9 @@ def measure(
             rows.append({**row, "peak_mb_per_mp": memory.bytes / 1e6 / megapixels})
             print(f"{label(level)} {example.name:12s} {method:24s} {row['psnr']:.2f} dB {row['ssim']:.4f}", flush=True)
         if number < SHOWN:
-            path = output / f"{example.name}-{example.kind}{'' if example.level is None else label(level)}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            side_by_side(shown).save(path)
+            name = f"{example.name}-{example.kind}{'' if example.level is None else label(level)}.png"
+            with output.writing(name) as temporary:
+                side_by_side(shown).save(temporary, format="PNG")
     return rows
 
 
@@ -255,7 +267,7 @@ def table(rows: list[dict], title: str, protocol: str, header: str) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; refuses what contradicts itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", type=Path, default=[], help="pipeline folders")
+    parser.add_argument("--models", nargs="*", type=user_path, default=[], help="pipeline folders")
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="to measure beside them")
     parser.add_argument("--images", help="folder of clean photographs [six of scikit-image and scikit-learn]")
     parser.add_argument("--layout", choices=(*LAYOUTS, SIDD_VALIDATION), help="measure on a data set's test pairs")
@@ -271,7 +283,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--round", action="store_true", help="quantise to 8 bits before comparing")
     parser.add_argument("--lpips", choices=(*LPIPS_NETWORKS, "none"), default="alex", help="if its weights are there")
     parser.add_argument("--num_threads", type=int, default=1, help="of torch")
-    parser.add_argument("--output", type=Path, default=Path("runs/restoration_benchmark"))
+    parser.add_argument("--output", type=user_path, default=Path("runs/restoration_benchmark"))
+    parser.add_argument(
+        "--max_pixels", type=int, default=DEFAULT_LIMITS.pixels, help="refuse images of more pixels before decoding"
+    )
     options = parser.parse_args(argv)
     options.levels = options.levels or LEVELS[options.degradation]
     low, high = RANGES[options.degradation]
@@ -302,11 +317,19 @@ def stated(protocol: Protocol, options: argparse.Namespace) -> str:
 
 def make_examples(options: argparse.Namespace) -> Iterator[Example]:
     """What the options ask to measure on."""
+    limits = Limits(options.max_pixels)
     if options.layout:
-        return data_set(options.layout, options.data, options.first)
-    photographs = folder_photographs(options.images) if options.images else test_photographs()
+        return data_set(options.layout, options.data, options.first, limits)
+    photographs = folder_photographs(options.images, limits) if options.images else test_photographs()
     photographs = dict(list(photographs.items())[: options.first])
     return degraded_photographs(photographs, options.degradation, options.levels, options.gray)
+
+
+def made_before_records(folder: Path) -> list[str] | None:
+    """Results of a version without records; None for a folder of something else."""
+    if not {"results.md", "results.json"} <= {path.name for path in folder.iterdir()}:
+        return None
+    return ["results.md", "results.json", *(p.relative_to(folder).as_posix() for p in folder.rglob("*-*.png"))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -322,18 +345,20 @@ def main(argv: list[str] | None = None) -> int:
             for name, folder in by_name(options.models, run_name).items()
         }
         restorers |= {name: peer(name) for name in options.peers}
-        options.output.mkdir(parents=True, exist_ok=True)
+        output = OwnFolder.claim(options.output, "benchmark results", earlier=made_before_records)
         lpips = load_lpips(options.lpips, protocol)
-        rows = measure(restorers, make_examples(options), protocol, lpips, options.output)
-    command = " ".join(["python eval/restoration_benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+        rows = measure(restorers, make_examples(options), protocol, lpips, output)
+    command = shlex.join(["python", "eval/restoration_benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
     machine = f"{options.num_threads} thread{'s' * (options.num_threads > 1)}, {machine}"
     title = "data set" if options.layout else "σ" if options.noise else options.degradation
     text = table(rows, title, stated(protocol, options), f"`{command}` ({machine})")
-    (options.output / "results.md").write_text(text, encoding="utf-8")
+    with user_errors(OSError, ValueError), output.writing("results.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
     described = {"command": command, "machine": machine, "protocol": stated(protocol, options)}
     described |= {"degradation": options.layout or options.degradation, "rows": rows}
-    (options.output / "results.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+    with user_errors(OSError, ValueError), output.writing("results.json") as temporary:
+        temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
     print(text)
     return 0
 

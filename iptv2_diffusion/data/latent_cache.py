@@ -131,7 +131,14 @@ def cached_latents(
     if not _is_whole(folder):
         parts = [range(first, min(first + shard_images, len(images))) for first in range(0, len(images), shard_images)]
         maker = _Maker(folder, images, codec, encoding, parts, batch_size=batch_size, num_workers=num_workers)
-        maker.make_share(*share)
+        try:
+            maker.make_share(*share)
+        except KeyboardInterrupt:
+            whole = sum(_is_shard(path) for path in maker.paths)
+            raise KeyboardInterrupt(
+                f"stopped: {whole} of {len(maker.paths)} shards of latents are in {folder}, whole; the same command "
+                "encodes the rest"
+            ) from None
         if share[0] == 0:
             maker.finish(description, say)
     while not _is_whole(folder):  # not a barrier: those time out, and a large set takes hours
@@ -215,8 +222,11 @@ class _Maker:
                     num_workers=self.num_workers,
                 )
                 temporary = self.folder / f"{self.temporary}{self.paths[number].name}"
-                save_file(tensors, temporary, metadata=metadata)
-                os.replace(temporary, self.paths[number])
+                try:
+                    save_file(tensors, temporary, metadata=metadata)
+                    os.replace(temporary, self.paths[number])
+                finally:  # a full disk is not to be kept full
+                    temporary.unlink(missing_ok=True)
                 bar.update(len(self.parts[number]))
 
     def finish(self, description: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -261,9 +271,15 @@ def _is_left_behind(path: Path) -> bool:
 
 
 def _is_shard(path: Path) -> bool:
-    """Whether a whole shard lies there: safetensors checks the file's length against its header."""
+    """Whether a whole shard lies there: safetensors checks the file's length against its header.
+
+    Raises ValueError for a whole file of somebody else's, which is neither used nor overwritten.
+    """
     try:
-        with safe_open(path, framework="pt"):
-            return True
+        with safe_open(path, framework="pt") as shard:
+            ours = "unreadable" in (shard.metadata() or {}) and {"mean", "class_labels", "items"} <= set(shard.keys())
     except (OSError, SafetensorError):
         return False
+    if not ours:
+        raise ValueError(f"{path} holds no latents that were made here; move it away, or choose another cache_dir")
+    return True

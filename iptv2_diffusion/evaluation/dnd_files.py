@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
+from iptv2_diffusion.data.files import written_whole
 from iptv2_diffusion.data.real_noise import DND, read_mat
 
 __all__ = ["bundle", "crop_path", "write_crop"]
@@ -57,9 +57,5 @@ def save_mat(path: Path, contents: dict) -> None:
     """Write a MATLAB file atomically: to a temporary file first, then renamed."""
     from scipy.io import savemat
 
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
+    with written_whole(path) as temporary:
         savemat(temporary, contents, appendmat=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from iptv2_diffusion.data.draws import DataOrder, derive_seed
 from iptv2_diffusion.data.images import ImageTensors
 from iptv2_diffusion.evaluation.generation_metrics import FeatureExtractor, half_sample_error, kid, mean_kernel
+from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.signals import no_interruption
 
 BATCH_SIZE = 32  # images that a process samples or encodes together
@@ -69,11 +70,14 @@ class KernelDistance:
 
         def draw(items: list[int]) -> Tensor:
             seeds = [torch.Generator().manual_seed(derive_seed(self.seed, "kid", i)) for i in items]
-            if self._labels is None:
-                images = pipeline(num_images_per_label=len(items), generator=seeds, output_type="pt", **sampling).images
-            else:
-                labels = [self._labels[i] for i in items]
-                images = pipeline(labels, generator=seeds, output_type="pt", **sampling).images
+            given = {"num_images_per_label": len(items)}
+            if self._labels is not None:
+                given = {"class_labels": [self._labels[i] for i in items]}
+            try:
+                images = pipeline(**given, generator=seeds, output_type="pt", **sampling).images
+            except NonFiniteImageError as error:  # they count as the gray pictures that they are nearest to
+                print(f"KID: {error}", flush=True)
+                images = error.images
             return images.mul(255).round().to(torch.uint8)
 
         pipeline.set_progress_bar_config(disable=True)

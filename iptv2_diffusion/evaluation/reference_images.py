@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iptv2_diffusion.data.files import file_sha256
+from iptv2_diffusion.data.files import file_sha256, user_path
 from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 from iptv2_diffusion.evaluation.generation_metrics import Statistics
 
@@ -45,7 +45,7 @@ class ReferenceImages:
         self.source, self.stored = source, {}
         self._array: np.ndarray | None = None
         if source.endswith(".npz"):
-            self._open_npz(Path(source))
+            self._open_npz(user_path(source))
             self.count, self.preparation = len(self._array), "as stored"
         else:
             self._images = ImageTensors(load_image_dataset(source, split=split), size=size)
@@ -82,7 +82,7 @@ class ReferenceImages:
     def sha256(self) -> str:
         """SHA-256 of the .npz file, or of the cropped pixels of a data set."""
         if self._array is not None:
-            return file_sha256(self.source)
+            return file_sha256(user_path(self.source))
         digest = hashlib.sha256()
         for batch in self.batches():
             digest.update(batch.numpy().tobytes())

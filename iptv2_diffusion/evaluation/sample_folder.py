@@ -397,7 +397,8 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
 
     Raises:
         ConfigError: the options do not fit the pipeline or the images in the folder.
-        UserError: the run was interrupted, or a file cannot be written.
+        UserError: a file cannot be written.
+        KeyboardInterrupt: the run was interrupted. The message gives the number of complete images.
     """
     pipeline, made_by = load_pipeline(config, accelerator.device)
     if config.class_counts is not None and len(config.class_counts) != pipeline.num_classes:
@@ -421,12 +422,13 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
         groups = range(-(-config.num_samples // size))
         missing = [[g for g in groups if any(not folder.has(i) for i in members(g, size, config.num_samples))]]
     (missing,) = broadcast_object_list(missing)
+    folder.refresh()  # with what the main process took over of an earlier version
     try:
         draw_groups(pipeline, config, accelerator, folder, missing, size)
     except KeyboardInterrupt:
         folder.refresh()
         there = sum(folder.has(index) for index in range(config.num_samples))
-        raise UserError(
+        raise KeyboardInterrupt(
             f"stopped: {output_dir} has {there} of {config.num_samples} images; run the same command to continue"
         ) from None
     accelerator.wait_for_everyone()

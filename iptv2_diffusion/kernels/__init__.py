@@ -10,12 +10,14 @@ These files import only torch and depend on no model.
 | `cpu_depthwise.py` | `depthwise_conv2d` | oneDNN has no fast weight gradient for kernels of five columns |
 | `cpu_linear.py` | `linear` | `F.linear` copies the bias before the product; GELU is a separate pass |
 | `cpu_scale_add.py` | `scale_add` | the backward of `torch.addcmul` makes two extra passes |
+| `triton_fcsa.py` | `focal_attention` | on a GPU: window copies, and four passes over maps of 3C channels |
 
 docs/performance.md gives the speed-up of each form. Set `IPTV2_KERNELS=off`, or call `use_fast_forms(False)`, to run
 the plain formulas everywhere.
 """
 
-from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add  # noqa: F401  (each adds its forms to the registry)
+# Each adds its forms to the registry.
+from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add, triton_fcsa  # noqa: F401
 from .registry import fast_forms_in_use, operator, upcast, use_fast_forms, without_autocast
 
 __all__ = ["fast_forms_in_use", "operator", "upcast", "use_fast_forms", "without_autocast"]

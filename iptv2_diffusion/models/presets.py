@@ -1,5 +1,6 @@
 """Named model configurations with their parameters and GMACs, and `create_model`, which builds a model from a name."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -258,6 +259,7 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
         ValueError: `name` is no preset, file or folder of a model, or an override is unknown, out of range or in
             conflict with a saved model.
     """
+    name = os.path.expanduser(name)
     if name in PRESETS:
         model_class, config = PRESETS[name].model_class, dict(PRESETS[name].config)
     elif name and Path(name).exists():

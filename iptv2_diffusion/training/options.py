@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -148,6 +149,10 @@ class TrainingConfig:
     )
     num_workers: int = option(0, "processes (of a stream: threads) that decode images", group="machine", free=True)
 
+    max_pixels: int = option(
+        178_956_970, "height times width above which an image is refused before it is decoded", group="data", free=True
+    )
+
     checkpoint_every: int = option(1000, "steps between checkpoints (one is always written at the end)", **_FREE_LOG)
     keep_last: int = option(2, "how many checkpoints are kept", **_FREE_LOG)
     sharded_checkpoints: bool = option(
@@ -164,7 +169,7 @@ class TrainingConfig:
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work, naming them."""
         self.require_positive("max_train_steps", "batch_size", "gradient_accumulation_steps", "keep_last", "log_every")
-        self.require_positive("ema_snapshot_every", "lr_cycles")
+        self.require_positive("ema_snapshot_every", "lr_cycles", "max_pixels")
         if self.ema == "power" and not all(0 < width < 0.28 for width in self.ema_sigma_rels):
             raise ConfigError(f"ema_sigma_rels is {self.ema_sigma_rels}; each must lie in (0, 0.28)")
         if self.ema == "power" and len(set(self.ema_sigma_rels)) == 1:
@@ -216,6 +221,7 @@ def parse_config(
     for name, text in vars(known).items():
         if name != "config" and text is not None:
             values[name] = coerce(_parse_text(text, hints[name]), hints[name], name)
+    values = expand_home(config_type, values)
     config = config_type(**values)
     if hasattr(config, "validate"):
         config.validate()
@@ -229,7 +235,13 @@ def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict
     for name in values:
         if name not in names:
             raise ConfigError(_unknown(str(name), names, f"in {where}"))
-    return {name: coerce(value, hints[name], name) for name, value in values.items()}
+    return expand_home(config_type, {name: coerce(value, hints[name], name) for name, value in values.items()})
+
+
+def expand_home(config_type: type, values: dict[str, Any]) -> dict[str, Any]:
+    """~ in fields that no checkpoint holds; the others are expanded where they are used."""
+    free = {field.name for field in dataclasses.fields(config_type) if field.metadata.get("free")}
+    return {k: os.path.expanduser(v) if k in free and isinstance(v, str) else v for k, v in values.items()}
 
 
 def save_config(config: Any, path: str | Path) -> None:

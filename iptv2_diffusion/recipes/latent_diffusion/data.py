@@ -10,9 +10,9 @@ import datasets
 import diffusers
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
 from iptv2_diffusion.data.draws import DataOrder, class_balanced_weights
+from iptv2_diffusion.data.image_files import Limits
 from iptv2_diffusion.data.images import (
     ImageTensors,
     class_names,
@@ -49,6 +49,8 @@ def load_images(
             **columns,
         )
     names = class_names(train) or []
+    if train.info.description and config.label_column is None:
+        accelerator.print(f"{config.data}: {train.info.description}")
     if config.class_balance and not names:
         raise ConfigError(
             f"class_balance is {config.class_balance}, but no labels were found in {config.data}; name them by "
@@ -59,7 +61,7 @@ def load_images(
         heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
 
     def tensors(dataset: Any) -> ImageTensors:
-        return ImageTensors(dataset, size=config.size, strict=config.strict)
+        return ImageTensors(dataset, size=config.size, strict=config.strict, limits=Limits(config.max_pixels))
 
     with user_errors(ValueError):
         return tensors(train), None if heldout is None else tensors(heldout), names
@@ -87,19 +89,23 @@ def _load_stream(
             records = list(first.take(config.heldout_samples))
             dataset = datasets.Dataset.from_list(records, features=first.features)
             dataset = with_labels_of(dataset, train, f'{config.data}, split "{config.heldout_split}"')
-            heldout = ImageTensors(dataset, size=config.size, strict=config.strict)
-    return ImageStream(train, config.size, strict=config.strict, block=config.shuffle_block), heldout, names
+            limits = Limits(config.max_pixels)
+            heldout = ImageTensors(dataset, size=config.size, strict=config.strict, limits=limits)
+    limits = Limits(config.max_pixels)
+    stream = ImageStream(train, config.size, strict=config.strict, block=config.shuffle_block, limits=limits)
+    return stream, heldout, names
 
 
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     """The VAE's codec, frozen, on the device."""
-    with user_errors(OSError, ValueError, TypeError, SafetensorError):
+    with user_errors(Exception):  # of diffusers and safetensors, about whatever the folder holds
         options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
-        description = diffusers.AutoencoderKL.load_config(config.vae, **options)
+        vae_name = os.path.expanduser(config.vae)
+        description = diffusers.AutoencoderKL.load_config(vae_name, **options)
         vae_class = getattr(diffusers, description.get("_class_name", "AutoencoderKL"), None)
         if vae_class is None:
             raise ConfigError(f"{config.vae} is a {description['_class_name']}, which diffusers does not have")
-        vae = load_whole(vae_class, config.vae, **options).requires_grad_(False).eval()
+        vae = load_whole(vae_class, vae_name, **options).requires_grad_(False).eval()
         vae.to(device, memory_format=torch.channels_last)
         codec = LatentCodec(vae)
         codec.latent_size(*config.size)  # raises if the image size does not fit

@@ -6,6 +6,7 @@ Latents come from a VAE through `LatentCodec`, cached once or on the fly; `Diffu
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from typing import Any
 
@@ -239,7 +240,7 @@ def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask,
 
 def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -> str:
     """What was made, and commands to copy."""
-    folder = trainer.output_dir
+    folder, quoted = trainer.output_dir, shlex.quote(str(trainer.output_dir))
     label = repr(task.id2label[0]) + ", " if task.id2label else ""
     others = "--heldout_split none --output_dir runs/mine"
     return f"""
@@ -249,9 +250,9 @@ trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/
 What to try next
   more images, in Python:
     from iptv2_diffusion import IPTV2Pipeline
-    pipe = IPTV2Pipeline.from_pretrained("{folder}/pipeline")
+    pipe = IPTV2Pipeline.from_pretrained({str(folder / "pipeline")!r})
     pipe({label}num_images_per_label=4, guidance_scale={config.guidance_scale:g}).images[0].show()
-  curves:            tensorboard --logdir {folder}
+  curves:            tensorboard --logdir {quoted}
   train longer:      {trainer.command_to_train_longer}
-  your own images:   accelerate launch train/train_ldm.py --config {folder}/config.yaml --data MY_FOLDER {others}
+  your own images:   accelerate launch train/train_ldm.py --config {quoted}/config.yaml --data MY_FOLDER {others}
   all options:       python train/train_ldm.py --help"""

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
 from torch import Tensor, nn
 
 from iptv2_diffusion.data.draws import DataOrder, StepDraws, draw_step
@@ -23,6 +24,7 @@ from iptv2_diffusion.data.streaming import StreamedLatents, StreamOrder, join_po
 from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
 from iptv2_diffusion.evaluation.pictures import picture_sheet
 from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.objectives import DiffusionObjective, null_label
 from iptv2_diffusion.recipes.latent_diffusion.alignment import Alignment, TargetFeatures
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
@@ -198,13 +200,19 @@ class LatentDiffusionTask:
             row = (start + process) % len(classes)
             label = classes[row]
             seeds = [torch.Generator().manual_seed(1000 * row + column) for column in range(config.preview_per_class)]
-            images = pipeline(
-                label,
-                num_images_per_label=config.preview_per_class,
-                num_inference_steps=config.sample_steps,
-                guidance_scale=config.guidance_scale,
-                generator=seeds,
-            ).images
+            try:
+                images = pipeline(
+                    label,
+                    num_images_per_label=config.preview_per_class,
+                    num_inference_steps=config.sample_steps,
+                    guidance_scale=config.guidance_scale,
+                    generator=seeds,
+                ).images
+            except NonFiniteImageError as error:  # the others go on, and what is missing is white
+                print(f"{path.name}, row {row + 1}: {error}", flush=True)
+                images = list(error.images)
+                for index in error.indices:
+                    images[index] = Image.new("RGB", images[index].size, "white")
             drawn.append((row, images))
         rows = dict(gather_object(drawn) if processes > 1 else drawn)
         names = [self.id2label.get(label, f"class {label}") for label in classes if label is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 
 from accelerate.utils import set_seed
@@ -96,13 +97,13 @@ def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
 
 def next_steps(config: RestorationConfig, trainer: Trainer) -> str:
     """What was made, and commands to copy."""
-    folder = trainer.output_dir
+    folder, quoted = trainer.output_dir, shlex.quote(str(trainer.output_dir / "pipeline"))
     return f"""
 trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
   loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
 
 What to try next
-  restore pictures:  iptv2-restore photo.png -o restored --model {folder}/pipeline
-  measure it:        python eval/restoration_benchmark.py --models {folder}/pipeline
+  restore pictures:  iptv2-restore photo.png -o restored --model {quoted}
+  measure it:        python eval/restoration_benchmark.py --models {quoted}
   train longer:      {trainer.command_to_train_longer}
   all options:       python train/train_restoration.py --help"""

@@ -145,7 +145,11 @@ class RestorationTask:
             rows += [first.degraded, self.predict(model, first), first.clean]
         path = Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(torch.cat(rows).clamp(0, 1), path, nrow=3)
+        pixels = torch.cat(rows).float()
+        if not pixels.isfinite().all():  # which would be black squares
+            self.accelerator.print(f"no preview at step {step}: the model gives NaN or infinity")
+            return None
+        save_image(pixels.clamp(0, 1), path, nrow=3)
         return path
 
 

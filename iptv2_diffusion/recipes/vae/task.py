@@ -118,6 +118,9 @@ class VAETask:
         pixels = next(self._batches(self.heldout, self._some(self.heldout, self.config.preview_images), size=10**9))
         with torch.no_grad():
             decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
+        if not decoded.isfinite().all():
+            self.accelerator.print(f"{path.name}: the VAE gives NaN or infinity; what is not finite is white")
+            decoded = decoded.nan_to_num(1.0)
         rows = []
         for images in (pixels, decoded):
             levels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
