@@ -202,7 +202,7 @@ class TestCreateModel:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("chanels: 8", r"no argument 'chanels'; near it: channels"),
+            ("chanels: 8", r"no argument 'chanels'; did you mean channels"),
             ("- 8", "holds list"),
             ("a: [", "neither JSON nor YAML"),
             ("_class_name: UNet2DModel", "_class_name is 'UNet2DModel', not one of IPTV2Transformer2DModel, IPTV2Rest"),
