@@ -239,9 +239,9 @@ PRESETS: dict[str, Preset] = {
         parameters=775.2,
         gmacs=119.6,
     ),
-    # Patch 2: the wide maps of a quarter of the positions move fewer bytes for the same MACs, which is what a GPU's time
-    # goes into (docs/roofline.md). Two levels, as a third of 4×4 positions holds more parameters than MACs; widths by
-    # the roofline, about DiT's depth in attentions [ours].
+    # Patch 2: wide maps of a quarter of the positions move fewer bytes for the same MACs, and bytes are what a GPU's time
+    # goes into (docs/roofline.md). Two levels: a third, of 4×4 positions, would hold many parameters and few MACs.
+    # Widths by the roofline, at least DiT's depth in attentions [ours].
     "iptv2-s-2": wide(288, (2, 3, 2), head_dim=32, parameters=51.0, gmacs=5.98),
     "iptv2-b-2": wide(512, (2, 3, 3), head_dim=32, parameters=164.1, gmacs=23.0),
     "iptv2-l-2": wide(768, (3, 6, 5), head_dim=64, parameters=576.4, gmacs=81.0),
