@@ -239,7 +239,7 @@ PRESETS: dict[str, Preset] = {
         parameters=775.2,
         gmacs=119.6,
     ),
-    # Patch 2: wide maps of a quarter of the positions move fewer bytes for the same MACs, and bytes are what a GPU's time
+    # Patch 2: wide maps of a quarter of the positions move fewer bytes for the same MACs, and bytes are what GPU time
     # goes into (docs/roofline.md). Two levels: a third, of 4×4 positions, would hold many parameters and few MACs.
     # Widths by the roofline, at least DiT's depth in attentions [ours].
     "iptv2-s-2": wide(288, (2, 3, 2), head_dim=32, parameters=51.0, gmacs=5.98),
