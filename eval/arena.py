@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from iptv2_diffusion.files import atomic
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.logging import read_metrics
@@ -286,7 +287,8 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
         "nearest_neighbour_median": distance.median().item(),
         "sampling_seconds_per_image": folder.seconds_per_image(),
     }
-    path.write_text(json.dumps({"about": about, "scores": result}, indent=1) + "\n")
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps({"about": about, "scores": result}, indent=1) + "\n")
     return result
 
 
@@ -354,8 +356,9 @@ def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, An
     }
     with user_errors(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(saved + rows, indent=1) + "\n")
-        beside.write_text(json.dumps(about, indent=1) + "\n")
+        for file, contents in ((path, saved + rows), (beside, about)):
+            with atomic(file) as temporary:
+                temporary.write_text(json.dumps(contents, indent=1) + "\n")
     return path
 
 

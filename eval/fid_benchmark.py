@@ -37,6 +37,7 @@ from iptv2_diffusion.evaluation.generation_metrics import (
 )
 from iptv2_diffusion.evaluation.reference_images import ReferenceImages
 from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, SampleFolder, generate, start_accelerator
+from iptv2_diffusion.files import atomic
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import available_cores
@@ -342,8 +343,9 @@ def main(argv: list[str] | None = None) -> int:
     results = evaluate(config, extractors, reference, folders)
     text = f"`{results['command']}`\n\n{table(results)}"
     with user_errors(OSError):
-        (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (output_dir / "results.md").write_text(text, encoding="utf-8")
+        for name, contents in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", text)):
+            with atomic(output_dir / name) as temporary:
+                temporary.write_text(contents, encoding="utf-8")
         plot(results, output_dir / "fid.png", config.published)
     print(text)
     print(f"wrote results.json, results.md and fid.png to {output_dir}/")

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from iptv2_diffusion.data.files import DISK_ERRORS, forgiving_streams, printable, user_path
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, ImageFile, Limits, read_image_file
 from iptv2_diffusion.data.image_folders import image_files
 from iptv2_diffusion.data.own_folder import ForeignFolderError, OwnFolder
+from iptv2_diffusion.files import DISK_ERRORS, forgiving_streams, printable, user_path
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 DEEP_SUFFIXES = {".png", ".tif", ".tiff"}

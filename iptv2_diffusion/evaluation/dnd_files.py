@@ -8,12 +8,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from iptv2_diffusion.data.real_noise import DND, read_mat
+from iptv2_diffusion.files import atomic
 
 __all__ = ["bundle", "crop_path", "write_crop"]
 
@@ -49,9 +49,5 @@ def save_mat(path: Path, contents: dict) -> None:
     """Write a MATLAB file under its final name at once."""
     from scipy.io import savemat
 
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
+    with atomic(path) as temporary:
         savemat(temporary, contents, appendmat=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iptv2_diffusion.data.draws import derive_seed, generator_for
-from iptv2_diffusion.data.files import file_sha256
 from iptv2_diffusion.data.own_folder import OwnFolder
+from iptv2_diffusion.files import file_sha256
 from iptv2_diffusion.models.presets import count_macs, count_parameters
 from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.checkpoint import differing_fields
@@ -45,7 +45,7 @@ CPU_GROUP_SIZE = 8
 RECIPE = "generation.json"
 IMAGES = "images"
 KIND = "generated images"
-_TEMPORARY = re.compile(r"\.tmp-(\d{6}|\d+-[0-9a-f]{8})\.png")  # of this version and of earlier ones
+_TEMPORARY = re.compile(r"\.tmp-(\d{6}|([0-9a-f]{8}-)?\d+-[0-9a-f]{8})\.png")  # of this version and of earlier ones
 _PNG_END = b"IEND\xaeB`\x82"  # the last chunk of a whole PNG file
 
 NOISE_SCHEDULERS = {
@@ -261,7 +261,7 @@ class SampleFolder:
 
     def write(self, index: int, image: np.ndarray) -> None:
         """(H, W, 3) uint8 to its place, whole or not at all."""
-        with self.own.writing(self.name(index)) as temporary:
+        with self.own.writing(self.name(index), durable=False) as temporary:  # `has` finds those that a crash cut
             Image.fromarray(image).save(temporary, format="PNG")
 
     def note_seconds(self, process: int, images: int, seconds: float) -> None:

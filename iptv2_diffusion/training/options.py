@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from iptv2_diffusion.data.files import user_path
+from iptv2_diffusion.files import atomic, user_path
 from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_json, read_yaml
 from iptv2_diffusion.training.errors import ConfigError
 
@@ -235,7 +235,8 @@ def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration, every field, as YAML that `--config` reads back."""
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=110)
-    Path(path).write_text(text, encoding="utf-8")
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
