@@ -21,6 +21,7 @@ __all__ = [
     "is_left_behind",
     "printable",
     "user_path",
+    "write_text",
 ]
 
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -93,6 +94,12 @@ def atomic(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # the error of the block matters, not this one
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8 by `atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def is_left_behind(path: Path) -> bool:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from iptv2_diffusion.data.archives import file_of
 from iptv2_diffusion.data.draws import StepDraws, derive_seed
 from iptv2_diffusion.data.latent_encoding import Encoding, encode_shard
-from iptv2_diffusion.files import atomic, is_left_behind
+from iptv2_diffusion.files import atomic, is_left_behind, write_text
 
 if TYPE_CHECKING:
     from iptv2_diffusion.data.images import ImageTensors
@@ -228,8 +228,7 @@ class _Maker:
             raise ValueError(f"none of the {len(self.images)} images can be read; the first: {first}")
         shards = {path.name: path.stat().st_size for path in self.paths}
         index = {**description, "count": count, "latent_shape": shape, "shards": shards}
-        with atomic(self.folder / "index.json") as temporary:
-            temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        write_text(self.folder / "index.json", json.dumps(index, indent=1))
         for path in self.folder.glob(".tmp-*"):
             if is_left_behind(path):
                 path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, read_image_file
-from iptv2_diffusion.files import atomic
+from iptv2_diffusion.files import atomic, write_text
 
 __all__ = ["ImageStore", "PatchSampler", "read_image", "transform"]
 
@@ -138,8 +138,7 @@ def decode_into(
                 scaled = image if scale == 1 else shrink(image, scale, path)
                 sizes.append(scaled.shape[:2])
                 file.write(np.ascontiguousarray(scaled).tobytes())
-    with atomic(index) as temporary:
-        temporary.write_text(json.dumps({"dtype": str(dtype), "sizes": sizes}), encoding="utf-8")
+    write_text(index, json.dumps({"dtype": str(dtype), "sizes": sizes}))
 
 
 def shrink(image: np.ndarray, scale: float, path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from iptv2_diffusion.files import atomic
+from iptv2_diffusion.files import write_text
 from iptv2_diffusion.training.errors import ConfigError
 
 
@@ -43,8 +43,7 @@ class MetricLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = read_metrics(self.path) if resumed_step else []
             kept = [row for row in rows if row["step"] < resumed_step + (evaluated or "loss" in row)]
-            with atomic(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line. NaN and infinity become null, which is what JSON has."""
