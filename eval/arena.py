@@ -24,52 +24,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from iptv2_diffusion.files import write_text
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.options import config_to_dict, option, parse_config
+from iptv2_diffusion.training.options import Config, config_to_dict, option, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = ("kid", "kid_error", "fd_pca64", "fd_train", "nearest_neighbour_median", "sampling_seconds_per_image")
 
 
-@dataclass(kw_only=True)
-class ArenaConfig:
+@dataclass(frozen=True, kw_only=True)
+class ArenaConfig(Config):
     """Options of a comparison at one model size."""
 
     size: str = option("small", "name of this size in the results")
     recipe: tuple[str, ...] = option(
-        ("configs/arena/emoji64/recipe.yaml",), "train_ldm.py's configuration files, the later over the earlier"
+        ("configs/arena/emoji64/recipe.yaml",),
+        "configuration files for train_ldm.py; a later one overrides an earlier one",
     )
     models: dict = option(  # noqa: RUF009
-        {}, "JSON or YAML: model -> shape -> preset (`model`), overrides, and `learning_rate` if it is known"
+        {}, "model -> shape -> preset (`model`), overrides and a known `learning_rate`, as JSON or YAML", nonempty=True
     )
-    tolerance: float = option(3.0, "per cent by which MACs may differ between shapes")
-    learning_rates: list[float] = option([1e-3, 2e-3, 4e-3], "the grid, the same for every shape")  # noqa: RUF009
-    grid_steps: int = option(1000, "steps of a run of the grid")
-    max_train_steps: int = option(4000, "steps of a full run")
-    seeds: list[int] = option([0, 1, 2], "of the full runs; the grid uses the first")  # noqa: RUF009
-    num_threads: int = option(1, "CPU threads of a run")
-    num_samples: int = option(1731, "of each full run; classes as frequent as among the held-out images")
-    guidance_scale: float = option(2.0, "classifier-free guidance of the samples")
-    num_inference_steps: int = option(25, "sampling steps")
-    variant_column: str | None = option(
-        "skin_tone", "samples are held to images where this column is empty; none: to all"
+    tolerance: float = option(3.0, "largest difference of MACs between shapes, in per cent", at_least=0)
+    learning_rates: list[float] = option(  # noqa: RUF009
+        [1e-3, 2e-3, 4e-3], "learning rates of the grid, the same for every shape", above=0, nonempty=True
     )
-    encoder_size: int = option(64, "pixels at which EfficientNet-Lite0 sees an image")
+    grid_steps: int = option(1000, "steps of a run of the grid", at_least=1)
+    max_train_steps: int = option(4000, "steps of a full run", at_least=1)
+    seeds: list[int] = option([0, 1, 2], "seeds of the full runs; the grid uses the first", nonempty=True)  # noqa: RUF009
+    num_threads: int = option(1, "CPU threads of a run", at_least=1)
+    num_samples: int = option(1731, "samples of each full run, with the held-out images' class shares", at_least=1)
+    guidance_scale: float = option(2.0, "classifier-free guidance scale of the samples")
+    num_inference_steps: int = option(25, "number of denoising steps", at_least=1)
+    variant_column: str | None = option("skin_tone", "compare with images where this column is empty; none: with all")
+    encoder_size: int = option(64, "size in pixels at which EfficientNet-Lite0 sees an image", at_least=32)
     stop_after: Literal["count", "grid", "train", "score"] = option(
-        "score", "count: only compare MACs; grid: the short runs; train: the full ones; score: all"
+        "score", "last stage to run: count: compare MACs; grid: the short runs; train: the full runs; score: all"
     )
     output_dir: str = option("runs/arena-emoji64", "folder of the runs")
-    results: str = option("docs/results/arena-emoji64.json", "a list of rows; those of these shapes are replaced")
-
-    def validate(self) -> None:
-        for name in ("learning_rates", "seeds", "models"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is empty; give at least one")
-        for name in ("grid_steps", "max_train_steps", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+    results: str = option(
+        "docs/results/arena-emoji64.json", "file of results, a list of rows; the rows of these shapes are replaced"
+    )
 
 
 @dataclass
@@ -119,9 +115,11 @@ def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
     costs = {}
     for name, shapes in config.models.items():
         for shape, arguments in shapes.items():
-            with user_errors(ValueError, TypeError, KeyError):
-                arguments = {k: v for k, v in arguments.items() if k != "learning_rate"}
-                model = create_model(**{"name" if k == "model" else k: v for k, v in arguments.items()})
+            if "model" not in arguments:
+                raise ConfigError(f"models: {name}/{shape} has no `model`; name its preset")
+            overrides = {k: v for k, v in arguments.items() if k not in ("model", "learning_rate")}
+            with user_errors(OSError, ValueError):
+                model = create_model(arguments["model"], **overrides)
             costs[name, shape] = {
                 "parameters": count_parameters(model),
                 "macs_fused": count_macs(model.fuse() if hasattr(model, "fuse") else model),
@@ -243,11 +241,14 @@ def load_split(config: ArenaConfig, recipe: dict[str, Any], split: str) -> tuple
 
     from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 
-    with user_errors(OSError, ValueError, KeyError):
+    with user_errors(OSError, ValueError):
         images = ImageTensors(load_image_dataset(recipe["data"], split=split), size=recipe["resolution"])
         indices = images.valid_indices()
         if config.variant_column:
-            variants = datasets.load_dataset(recipe["data"], split=split)[config.variant_column]
+            table = datasets.load_dataset(recipe["data"], split=split)
+            if config.variant_column not in table.column_names:
+                raise ConfigError(f"no column {config.variant_column!r}; there are {', '.join(table.column_names)}")
+            variants = table[config.variant_column]
             indices = [i for i in indices if not variants[i]]
         return images.pixels(indices), [images.labels[i] for i in indices]
 
@@ -292,7 +293,7 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
         "nearest_neighbour_median": distance.median().item(),
         "sampling_seconds_per_image": folder.seconds_per_image(),
     }
-    path.write_text(json.dumps({"about": about, "scores": result}, indent=1) + "\n")
+    write_text(path, json.dumps({"about": about, "scores": result}, indent=1) + "\n")
     return result
 
 
@@ -361,8 +362,8 @@ def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, An
     }
     with user_errors(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(saved + rows, indent=1) + "\n")
-        beside.write_text(json.dumps(about, indent=1) + "\n")
+        write_text(path, json.dumps(saved + rows, indent=1) + "\n")
+        write_text(beside, json.dumps(about, indent=1) + "\n")
     return path
 
 

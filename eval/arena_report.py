@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
-from iptv2_diffusion.training.options import option, parse_config
+from iptv2_diffusion.training.options import Config, option, parse_config
 
 METRICS = {
     "held_out_loss": "held-out loss",
@@ -27,13 +27,13 @@ METRICS = {
 }
 
 
-@dataclass(kw_only=True)
-class ReportConfig:
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Config):
     """Options of the report."""
 
-    results: str = option("docs/results/arena-emoji64.json", "what eval/arena.py wrote")
-    runs: str = option("runs/arena-emoji64", "folder of the runs, for the pictures of samples")
-    columns: int = option(12, "samples of each model")
+    results: str = option("docs/results/arena-emoji64.json", "file of results, written by eval/arena.py")
+    runs: str = option("runs/arena-emoji64", "folder of the runs, for the sample grids")
+    columns: int = option(12, "number of samples of each model", at_least=1)
 
 
 Group = dict[tuple[str, str], list[dict[str, Any]]]

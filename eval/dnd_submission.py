@@ -17,28 +17,32 @@ from pathlib import Path
 
 import torch
 
-from iptv2_diffusion.data.files import user_path
 from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.data.real_noise import DND
 from iptv2_diffusion.evaluation.dnd_files import bundle, crop_path, write_crop
+from iptv2_diffusion.files import user_path
 from iptv2_diffusion.training.errors import UserError, run_main, user_errors
 
 
 def main(argv: list[str] | None = None) -> int:
     """Denoise the missing crops and bundle all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=user_path, required=True, help="the folder dnd_2017")
-    parser.add_argument("--model", required=True, type=os.path.expanduser, help="pipeline folder")
-    parser.add_argument("--output", type=user_path, default=Path("runs/dnd"), help="folder to write to")
+    parser.add_argument("--data", type=user_path, required=True, help="folder of the data set, dnd_2017")
+    parser.add_argument("--model", required=True, type=os.path.expanduser, help="folder of a restoration pipeline")
+    parser.add_argument(
+        "--output", type=user_path, default=Path("runs/dnd"), help="folder for the denoised crops [runs/dnd]"
+    )
     parser.add_argument(
         "--sigma",
         choices=("given", "estimated"),
         default="given",
-        help="for a model that takes it: each crop's noise level by info.mat, or by the pipeline's own estimate",
+        help="noise level of each crop, for a model that takes it: from info.mat, or estimated by the pipeline [given]",
     )
-    parser.add_argument("--self_ensemble", action="store_true", help="mean over 8 flips and rotations; 8 x slower")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-    parser.add_argument("--num_threads", type=int, help="of torch")
+    parser.add_argument(
+        "--self_ensemble", action="store_true", help="use the mean over 8 flips and rotations; 8 x slower"
+    )
+    parser.add_argument("--device", default="cpu", help="device to run on: cpu, cuda or mps [cpu]")
+    parser.add_argument("--num_threads", type=int, help="CPU threads [the choice of torch]")
     options = parser.parse_args(argv)
     if options.num_threads:
         torch.set_num_threads(options.num_threads)

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iptv2_diffusion.data.files import inside
 from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.evaluation.generation_metrics import (
     FeatureExtractor,
@@ -40,6 +39,7 @@ from iptv2_diffusion.evaluation.generation_metrics import (
 )
 from iptv2_diffusion.evaluation.reference_images import ReferenceImages
 from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, SampleFolder, generate, start_accelerator
+from iptv2_diffusion.files import inside
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import available_cores
@@ -60,37 +60,50 @@ PUBLISHED = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(GenerationConfig):
     """Options of the models, the reference and the metrics."""
 
     models: list[dict] = option(  # noqa: RUF009
-        [], "each with any of the options of images and sampler, and name, training_steps, training_hours", group="run"
+        [],
+        "pipelines to compare, each with any of the options of images and sampler, and name, training_steps and "
+        "training_hours; empty: one, of the options here",
+        group="run",
     )
     output_dir: str = option("runs/benchmark", "folder for the images and the results", free=True)
-    reference: str = option("data/emoji64", "folder, data set, or ADM's .npz (with its stored statistics)")
-    reference_split: str = option("train", "split of a data set")
-    resolution: int = option(64, "reference images of a folder or data set are cropped to it as by ADM")
-    extractors: list[str] = option(  # noqa: RUF009
-        ["inception"], "of: inception, efficientnet-lite0 (or efficientnet-lite0@64), dinov2 (or dinov2:NAME_OR_FOLDER)"
+    reference: str = option(
+        "data/emoji64", "reference images: a folder, a data set, or ADM's .npz with its stored statistics"
     )
-    inception_weights: str | None = option(None, "local copy of Inception's weights; none: downloaded")
-    allow_small_n: bool = option(False, "score fewer samples or references than features, although that is void")
-    pca_components: int = option(64, "of the low-dimensional Fréchet distance")
-    precision_recall_references: int = option(10_000, "at most; ADM: 10,000")
-    repeats: int = option(20, "half samples for the standard errors; 0: none")
-    published: bool = option(False, "draw the papers' ImageNet 256 figures too, where the first encoder is Inception")
+    reference_split: str = option("train", "split of a reference data set")
+    resolution: int = option(
+        64, "size to which reference images are cropped, as by ADM; an .npz has its own", at_least=1
+    )
+    extractors: list[str] = option(  # noqa: RUF009
+        ["inception"],
+        "encoders to score with: inception, efficientnet-lite0 (or efficientnet-lite0@64), dinov2 (or "
+        "dinov2:NAME_OR_FOLDER)",
+        nonempty=True,
+    )
+    inception_weights: str | None = option(None, "local copy of Inception's weights; none: download them")
+    allow_small_n: bool = option(
+        False, "score fewer samples or references than features, although such a distance is mostly bias"
+    )
+    pca_components: int = option(64, "number of components of the low-dimensional Fréchet distance", at_least=1)
+    precision_recall_references: int = option(
+        10_000, "largest number of references for precision and recall (ADM: 10,000)", at_least=1
+    )
+    repeats: int = option(20, "number of half samples for the standard errors; 0: no errors", at_least=0)
+    published: bool = option(
+        False, "draw the ImageNet 256 figures of the papers too, if the first encoder is Inception"
+    )
 
     def validate(self) -> None:
         super().validate()
-        for name in ("resolution", "pca_components", "precision_recall_references"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.repeats < 0 or self.repeats == 1:
-            raise ConfigError(f"repeats is {self.repeats}; a standard error takes at least 2, 0 leaves it out")
+        if self.repeats == 1:
+            raise ConfigError("repeats is 1; a standard error needs at least 2, and 0 leaves it out")
         names = [entry.name for entry in self.entries()]
         if len(set(names)) < len(names):
-            raise ConfigError(f"models of one name: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
+            raise ConfigError(f"models share a name: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
 
     def entries(self) -> list[Entry]:
         """Return the models, each with its own options over the common ones."""
@@ -117,7 +130,6 @@ class Entry:
         facts = {key: options.pop(key, None) for key in ("name", "training_steps", "training_hours")}
         common = GenerationConfig(**{f.name: getattr(config, f.name) for f in fields(GenerationConfig)})
         generation = replace(common, **coerce_fields(GenerationConfig, options, "models"))
-        generation.validate()
         path = Path(generation.pipeline)
         logged = [row for row in read_metrics(path.parent / "metrics.jsonl") if "seconds" in row]
         steps, hours = facts["training_steps"], facts["training_hours"]
@@ -144,7 +156,7 @@ def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], r
     """
     fewest = min(reference.count, *(e.generation.num_samples for e in config.entries()))
     if fewest < 4:
-        raise ConfigError(f"there are {fewest} images to compare; give at least 4 samples and 4 references")
+        raise ConfigError(f"there are {fewest} images to compare; use at least 4 samples and 4 references")
     for extractor in extractors:
         if config.pca_components > (most := min(reference.count - 1, extractor.dimensions)):
             raise ConfigError(

@@ -27,12 +27,12 @@ examples:
 """
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplesConfig(GenerationConfig):
     """Options of the images and their folder."""
 
-    output_dir: str = option("runs/samples", "folder for images/ and what belongs to them", group="results", free=True)
-    npz: bool = option(True, "write ADM's samples_NxHxWx3.npz too", group="results", free=True)
+    output_dir: str = option("runs/samples", "folder for the images and their description", group="results", free=True)
+    npz: bool = option(True, "write the file for ADM's evaluator too, samples_NxHxWx3.npz", group="results", free=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iptv2_diffusion.files import write_text
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
-from iptv2_diffusion.training.options import option, parse_config
+from iptv2_diffusion.training.options import Config, option, parse_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,24 +26,20 @@ if TYPE_CHECKING:
     from iptv2_diffusion import IPTV2Pipeline
 
 
-@dataclass(kw_only=True)
-class NeighbourConfig:
+@dataclass(frozen=True, kw_only=True)
+class NeighbourConfig(Config):
     """Options of the samples and the data set."""
 
     pipeline: str = option("assets/iptv2-emoji64", "folder of a class-conditional pipeline")
-    data: str = option("data/emoji64", "folder, parquet or Hub name, as in training")
-    train_split: str = option("train", "split it was trained on")
-    heldout_split: str = option("heldout", "split it never saw")
-    resolution: int = option(64, "image size")
-    per_class: int = option(32, "samples of each class")
-    num_inference_steps: int = option(30, "sampling steps")
-    guidance_scale: float = option(3.0, "classifier-free guidance")
-    seed: int = option(0, "sample i uses seed + i")
+    data: str = option("data/emoji64", "data of the training: a folder, parquet shards, or a name on the Hub")
+    train_split: str = option("train", "split that the pipeline was trained on")
+    heldout_split: str = option("heldout", "split that the pipeline never saw")
+    resolution: int = option(64, "image size in pixels", at_least=1)
+    per_class: int = option(32, "number of samples of each class", at_least=1)
+    num_inference_steps: int = option(30, "number of denoising steps", at_least=1)
+    guidance_scale: float = option(3.0, "classifier-free guidance scale; 1: no guidance")
+    seed: int = option(0, "seed; sample i uses seed + i")
     output_dir: str = option("runs/neighbours", "folder for neighbours.json and neighbours.png")
-
-    def validate(self) -> None:
-        if self.per_class < 1:
-            raise ConfigError(f"per_class is {self.per_class}; it must be at least 1")
 
 
 def load_split(config: NeighbourConfig, split: str) -> Tensor:
@@ -120,7 +117,7 @@ def main() -> int:
         "samples": len(samples),
         "command": " ".join(sys.argv),
     }
-    (output_dir / "neighbours.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_text(output_dir / "neighbours.json", json.dumps(result, indent=2) + "\n")
     names = [pipeline.id2label.get(label, f"class {label}") for label in range(pipeline.num_classes)]
     write_picture(samples, train[index], names, output_dir / "neighbours.png")
     print(json.dumps(result, indent=2))

@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iptv2_diffusion.training.errors import UserError, run_main, user_errors
-from iptv2_diffusion.training.options import option, parse_config
+from iptv2_diffusion.training.options import Config, option, parse_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(kw_only=True)
-class ReconstructConfig:
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(Config):
     """Options of the average and its run."""
 
-    run: str = option("runs/run", "folder of a run that was trained with --ema power and has ended")
-    sigma_rel: float = option(0.075, "relative width of the average, in (0, 0.28); 0.05 to 0.15 is usual")
-    steps: int | None = option(None, "average as of this step; none: the last snapshot's")
+    run: str = option("runs/run", "folder of a finished run that was trained with --ema power")
+    sigma_rel: float = option(0.075, "relative width of the average; 0.05 to 0.15 is usual", above=0, below=0.28)
+    steps: int | None = option(
+        None, "training step at which the average ends; none: the step of the last snapshot", at_least=1
+    )
     output_dir: str | None = option(None, "folder of the new pipeline; none: RUN/pipeline-SIGMA_REL")
 
 

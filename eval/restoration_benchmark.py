@@ -33,7 +33,6 @@ import torch
 from PIL import Image
 
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
-from iptv2_diffusion.data.files import user_path
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
 from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.data.pairs import LAYOUTS, find_images, find_pairs
@@ -43,9 +42,11 @@ from iptv2_diffusion.evaluation.peers import PEERS, Restorer, peer
 from iptv2_diffusion.evaluation.pictures import side_by_side
 from iptv2_diffusion.evaluation.restoration_metrics import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
 from iptv2_diffusion.evaluation.speed import PeakMemory, describe_machine
+from iptv2_diffusion.files import user_path
 from iptv2_diffusion.memory import keep_freed_memory
 from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
+from iptv2_diffusion.training.options import Range
 
 SIDD_VALIDATION = "sidd_validation"
 SHOWN = 24  # number of images whose crops are written
@@ -136,7 +137,11 @@ def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Pat
 # Degradations
 
 LEVELS = {"noise": (15, 25, 50), "motion_blur": (5, 10, 15), "rain": (0.003, 0.006, 0.012)}
-RANGES = {"noise": (0, 255), "motion_blur": (1, 100), "rain": (0, 1)}
+RANGES = {
+    "noise": Range(above=0, at_most=255),
+    "motion_blur": Range(above=1, at_most=100),
+    "rain": Range(above=0, at_most=1),
+}
 SYNTHETIC = {"motion_blur": MotionBlur, "rain": RainStreaks}
 
 
@@ -279,43 +284,52 @@ def table(rows: list[dict], title: str, protocol: str, header: str) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises a `UserError` for options that contradict each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", type=user_path, default=[], help="pipeline folders")
-    parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="to measure beside them")
-    parser.add_argument("--images", help="folder of clean photographs [six of scikit-image and scikit-learn]")
-    parser.add_argument("--layout", choices=(*LAYOUTS, SIDD_VALIDATION), help="measure on a data set's test pairs")
+    parser.add_argument("--models", nargs="*", type=user_path, default=[], help="folders of pipelines to measure")
+    parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="other denoisers to compare with")
+    parser.add_argument("--images", help="folder of clean photographs [the six in scikit-image and scikit-learn]")
+    parser.add_argument(
+        "--layout", choices=(*LAYOUTS, SIDD_VALIDATION), help="layout of a data set whose test pairs are used instead"
+    )
     parser.add_argument("--data", help="folder of that data set, as unpacked")
-    parser.add_argument("--first", type=int, help="only the first so many photographs")
-    parser.add_argument("--degradation", choices=sorted(LEVELS), default="noise")
-    parser.add_argument("--levels", nargs="*", type=float, help=f"of the degradation {LEVELS}")
+    parser.add_argument("--first", type=int, help="use only this many photographs, the first ones")
+    parser.add_argument("--degradation", choices=sorted(LEVELS), default="noise", help="how to degrade them [noise]")
+    parser.add_argument("--levels", nargs="*", type=float, help=f"levels of the degradation {LEVELS}")
     parser.add_argument("--gray", action="store_true", help="make the photographs gray")
-    parser.add_argument("--estimate_sigma", action="store_true", help="do not tell our models the noise level")
-    parser.add_argument("--self_ensemble", action="store_true", help="for our models")
-    parser.add_argument("--channels", choices=("rgb", "y"), default="rgb")
-    parser.add_argument("--crop", type=int, default=0, help="pixels left out at each border")
+    parser.add_argument("--estimate_sigma", action="store_true", help="let our models estimate the noise level")
+    parser.add_argument(
+        "--self_ensemble", action="store_true", help="use the mean over 8 flips and rotations; for our models"
+    )
+    parser.add_argument("--channels", choices=("rgb", "y"), default="rgb", help="compare colours, or luma (y) [rgb]")
+    parser.add_argument("--crop", type=int, default=0, help="number of pixels left out at each border [0]")
     parser.add_argument("--round", action="store_true", help="quantise to 8 bits before comparing")
-    parser.add_argument("--lpips", choices=(*LPIPS_NETWORKS, "none"), default="alex", help="if its weights are there")
-    parser.add_argument("--num_threads", type=int, default=1, help="of torch")
-    parser.add_argument("--output", type=user_path, default=Path("runs/restoration_benchmark"))
+    parser.add_argument(
+        "--lpips",
+        choices=(*LPIPS_NETWORKS, "none"),
+        default="alex",
+        help="network of LPIPS, if its weights are there [alex]",
+    )
+    parser.add_argument("--num_threads", type=int, default=1, help="CPU threads [1]")
+    parser.add_argument(
+        "--output", type=user_path, default=Path("runs/restoration_benchmark"), help="folder for the results"
+    )
     parser.add_argument(
         "--max_pixels", type=int, default=DEFAULT_LIMITS.pixels, help="refuse images of more pixels before decoding"
     )
     options = parser.parse_args(argv)
     options.levels = options.levels or LEVELS[options.degradation]
-    low, high = RANGES[options.degradation]
-    if not all(low < level <= high for level in options.levels):
-        shown = " ".join(f"{level:g}" for level in options.levels)
-        raise UserError(f"--levels is {shown}; of {options.degradation} they lie above {low}, up to {high}")
-    if options.first is not None and options.first < 1:
-        raise UserError(f"--first is {options.first}; it must be at least 1")
+    RANGES[options.degradation].check(f"--levels of {options.degradation}", options.levels)
+    Range(at_least=1).check("--first", options.first)
+    Range(at_least=1).check("--num_threads", options.num_threads)
+    Range(at_least=0).check("--crop", options.crop)
     options.noise = options.degradation == "noise" and options.layout is None
     if (options.layout is None) != (options.data is None):
-        raise UserError("--layout names the form of a data set and --data its folder; give both or none")
+        raise UserError("--layout and --data go together: the layout of a data set and its folder; give both or none")
     if options.layout and (options.images or options.gray):
-        raise UserError(f"--layout {options.layout} has its own images; leave --images and --gray out")
+        raise UserError(f"--layout {options.layout} has images of its own; leave out --images and --gray")
     if options.peers and not options.noise:
-        raise UserError(f"{', '.join(options.peers)} remove noise of a known level only; leave --peers out")
+        raise UserError(f"--peers {' '.join(options.peers)} needs noise of a known level; leave it out")
     if options.gray and "ffdnet" in options.peers:
-        raise UserError("ffdnet's weights are for colour; leave it out of --peers, or --gray")
+        raise UserError("the weights of ffdnet are for colour; leave ffdnet or --gray out")
     return options
 
 

@@ -29,44 +29,49 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, user_errors
-from iptv2_diffusion.training.options import option, parse_config
-
-CHOICES = {
-    "modes": ("inference", "training"),
-    "forms": ("fused", "unfused", "compiled"),
-    "precisions": ("float32", "bfloat16", "float16"),
-}
+from iptv2_diffusion.training.options import Config, option, parse_config
 
 
-@dataclass(kw_only=True)
-class ThroughputConfig:
+@dataclass(frozen=True, kw_only=True)
+class ThroughputConfig(Config):
     """Options of the measurement. Lists are separated by commas; every combination is a row."""
 
-    models: str = option("emoji64-s,dit-emoji64-s", "names, commas between; the last is what the others are held to")
-    modes: tuple[str, ...] = option(("training", "inference"), "training (a forward and a backward), inference")
-    forms: tuple[str, ...] = option(
-        ("fused",), "of inference: fused, unfused (branch by branch), compiled (fused, by torch.compile)"
+    models: str = option(
+        "emoji64-s,dit-emoji64-s", "names, separated by commas; the others are compared with the last one"
     )
-    batch_size: tuple[int, ...] = option((32,), "samples a step")
-    latent_size: tuple[int, ...] = option((), "sides of the latent; empty: each model's own")
-    precisions: tuple[str, ...] = option(("float32", "bfloat16"), "of autocast; float32 is none")
-    device: Literal["cpu", "cuda"] = option("cpu", "where the models run; a GPU is waited for before the clock is read")
-    cuda_graphs: bool = option(False, "on a GPU: replay recorded steps, so that starting kernels takes no time")
-    allow_tf32: bool = option(False, "on a GPU: float32 products with 10 bits of mantissa")
-    num_threads: tuple[int, ...] = option((2,), "CPU threads")
-    rounds: int = option(7, "counted rounds after one warm-up")
+    modes: tuple[Literal["inference", "training"], ...] = option(
+        ("training", "inference"), "what to time: training (a forward and a backward pass), inference"
+    )
+    forms: tuple[Literal["fused", "unfused", "compiled"], ...] = option(
+        ("fused",),
+        "forms of the model in inference: fused, unfused (branch by branch), compiled (fused, torch.compile)",
+    )
+    batch_size: tuple[int, ...] = option((32,), "samples per step", at_least=1, nonempty=True)
+    latent_size: tuple[int, ...] = option((), "side of the latents; empty: the size of each model", at_least=1)
+    precisions: tuple[Literal["float32", "bfloat16", "float16"], ...] = option(
+        ("float32", "bfloat16"), "autocast precisions; float32: no autocast"
+    )
+    device: Literal["cpu", "cuda"] = option("cpu", "device that runs the models; times of a GPU include its waiting")
+    cuda_graphs: bool = option(False, "replay recorded steps on a GPU, so that starting kernels takes no time")
+    allow_tf32: bool = option(False, "let a GPU multiply float32 matrices with 10 bits of mantissa")
+    num_threads: tuple[int, ...] = option((2,), "CPU threads", at_least=1, nonempty=True)
+    rounds: int = option(7, "number of timed rounds, after one warm-up", at_least=1)
     clock: Literal["wall", "cpu"] = option(
-        "wall", "cpu: seconds of the CPU, all threads together, where others use the machine too; with one thread"
+        "wall",
+        "clock to read; cpu: CPU seconds of all threads together, for a machine that others use too; use one thread",
     )
-    memory: bool = option(False, "the peak of each row as well, each in a process of its own")
-    memory_only: bool = option(False, "time nothing: the first row's peak")
-    operators: bool = option(False, "a table by kind of operator instead")
-    megapixels: tuple[float, ...] = option((), "restore images of so many megapixels instead")
-    tiles: tuple[str, ...] = option(("none", "512"), "with megapixels: sides of the tiles, none: the whole image")
-    output_dir: str | None = option(None, "for rows.csv, rows.md and plots")
+    memory: bool = option(False, "measure the peak memory of each row too, each in a process of its own")
+    memory_only: bool = option(False, "measure the peak memory of the first row and time nothing")
+    operators: bool = option(False, "print a table by kind of operator instead")
+    megapixels: tuple[float, ...] = option((), "restore images of this many megapixels instead", above=0)
+    tiles: tuple[str, ...] = option(
+        ("none", "512"), "sides of the tiles, with megapixels; none: the whole image at once"
+    )
+    output_dir: str | None = option(None, "folder for rows.csv, rows.md and plots; none: only print")
     quick: bool = option(
         False,
-        "iptv2-s beside dit-s-2 (inference, batch 4) and emoji64-s beside dit-emoji64-s (training, batch 64), float32",
+        "time iptv2-s beside dit-s-2 (inference, batch 4) and emoji64-s beside dit-emoji64-s (training, batch 64), in "
+        "float32 only",
     )
 
     @property
@@ -81,23 +86,15 @@ class ThroughputConfig:
         return re.split(r",(?![^\[]*\])", self.models)  # commas inside brackets belong to a model's arguments
 
     def validate(self) -> None:
-        for name in ("batch_size", "latent_size", "num_threads", "rounds", "megapixels"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,), default=1) <= 0:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        for name, known in CHOICES.items():
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ConfigError(f"{name} names {value!r}; use {', '.join(known)}")
         for tile in self.tiles:
             if tile != "none" and not tile.isdecimal():
-                raise ConfigError(f"tiles names {tile!r}; use none or a number of pixels")
+                raise ConfigError(f"tiles names {tile!r}; use a number of pixels, or none")
         if self.device == "cuda" and self.clock == "cpu":
-            raise ConfigError("clock cpu counts none of a GPU's time; use --clock wall with --device cuda")
+            raise ConfigError("clock cpu does not count the time of a GPU; use --clock wall with --device cuda")
         if self.cuda_graphs and self.device != "cuda":
-            raise ConfigError("cuda_graphs records a GPU's work; add --device cuda")
+            raise ConfigError("cuda_graphs needs a GPU; add --device cuda")
         if self.cuda_graphs and (self.quick or self.operators or self.megapixels):
-            raise ConfigError("cuda_graphs goes with plain rows only; leave out quick, operators and megapixels")
+            raise ConfigError("cuda_graphs works for plain rows only; leave out quick, operators and megapixels")
 
 
 def waiting_clock() -> float:
@@ -343,7 +340,7 @@ def main() -> int:
     from iptv2_diffusion.memory import keep_freed_memory
 
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, and torch finds no GPU here; leave it out for the CPU")
+        raise ConfigError("device is cuda, but torch finds no GPU; leave it out to use the CPU")
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.set_num_threads(config.num_threads[0])
     if config.device == "cpu":

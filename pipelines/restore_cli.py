@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from iptv2_diffusion.data.files import DISK_ERRORS, forgiving_streams, printable, user_path
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, ImageFile, Limits, read_image_file
 from iptv2_diffusion.data.image_folders import image_files
 from iptv2_diffusion.data.own_folder import ForeignFolderError, OwnFolder
+from iptv2_diffusion.files import DISK_ERRORS, forgiving_streams, printable, user_path
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
@@ -118,31 +118,44 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "iptv2-restore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", type=user_path, metavar="IN", help="pictures and folders of pictures")
-    parser.add_argument("-o", "--output", required=True, type=user_path, metavar="OUT", help="folder to write to")
+    parser.add_argument("inputs", nargs="+", type=user_path, metavar="IN", help="pictures, and folders of pictures")
     parser.add_argument(
-        "--model", required=True, type=os.path.expanduser, help="pipeline folder, or its name on the Hub"
+        "-o", "--output", required=True, type=user_path, metavar="OUT", help="folder for the restored pictures"
     )
-    parser.add_argument("--sigma", type=float, help="noise level, 0-255 [estimated for each picture]")
-    parser.add_argument("--task", type=int, help="for a model of several tasks")
-    parser.add_argument("--strength", type=float, default=1.0, help="0: the input, 1: fully restored [1]")
-    parser.add_argument("--tile", default="auto", help="side of tiles in pixels, auto, or none [auto]")
-    parser.add_argument("--overlap", type=int, help="pixels that tiles share [an eighth of the tile]")
     parser.add_argument(
-        "--memory", type=float, default=0.5, help="GB for the activations of a tile with --tile auto [0.5]"
+        "--model", required=True, type=os.path.expanduser, help="folder or Hub name of a restoration pipeline"
     )
-    parser.add_argument("--self-ensemble", action="store_true", help="mean over 8 flips and rotations; 8 x slower")
-    parser.add_argument("--bits", type=int, choices=(8, 16), help="a channel, 16 for PNG and TIFF only [the input's]")
+    parser.add_argument("--sigma", type=float, help="noise level on the 0-255 scale [estimated for each picture]")
+    parser.add_argument("--task", type=int, help="number of the task, for a model that has several")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="share of the restored picture in the result: 0: the input, 1: fully restored [1]",
+    )
+    parser.add_argument("--tile", default="auto", help="side of the tiles in pixels, auto, or none [auto]")
+    parser.add_argument(
+        "--overlap", type=int, help="number of pixels that neighbouring tiles share [an eighth of the tile]"
+    )
+    parser.add_argument(
+        "--memory", type=float, default=0.5, help="memory in GB for the activations of a tile, with --tile auto [0.5]"
+    )
+    parser.add_argument(
+        "--self-ensemble", action="store_true", help="use the mean over 8 flips and rotations; 8 x slower"
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=(8, 16), help="bits per channel; 16 for PNG and TIFF only [those of the input]"
+    )
     parser.add_argument(
         "--max-pixels",
         type=int,
         default=DEFAULT_LIMITS.pixels,
-        help=f"refuse pictures of more pixels, before they are decoded [{DEFAULT_LIMITS.pixels}]",
+        help=f"largest number of pixels of a picture; larger ones are refused unread [{DEFAULT_LIMITS.pixels}]",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [cpu]")
+    parser.add_argument("--device", default="cpu", help="device to run on: cpu, cuda or mps [cpu]")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.strength <= 1:
-        parser.error(f"--strength is {arguments.strength:g}; it must lie in 0 to 1")
+        parser.error(f"--strength is {arguments.strength:g}; it must lie in [0, 1]")
     if arguments.max_pixels < 1:
         parser.error(f"--max-pixels is {arguments.max_pixels}; it must be at least 1")
     if arguments.tile not in ("auto", "none"):

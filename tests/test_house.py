@@ -11,10 +11,21 @@ OURS = ("iptv2_diffusion", "train", "eval")
 # A floor may import itself and the floors below it
 FOUNDATION = [
     f"iptv2_diffusion.{name}"
-    for name in ("kernels", "models", "latents", "memory", "non_finite", "objectives", "sixteen_bit", "strict_yaml")
+    for name in (
+        "files",
+        "kernels",
+        "models",
+        "latents",
+        "memory",
+        "non_finite",
+        "objectives",
+        "sixteen_bit",
+        "strict_yaml",
+    )
 ]
 TRAINING = [*FOUNDATION, "iptv2_diffusion.data", "iptv2_diffusion.training"]
 BELOW = {
+    "iptv2_diffusion.files": [],
     "iptv2_diffusion.kernels": [],
     "iptv2_diffusion.models": ["iptv2_diffusion.kernels", "iptv2_diffusion.strict_yaml"],
     "iptv2_diffusion.strict_yaml": [],
@@ -23,7 +34,7 @@ BELOW = {
     "iptv2_diffusion.non_finite": [],
     "iptv2_diffusion.objectives": [],
     "iptv2_diffusion.sixteen_bit": ["iptv2_diffusion.data.image_files", "iptv2_diffusion.data.image_metadata"],
-    "iptv2_diffusion.data": ["iptv2_diffusion.latents", "iptv2_diffusion.sixteen_bit"],
+    "iptv2_diffusion.data": ["iptv2_diffusion.files", "iptv2_diffusion.latents", "iptv2_diffusion.sixteen_bit"],
     "iptv2_diffusion.training": [*FOUNDATION, "iptv2_diffusion.data"],
     "iptv2_diffusion.evaluation": TRAINING,
     "iptv2_diffusion.recipes": [*TRAINING, "iptv2_diffusion.evaluation"],
@@ -33,7 +44,7 @@ BELOW = {
         "iptv2_diffusion.memory",
         "iptv2_diffusion.non_finite",
         "iptv2_diffusion.sixteen_bit",
-        "iptv2_diffusion.data.files",
+        "iptv2_diffusion.files",
         "iptv2_diffusion.data.image_files",
         "iptv2_diffusion.data.image_folders",
         "iptv2_diffusion.data.own_folder",

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from iptv2_diffusion.files import atomic
+
 CACHE = Path("~/.cache/iptv2-diffusion/photographs").expanduser()
 HALVE_ABOVE = 1_000_000  # pixels
 
@@ -150,9 +152,8 @@ def write(source: object, path: Path) -> None:
         image = image.convert("RGB")
     if image.width * image.height > HALVE_ABOVE:
         image = image.reduce(2)
-    temporary = path.with_name(f".tmp-{path.name}")
-    image.save(temporary, format="PNG", compress_level=3)
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG", compress_level=3)
 
 
 def fail(message: str) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from iptv2_diffusion.data.files import printable
+from iptv2_diffusion.files import printable
 
 __all__ = ["Listing", "Meaning", "image_files", "is_of_tools", "list_folder", "split_of", "understand"]
 

@@ -31,9 +31,9 @@ from iptv2_diffusion.data.archives import (
     read_bytes,
 )
 from iptv2_diffusion.data.draws import generator_for
-from iptv2_diffusion.data.files import user_path
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, as_rgb, from_pillow, read_image_file
 from iptv2_diffusion.data.image_folders import Listing, is_of_tools, list_folder, split_of, understand
+from iptv2_diffusion.files import user_path
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")

@@ -17,15 +17,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import re
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -35,6 +31,7 @@ from tqdm import tqdm
 from iptv2_diffusion.data.archives import file_of
 from iptv2_diffusion.data.draws import StepDraws, derive_seed
 from iptv2_diffusion.data.latent_encoding import Encoding, encode_shard
+from iptv2_diffusion.files import atomic, is_left_behind, write_text
 
 if TYPE_CHECKING:
     from iptv2_diffusion.data.images import ImageTensors
@@ -202,7 +199,6 @@ class _Maker:
         self.paths = [folder / f"shard-{part.start:08d}-{part.stop:08d}.safetensors" for part in parts]
         folder.mkdir(parents=True, exist_ok=True)
         self.missing = [number for number, path in enumerate(self.paths) if not _is_shard(path)]
-        self.temporary = f".tmp-{socket.gethostname()}-{os.getpid()}-"  # another run may make the same shards
 
     def make_share(self, process: int, processes: int) -> None:
         """Make the missing shards whose number is `process` modulo `processes`."""
@@ -221,12 +217,8 @@ class _Maker:
                     batch_size=self.batch_size,
                     num_workers=self.num_workers,
                 )
-                temporary = self.folder / f"{self.temporary}{self.paths[number].name}"
-                try:
+                with atomic(self.paths[number]) as temporary:  # another run may make the same shard
                     save_file(tensors, temporary, metadata=metadata)
-                    os.replace(temporary, self.paths[number])
-                finally:  # a full disk is not to be kept full
-                    temporary.unlink(missing_ok=True)
                 bar.update(len(self.parts[number]))
 
     def finish(self, description: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -243,11 +235,9 @@ class _Maker:
             raise ValueError(f"none of the {len(self.images)} images can be read; the first: {first}")
         shards = {path.name: path.stat().st_size for path in self.paths}
         index = {**description, "count": count, "latent_shape": shape, "shards": shards}
-        temporary = self.folder / f"{self.temporary}index.json"
-        temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
-        os.replace(temporary, self.folder / "index.json")
+        write_text(self.folder / "index.json", json.dumps(index, indent=1))
         for path in self.folder.glob(".tmp-*"):
-            if _is_left_behind(path):
+            if is_left_behind(path):
                 path.unlink(missing_ok=True)
         seconds, views = time.perf_counter() - self.started, self.encoding.views
         made = sum(len(self.parts[number]) for number in self.missing)
@@ -262,12 +252,6 @@ def _unreadable(path: Path) -> list[str]:
     """What was wrong with the images that a shard lacks, see `encode_shard`."""
     with safe_open(path, framework="pt") as shard:
         return json.loads(shard.metadata()["unreadable"])
-
-
-def _is_left_behind(path: Path) -> bool:
-    """Whether a temporary file is of a killed run: of a process of this machine that no longer lives."""
-    match = re.fullmatch(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-(shard-[\d-]+|index)\.\w+", path.name)
-    return match is not None and not psutil.pid_exists(int(match[1]))
 
 
 def _is_shard(path: Path) -> bool:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from iptv2_diffusion.data.files import inside, printable, written_whole
+from iptv2_diffusion.files import atomic, inside, printable
 
 __all__ = ["RECORD", "ForeignFolderError", "OwnFolder"]
 
@@ -103,8 +103,12 @@ class OwnFolder:
         return name not in self.files and os.path.lexists(self.folder / name)
 
     @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
+    def writing(self, name: str, *, durable: bool = True) -> Iterator[Path]:
         """A path to write the file `name` to; then it is recorded and gets its name at once.
+
+        Args:
+            name: of the file, inside the folder.
+            durable: flush it to the disk, see `atomic`.
 
         Raises:
             ForeignFolderError: a file of that name is there that we did not make.
@@ -114,7 +118,7 @@ class OwnFolder:
         if self.is_foreign(name):
             raise ForeignFolderError(f"{printable(path)} was not made here; move it away, or choose another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
+        with atomic(path, durable=durable) as temporary:
             yield temporary
             self.record(name, temporary.stat().st_size)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from iptv2_diffusion.data.files import user_path
 from iptv2_diffusion.data.image_folders import image_files
+from iptv2_diffusion.files import user_path
 
 __all__ = ["LAYOUTS", "Pair", "find_images", "find_pairs"]
 

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iptv2_diffusion.data.files import written_whole
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, read_image_file
+from iptv2_diffusion.files import atomic, write_text
 
 __all__ = ["ImageStore", "PatchSampler", "read_image", "transform"]
 
@@ -128,7 +128,7 @@ def decode_into(
     """Write the pixels of all files one after another; the index, written last, makes the store valid."""
     data.parent.mkdir(parents=True, exist_ok=True)
     sizes, dtype = [], None
-    with written_whole(data) as temporary, temporary.open("wb") as file:
+    with atomic(data) as temporary, temporary.open("wb") as file:
         for path in files:
             image = read_image(path, channels, limits)
             if dtype not in (None, image.dtype):
@@ -138,8 +138,7 @@ def decode_into(
                 scaled = image if scale == 1 else shrink(image, scale, path)
                 sizes.append(scaled.shape[:2])
                 file.write(np.ascontiguousarray(scaled).tobytes())
-    with written_whole(index) as temporary:
-        temporary.write_text(json.dumps({"dtype": str(dtype), "sizes": sizes}), encoding="utf-8")
+    write_text(index, json.dumps({"dtype": str(dtype), "sizes": sizes}))
 
 
 def shrink(image: np.ndarray, scale: float, path: Path) -> np.ndarray:

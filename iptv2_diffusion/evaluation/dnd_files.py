@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from iptv2_diffusion.data.files import written_whole
 from iptv2_diffusion.data.real_noise import DND, read_mat
+from iptv2_diffusion.files import atomic
 
 __all__ = ["bundle", "crop_path", "write_crop"]
 
@@ -57,5 +57,5 @@ def save_mat(path: Path, contents: dict) -> None:
     """Write a MATLAB file atomically: to a temporary file first, then renamed."""
     from scipy.io import savemat
 
-    with written_whole(path) as temporary:
+    with atomic(path) as temporary:
         savemat(temporary, contents, appendmat=False)

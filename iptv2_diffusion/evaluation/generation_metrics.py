@@ -41,7 +41,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from iptv2_diffusion.data.files import file_sha256
+from iptv2_diffusion.files import file_sha256
 
 __all__ = [
     "FeatureExtractor",

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iptv2_diffusion.data.files import file_sha256, user_path
 from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 from iptv2_diffusion.evaluation.generation_metrics import Statistics
+from iptv2_diffusion.files import file_sha256, user_path
 
 __all__ = ["ReferenceImages"]
 

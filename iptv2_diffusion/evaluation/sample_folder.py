@@ -31,21 +31,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iptv2_diffusion.data.draws import derive_seed, generator_for
-from iptv2_diffusion.data.files import file_sha256
 from iptv2_diffusion.data.own_folder import OwnFolder
+from iptv2_diffusion.files import file_sha256
 from iptv2_diffusion.models.presets import count_macs, count_parameters
 from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.checkpoint import differing_fields
 from iptv2_diffusion.training.errors import ConfigError, LocalError, UserError, loading, user_errors
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import PROCESS_TIMEOUT, set_threads
-from iptv2_diffusion.training.options import frozen_fields, option
+from iptv2_diffusion.training.options import Config, frozen_fields, option
 
 CPU_GROUP_SIZE = 8
 RECIPE = "generation.json"
 IMAGES = "images"
 KIND = "generated images"
-_TEMPORARY = re.compile(r"\.tmp-(\d{6}|\d+-[0-9a-f]{8})\.png")  # names of this version and of earlier ones
+_TEMPORARY = re.compile(r"\.tmp-(\d{6}|([0-9a-f]{8}-)?\d+-[0-9a-f]{8})\.png")  # of this version and of earlier ones
 _PNG_END = b"IEND\xaeB`\x82"  # last chunk of a complete PNG file
 
 NOISE_SCHEDULERS = {
@@ -59,58 +59,69 @@ NOISE_SCHEDULERS = {
 FLOW_SCHEDULERS = {"flow-euler": "FlowMatchEulerDiscreteScheduler", "flow-heun": "FlowMatchHeunDiscreteScheduler"}
 
 
-@dataclass(kw_only=True)
-class GenerationConfig:
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(Config):
     """Options that determine the generated images."""
 
     pipeline: str = option(
         "assets/iptv2-emoji64", "folder or Hub name of an IPT-V2 or DiT pipeline", group="images", free=True
     )
-    num_samples: int = option(50_000, "images in all", group="images", free=True)
+    num_samples: int = option(50_000, "number of images to draw", group="images", free=True, at_least=1)
     labels: Literal["balanced", "random", "none"] = option(
-        "balanced", "image i has class i mod K; or a random one; or the null label", group="images"
+        "balanced",
+        "how labels are chosen: balanced: image i has class i mod K; random; none: the null label",
+        group="images",
     )
     class_counts: list[int] | None = option(  # noqa: RUF009
-        None, "of balanced labels: how many of each class there are in every sum(class_counts) images", group="images"
+        None,
+        "number of images of each class among every sum(class_counts) images, with balanced labels; none: equal shares",
+        group="images",
+        at_least=1,
+        nonempty=True,
     )
-    seed: int = option(0, "image i depends on (seed, i)", group="images")
-    num_inference_steps: int = option(250, "sampling steps", group="sampler")
-    guidance_scale: float = option(1.0, "classifier-free guidance; 1: none", group="sampler")
+    seed: int = option(0, "seed; image i depends on (seed, i) alone", group="images")
+    num_inference_steps: int = option(250, "number of denoising steps", group="sampler", at_least=1)
+    guidance_scale: float = option(1.0, "classifier-free guidance scale; 1: no guidance", group="sampler")
     guidance_interval: tuple[float, float] = option(
-        (0.0, 1.0), "fractions of the steps from and up to which guidance acts", group="sampler"
+        (0.0, 1.0),
+        "part of the sampling during which guidance acts, as two fractions of the steps",
+        group="sampler",
+        within=(0, 1),
     )
     scheduler: Literal[
         "saved", "ddpm", "ddim", "dpm++", "euler", "euler-ancestral", "heun", "flow-euler", "flow-heun"
-    ] = option("saved", "saved: the pipeline's own", group="sampler")
+    ] = option("saved", "sampler; saved: the one of the pipeline", group="sampler")
     batch_size: int = option(
         32,
-        "images that go through the networks together on a GPU, unless group_size is given",
+        "number of images that go through the networks together on a GPU, unless group_size is given",
         group="machine",
         free=True,
+        at_least=1,
     )
     group_size: int | None = option(
         None,
-        "images that go through the networks together; another number rounds differently, by a grey level in one "
-        f"value of some 20,000; none: on a CPU {CPU_GROUP_SIZE}, as fast as more and the same bytes for any batch_size",
+        "number of images that go through the networks together; another number rounds differently, by one grey level "
+        f"in about one value of 20,000; none: on a CPU {CPU_GROUP_SIZE}, which is as fast as more and gives the same "
+        "bytes for any batch_size",
         group="machine",
+        at_least=1,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast precision of the denoiser", group="machine")
     num_threads: int = option(
-        1, "CPU threads a process; other numbers round differently: start more processes instead", group="machine"
+        1,
+        "CPU threads per process; another number rounds differently, so start more processes instead",
+        group="machine",
+        at_least=1,
     )
     overwrite: bool = option(False, "delete the images in output_dir and start again", group="results", free=True)
 
     def validate(self) -> None:
-        """Raise a `ConfigError` that names the option if a value is out of range."""
-        for name in ("num_samples", "num_inference_steps", "batch_size", "num_threads", "group_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        counts = self.class_counts
-        if counts is not None and (self.labels != "balanced" or min(counts, default=0) < 1):
-            raise ConfigError(f"class_counts is {counts}; give a positive count for each class, and balanced labels")
+        """Raise a `ConfigError` that names the options if two of them contradict each other."""
+        if self.class_counts is not None and self.labels != "balanced":
+            raise ConfigError(f"class_counts goes with balanced labels, but labels is {self.labels}; leave one out")
         start, stop = self.guidance_interval
-        if not 0 <= start < stop <= 1:
-            raise ConfigError(f"guidance_interval is {start:g},{stop:g}; it must rise within 0 and 1")
+        if start >= stop:
+            raise ConfigError(f"guidance_interval is {start:g},{stop:g}; the first number must be the smaller one")
 
 
 def start_accelerator(num_threads: int) -> Accelerator:
@@ -278,7 +289,7 @@ class SampleFolder:
 
     def write(self, index: int, image: np.ndarray) -> None:
         """Write an image (H, W, 3) uint8 atomically."""
-        with self.own.writing(self.name(index)) as temporary:
+        with self.own.writing(self.name(index), durable=False) as temporary:  # `has` finds those that a crash cut
             Image.fromarray(image).save(temporary, format="PNG")
 
     def note_seconds(self, process: int, images: int, seconds: float) -> None:

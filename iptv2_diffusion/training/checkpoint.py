@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from iptv2_diffusion.data.files import file_sha256
+from iptv2_diffusion.files import file_sha256
 from iptv2_diffusion.training.errors import UserError, system_error
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from iptv2_diffusion.data.files import forgiving_streams
+from iptv2_diffusion.files import forgiving_streams
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, names the operating system's errors

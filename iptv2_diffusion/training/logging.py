@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from iptv2_diffusion.files import write_text
 from iptv2_diffusion.training.errors import ConfigError
 
 
@@ -42,9 +43,7 @@ class MetricLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = read_metrics(self.path) if resumed_step else []
             kept = [row for row in rows if row["step"] < resumed_step + (evaluated or "loss" in row)]
-            temporary = self.path.with_name(f".tmp-{self.path.name}")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(self.path)
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line. NaN and infinity become null, which is what JSON has."""

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -106,13 +106,14 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator, for whatever batch."""
     refuse_other_sharding()
     trackers, messages = available_trackers(config.report_to)
-    if config.mixed_precision == "auto":
+    precision = config.mixed_precision
+    if precision == "auto":
         # The processes meet here already, to agree. PartialState, unlike Accelerator, does not read the variable.
         PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PROCESS_TIMEOUT)
-        config.mixed_precision = fastest_precision()
+        precision = fastest_precision()
     with user_errors(ValueError, ImportError):  # such as fp16 on a CPU
         accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=precision,
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
@@ -246,7 +247,11 @@ class Trainer:
         self.metrics = MetricLog(path, resumed_step=self.step, evaluated=not self._due, enabled=main)
         if main:
             # Without what holds for one start only: a run begun from this file must not delete anything.
-            once = {"overwrite": False, "accept_changes": False}
+            once: dict[str, Any] = {"overwrite": False, "accept_changes": False}
+            if self.config.mixed_precision == "auto":
+                once["mixed_precision"] = (
+                    self.accelerator.mixed_precision
+                )  # what this machine was found to be fast with
             save_config(dataclasses.replace(self.config, **once), self.output_dir / "config.yaml")
         self.accelerator.init_trackers("logs", config=_flat(config_to_dict(self.config)))
         return self.step
@@ -499,17 +504,25 @@ def claim_run_folder(folder: Path) -> OwnFolder:
     return OwnFolder.claim(folder, "a training run", earlier=made_before_records)
 
 
-def prepare_dry_run(config: TrainingConfig) -> None:
-    """Shorten a configuration so that every stage runs once: two steps, a checkpoint and a preview after the first."""
-    config.output_dir = str(Path(config.output_dir) / "dry_run")
-    config.max_train_steps, config.max_train_minutes = 2, None
-    config.checkpoint_every = config.eval_every = config.preview_every = config.log_every = 1
-    config.report_to = "none"
+RunConfig = TypeVar("RunConfig", bound=TrainingConfig)
+
+
+def prepare_dry_run(config: RunConfig, **shorter: Any) -> RunConfig:
+    """Shorten a configuration so that every stage runs once: two steps, a checkpoint and a preview after the first.
+
+    Args:
+        config: the whole run. The output folder of its dry run, OUTPUT_DIR/dry_run, is emptied here.
+        shorter: options of the recipe that are cut as well.
+    """
+    folder = Path(config.output_dir) / "dry_run"
     if os.environ.get("RANK", "0") == "0":
         with user_errors(OSError, ValueError):
-            claim_run_folder(Path(config.output_dir).parent)
-            claim_run_folder(Path(config.output_dir))  # refuses a folder of that name that is not ours
-        shutil.rmtree(config.output_dir, ignore_errors=True)
+            claim_run_folder(folder.parent)
+            claim_run_folder(folder)  # refuses a folder of that name that is not ours
+        shutil.rmtree(folder, ignore_errors=True)
+    every = dict.fromkeys(("checkpoint_every", "eval_every", "preview_every", "log_every"), 1)
+    length = {"max_train_steps": 2, "max_train_minutes": None}
+    return dataclasses.replace(config, output_dir=str(folder), report_to="none", **length, **every, **shorter)
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

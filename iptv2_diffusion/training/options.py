@@ -1,14 +1,16 @@
-"""Run configuration: one dataclass a script, YAML files that name only what differs, command-line overrides.
+"""Run configuration: one frozen dataclass a script, YAML files that name only what differs, command-line overrides.
 
-    @dataclass(kw_only=True)
+    @dataclass(frozen=True, kw_only=True)
     class LDMConfig(TrainingConfig):
         data: str = option("data/emoji64", "folder of images, parquet or datasets name", group="data")
+        crops: int = option(1, "number of crops of an image", group="data", at_least=1)
 
     config = parse_config(LDMConfig)          # --config file.yaml --data my_photos --learning_rate 3e-4
 
 Precedence: command line over YAML over the defaults of the dataclass; the word none means None in both. Unknown options
-are errors that name the nearest ones. Only the standard library and yaml are imported here, so that `--help` answers at
-once.
+are errors that name the nearest ones. A configuration is checked when it is made and never changes;
+`dataclasses.replace` makes a changed copy, which is checked too. Only the standard library and yaml are imported here,
+so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -17,11 +19,8 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 import os
-import re
 import sys
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,97 +29,204 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from iptv2_diffusion.data.files import user_path
-from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_json, read_yaml
+from iptv2_diffusion.files import user_path, write_text
+from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml
+from iptv2_diffusion.training.coercion import coerce, read_word, type_name
 from iptv2_diffusion.training.errors import ConfigError
 
-ConfigType = TypeVar("ConfigType")
+ConfigType = TypeVar("ConfigType", bound="Config")
 
-_NONE_WORDS = {"none", "null", "~", ""}
-_TRUE_WORDS, _FALSE_WORDS = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
-
-
-class MeaningError(ConfigError):
-    """A number that is none, or is not what it looks like."""
+# --------------------------------------------------------------------------------------------------------------------
+# Options and their ranges
 
 
-def option(default: Any, help: str, *, group: str = "run", free: bool = False) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers that an option takes; a bound that is None does not bind."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        low = self.above if self.at_least is None else self.at_least
+        high = self.below if self.at_most is None else self.at_most
+        if low is not None and high is not None:
+            return f"lie in {'(['[self.above is None]}{low}, {high}{')]'[self.below is None]}"
+        words = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"be {word} {bound}" for word, bound in words.items() if bound is not None)
+
+    def check(self, name: str, value: Any, *, or_none: bool = False) -> None:
+        """Raise `ConfigError` for a number, or one of a list of numbers, that lies outside."""
+        several = isinstance(value, (list, tuple))
+        numbers = [number for number in (value if several else [value]) if isinstance(number, (int, float))]
+        if all(number in self for number in numbers):
+            return
+        shown, subject = (",".join(f"{number:g}" for number in numbers), "each") if several else (value, "it")
+        raise ConfigError(f"{name} is {shown}; {subject} must {self}{', or none' if or_none else ''}")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str = "run",
+    free: bool = False,
+    within: tuple[float, float] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    nonempty: bool = False,
+) -> Any:
     """A field of a run configuration.
 
-    `free`: the field may change between a checkpoint and its resumption (run length, paths, intervals); every other
-    field must be what it was, or the checkpoint is refused. A mutable default is copied for each instance.
+    Args:
+        default: the value where none is given; a mutable one is copied for each instance.
+        help: what --help says: a phrase that begins with a noun or a verb.
+        group: the heading in --help.
+        free: the field may change between a checkpoint and its resumption (run length, paths, intervals); every other
+            field must be what it was, or the checkpoint is refused.
+        within: smallest and largest number allowed, both included; for a list, of each of its numbers.
+        at_least, above, at_most, below: the bounds one by one.
+        nonempty: the list or dictionary needs at least one entry.
     """
-    metadata = {"help": help, "group": group, "free": free}
+    low, high = within or (at_least, at_most)
+    limits = Range(at_least=low, above=above, at_most=high, below=below)
+    metadata = {"help": help, "group": group, "free": free, "range": limits, "nonempty": nonempty}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_RATES = ("weight_decay", "max_grad_norm")
-_EMA = {"group": "averaged weights"}
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options that are checked when they are made and never change."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("nonempty") and value is not None and not value:
+                raise ConfigError(f"{field.name} is empty; give at least one")
+            field.metadata.get("range", Range()).check(field.name, value, or_none=field.default is None)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for options that contradict each other; each by itself is within its range already."""
+
+    def resolve(self: ConfigType) -> ConfigType:
+        """This configuration with the options filled in that follow from others; `parse_config` returns it."""
+        return self
+
+
+_EMA = {"group": "exponential moving average"}
 _FREE_LOG = {"group": "checkpoints and logs", "free": True}
 
 
-@dataclass(kw_only=True)
-class TrainingConfig:
-    """What every train script shares. Batch sizes are per optimiser step over all processes together."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Config):
+    """The options that all training scripts share. Batch sizes are per optimiser step over all processes together."""
 
     output_dir: str = option("runs/run", "folder for checkpoints, logs and the result", free=True)
-    seed: int = option(0, "with the step it fixes everything random: order, flips, noise, timesteps, label drops")
+    seed: int = option(
+        0,
+        "seed of everything random: together with the step it decides order, flips, noise, timesteps and label drops",
+        within=(0, 2**32 - 1),
+    )
     dry_run: bool = option(False, "run every stage once on a few samples, in OUTPUT_DIR/dry_run, and stop", free=True)
     overwrite: bool = option(False, "delete the checkpoints in output_dir and start again", free=True)
     accept_changes: bool = option(
-        False, "resume although the recipe (learning rate, data ...) is not the checkpoint's", free=True
+        False, "resume although the recipe (learning rate, data ...) differs from the checkpoint's", free=True
     )
 
-    max_train_steps: int = option(10_000, "optimiser steps; the schedule ends there", group="length", free=True)
-    max_train_minutes: float | None = option(
-        None,
-        "stop after so many minutes of training; the schedule follows time or steps, whichever is further along "
-        "(results then depend on the machine's speed: not reproducible bit for bit)",
+    max_train_steps: int = option(
+        10_000,
+        "number of optimiser steps; the learning-rate schedule ends there",
         group="length",
         free=True,
+        at_least=1,
     )
-    batch_size: int = option(64, "samples per optimiser step, over all processes and micro-batches", group="length")
+    max_train_minutes: float | None = option(
+        None,
+        "stop after this many minutes of training; the schedule follows time or steps, whichever is further along "
+        "(results then depend on the machine's speed and cannot be reproduced bit for bit)",
+        group="length",
+        free=True,
+        above=0,
+    )
+    batch_size: int = option(
+        64, "samples per optimiser step, over all processes and micro-batches", group="length", at_least=1
+    )
     gradient_accumulation_steps: int = option(
-        1, "micro-batches a step: the same result in less memory", group="length", free=True
+        1, "micro-batches per step: the same result in less memory", group="length", free=True, at_least=1
     )
 
-    learning_rate: float = option(1e-4, "peak learning rate", group="optimiser")
+    learning_rate: float = option(1e-4, "peak learning rate", group="optimiser", above=0)
     lr_schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear"] = option(
-        "constant", "after warm-up", group="optimiser"
+        "constant", "learning-rate schedule after the warm-up", group="optimiser"
     )
-    lr_cycles: int = option(4, "of cosine_with_restarts: equal cycles, each from the peak to 0", group="optimiser")
-    lr_warmup_steps: int = option(0, "steps of linear warm-up", group="optimiser")
-    adam_beta1: float = option(0.9, "AdamW beta 1", group="optimiser")
-    adam_beta2: float = option(0.999, "AdamW beta 2", group="optimiser")
-    adam_epsilon: float = option(1e-8, "AdamW epsilon", group="optimiser")
-    weight_decay: float = option(0.0, "AdamW weight decay, on matrices and kernels only", group="optimiser")
-    max_grad_norm: float = option(1.0, "clip the gradient norm to this; 0: off", group="optimiser")
+    lr_cycles: int = option(
+        4,
+        "number of equal cycles of cosine_with_restarts, each from the peak to 0",
+        group="optimiser",
+        at_least=1,
+    )
+    lr_warmup_steps: int = option(0, "steps of linear warm-up", group="optimiser", at_least=0)
+    adam_beta1: float = option(0.9, "AdamW beta 1", group="optimiser", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW beta 2", group="optimiser", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW epsilon", group="optimiser", above=0)
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices and kernels only", group="optimiser", at_least=0)
+    max_grad_norm: float = option(
+        1.0, "largest gradient norm, to which larger ones are clipped; 0: no clipping", group="optimiser", at_least=0
+    )
     ema: Literal["constant", "power"] = option(
-        "constant", "averaged weights of one length, or by power functions of time (any length afterwards)", **_EMA
+        "constant",
+        "form of the exponential moving average of the weights: constant: one decay; power: power functions of time, "
+        "from which an average of any length can be reconstructed after the training",
+        **_EMA,
     )
-    ema_decay: float = option(0.9999, "the largest decay of the averaged weights; 0: no averaging", **_EMA)
+    ema_decay: float = option(
+        0.9999, "largest decay of the exponential moving average; 0: no average", **_EMA, at_least=0, below=1
+    )
     ema_power: float = option(
-        0.75, "the decay ramps up as 1 - (1 + step)^-power: 0.75 suits 10 K steps, 2/3 1 M", **_EMA
+        0.75,
+        "power of the decay's ramp, 1 - (1 + step)^-power: 0.75 suits 10 K steps, 2/3 suits 1 M",
+        **_EMA,
+        above=0,
     )
     ema_sigma_rels: tuple[float, float] = option(
-        (0.05, 0.1), "of --ema power: relative widths of its two averages; the first is drawn and saved", **_EMA
+        (0.05, 0.1),
+        "relative widths of the two averages of --ema power; previews and the result use the first",
+        **_EMA,
+        above=0,
+        below=0.28,
     )
     ema_snapshot_every: int = option(
-        1000, "of --ema power: steps between snapshots of both averages, each twice the weights in size", **_FREE_LOG
+        1000,
+        "steps between snapshots of both averages of --ema power; each snapshot takes twice the size of the weights",
+        **_FREE_LOG,
+        at_least=1,
     )
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(
         None,
-        "autocast precision; auto: bf16 if this machine is faster with it; none: what `accelerate launch` says",
+        "autocast precision; auto: bf16 if this machine is faster with it; none: the choice of `accelerate launch`",
         group="machine",
         free=True,
     )
     sharding: Literal["none", "zero2", "zero3"] = option(
         "none",
-        "of model state over the processes, by torch's fully_shard (FSDP2); none: each holds all; zero2: gradients, "
-        "optimiser, average; zero3: weights too",
+        "share out the model state over the processes by torch's fully_shard (FSDP2); none: every process holds all; "
+        "zero2: gradients, optimiser and average are shared out; zero3: the weights too",
         group="machine",
         free=True,
     )
@@ -128,77 +234,68 @@ class TrainingConfig:
         True, "keep feature maps and kernels in channels-last memory", group="machine", free=True
     )
     gradient_checkpointing: bool = option(
-        False, "recompute activations: less memory, slower", group="machine", free=True
+        False, "recompute activations in the backward pass: less memory, slower", group="machine", free=True
     )
-    torch_compile: bool = option(False, "compile the model's blocks (first steps are slow)", group="machine", free=True)
+    torch_compile: bool = option(
+        False, "compile the model's blocks (the first steps are slow)", group="machine", free=True
+    )
     cuda_graphs: bool = option(
         False,
-        "on one GPU: record the model's forward and backward once and replay them; for models whose many small kernels "
+        "record the model's forward and backward on one GPU once and replay them; for models whose many small kernels "
         "the CPU cannot start fast enough",
         group="machine",
         free=True,
     )
     allow_tf32: bool = option(
         False,
-        "on a GPU: matrix products in float32 with 10 bits of mantissa (cuDNN's convolutions are so either way)",
+        "let a GPU multiply float32 matrices with 10 bits of mantissa (cuDNN's convolutions do so either way)",
         group="machine",
         free=True,
     )
     num_threads: int | None = option(
-        None, "CPU threads a process; none: on a CPU all cores, shared among the processes", group="machine", free=True
+        None,
+        "CPU threads per process; none: on a CPU all cores, shared among the processes",
+        group="machine",
+        free=True,
+        at_least=1,
     )
-    num_workers: int = option(0, "processes (of a stream: threads) that decode images", group="machine", free=True)
+    num_workers: int = option(
+        0, "processes (for a stream: threads) that decode images", group="machine", free=True, at_least=0
+    )
 
     max_pixels: int = option(
-        178_956_970, "height times width above which an image is refused before it is decoded", group="data", free=True
+        178_956_970,
+        "height times width above which an image is refused before it is decoded",
+        group="data",
+        free=True,
+        at_least=1,
     )
 
-    checkpoint_every: int = option(1000, "steps between checkpoints (one is always written at the end)", **_FREE_LOG)
-    keep_last: int = option(2, "how many checkpoints are kept", **_FREE_LOG)
+    checkpoint_every: int = option(1000, "steps between checkpoints; 0: only one at the end", **_FREE_LOG, at_least=0)
+    keep_last: int = option(2, "number of checkpoints that are kept", **_FREE_LOG, at_least=1)
     sharded_checkpoints: bool = option(
-        False, "with sharding: every process writes its part, to a common disk; false: gathered into one", **_FREE_LOG
+        False,
+        "let every process write its part of a sharded model, to a common disk; false: gather it into one file",
+        **_FREE_LOG,
     )
     max_skipped_steps: int = option(
-        0, "steps in a row with a NaN or infinite loss or gradient that are left out before the run stops", **_FREE_LOG
+        0,
+        "number of steps in a row with a NaN or infinite loss or gradient that are skipped before the run stops",
+        **_FREE_LOG,
+        at_least=0,
     )
-    log_every: int = option(20, "steps between lines of metrics.jsonl", **_FREE_LOG)
-    eval_every: int = option(1000, "steps between held-out losses; 0: never", **_FREE_LOG)
-    preview_every: int = option(1000, "steps between preview pictures; 0: never", **_FREE_LOG)
-    report_to: str = option("tensorboard", "tensorboard, wandb, all or none", **_FREE_LOG)
+    log_every: int = option(20, "steps between lines of metrics.jsonl", **_FREE_LOG, at_least=1)
+    eval_every: int = option(1000, "steps between held-out evaluations; 0: never", **_FREE_LOG, at_least=0)
+    preview_every: int = option(1000, "steps between previews; 0: never", **_FREE_LOG, at_least=0)
+    report_to: str = option("tensorboard", "where metrics are logged: tensorboard, wandb, all or none", **_FREE_LOG)
 
     def validate(self) -> None:
-        """Raise `ConfigError` for values that cannot work, naming them."""
-        self.require_positive("max_train_steps", "batch_size", "gradient_accumulation_steps", "keep_last", "log_every")
-        self.require_positive("ema_snapshot_every", "lr_cycles", "max_pixels")
-        if self.ema == "power" and not all(0 < width < 0.28 for width in self.ema_sigma_rels):
-            raise ConfigError(f"ema_sigma_rels is {self.ema_sigma_rels}; each must lie in (0, 0.28)")
+        """Raise `ConfigError` for options that cannot work together, naming them."""
         if self.ema == "power" and len(set(self.ema_sigma_rels)) == 1:
-            raise ConfigError(f"ema_sigma_rels is {self.ema_sigma_rels}; the two must differ, as 0.05,0.1 do")
-        counts = ("checkpoint_every", "eval_every", "preview_every", "max_skipped_steps")
-        for name in (*counts, "lr_warmup_steps", "num_workers", *_RATES):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("learning_rate", "adam_epsilon", "ema_power"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+            width = self.ema_sigma_rels[0]
+            raise ConfigError(f"ema_sigma_rels is {width},{width}; the two must differ, as 0.05,0.1 do")
         if self.sharding != "none" and self.mixed_precision == "fp16":
-            raise ConfigError("sharding does not go with fp16, whose loss scaling it lacks; use bf16")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}; it must lie in 0 to 4294967295")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ConfigError(f"num_threads is {self.num_threads}; it must be at least 1, or none")
-        if self.max_train_minutes is not None and self.max_train_minutes <= 0:
-            raise ConfigError(f"max_train_minutes is {self.max_train_minutes}; it must be positive, or none")
-
-    def require_positive(self, *names: str) -> None:
-        """Raise `ConfigError` unless each of these counts (or pairs of them) is at least 1."""
-        for name in names:
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+            raise ConfigError("sharding does not work with fp16, whose loss scaling it lacks; use bf16")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -208,7 +305,7 @@ class TrainingConfig:
 def parse_config(
     config_type: type[ConfigType], argv: Sequence[str] | None = None, *, description: str = "", examples: str = ""
 ) -> ConfigType:
-    """Read `--config FILE` and `--name value` overrides into `config_type`. Raises `ConfigError`."""
+    """Read `--config FILE` and `--name value` overrides into `config_type`, resolved. Raises `ConfigError`."""
     parser, arguments = _make_parser(config_type, description, examples), _normalise(argv)
     known, rest = parser.parse_known_args(arguments)
     if rest:
@@ -220,12 +317,8 @@ def parse_config(
         values |= coerce_fields(config_type, _read_yaml(path), path)
     for name, text in vars(known).items():
         if name != "config" and text is not None:
-            values[name] = coerce(_parse_text(text, hints[name]), hints[name], name)
-    values = expand_home(config_type, values)
-    config = config_type(**values)
-    if hasattr(config, "validate"):
-        config.validate()
-    return config
+            values[name] = coerce(read_word(text, hints[name]), hints[name], name)
+    return config_type(**expand_home(config_type, values)).resolve()
 
 
 def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -250,7 +343,7 @@ def expand_home(config_type: type, values: dict[str, Any]) -> dict[str, Any]:
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration, every field, as YAML that `--config` reads back."""
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=110)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -264,81 +357,15 @@ def frozen_fields(config: Any) -> dict[str, Any]:
     return {f.name: values[f.name] for f in dataclasses.fields(config) if not f.metadata.get("free", False)}
 
 
-def coerce(value: Any, hint: Any, name: str) -> Any:
-    """Turn a YAML value into the field's type: '1e-4' into a float, a list into a tuple; refuse what cannot be."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if type(None) in arguments and (value is None or str(value).lower() in _NONE_WORDS):
-            return None
-        for argument in (a for a in arguments if a is not type(None)):
-            try:
-                return coerce(value, argument, name)
-            except MeaningError:
-                raise
-            except ConfigError:
-                continue
-        raise ConfigError(f"{name} is {value!r}; it must be {_type_name(hint)}")
-    if origin is Literal:
-        if value is False and "no" in arguments:  # YAML 1.1 reads a bare `no` as false
-            value = "no"
-        for argument in arguments:  # a number comes as a word from the command line
-            if str(argument) == str(value):
-                return argument
-        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(str, arguments))}")
-    if hint is Any:
-        return value
-    length = len(arguments) if origin is tuple and Ellipsis not in arguments else None
-    if origin in (list, tuple) and isinstance(value, (list, tuple)) and length in (None, len(value)):
-        return origin(coerce(item, arguments[0], name) for item in value)
-    if (origin is dict or hint is dict) and isinstance(value, dict):
-        return value
-    return _coerce_plain(value, hint, name)
-
-
-def _coerce_plain(value: Any, hint: Any, name: str) -> Any:
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    if hint in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if not math.isfinite(number):
-                raise MeaningError(f"{name} is {value!r}; it must be a finite number")
-            if hint is int and isinstance(value, str) and re.fullmatch(r"[-+]?0[0-9_]+", value):
-                raise MeaningError(f"{name} is {value!r}; write it without leading zeros")
-            if hint is float or number == int(number):
-                return hint(number) if hint is float or not isinstance(value, int) else value
-        except (TypeError, ValueError, OverflowError):
-            pass
-    raise ConfigError(f"{name} is {value!r}; it must be {_type_name(hint)}")
-
-
-def _parse_text(text: str, hint: Any) -> Any:
-    """A command-line word as YAML would give it: booleans, JSON and comma-separated lists; `coerce` reads the rest."""
-    arguments = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    kinds = {typing.get_origin(a) or a for a in arguments}
-    if bool in kinds and text.lower() in _TRUE_WORDS | _FALSE_WORDS:
-        return text.lower() in _TRUE_WORDS
-    if kinds & {dict, list, tuple} and text[:1] in ("[", "{"):
-        try:
-            return read_json(text)
-        except StrictSyntaxError as error:
-            told = str(error)
-            raise ConfigError(f"{text!r} is {told}" if told.startswith("not JSON") else f"{text!r}: {told}") from error
-    if kinds & {list, tuple} and ("," in text or not kinds & {int, float, str}):
-        return [part.strip() for part in text.split(",")] if text else []
-    return text
-
-
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         values = read_yaml(user_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except StrictSyntaxError as error:
-        told = str(error)
-        raise ConfigError(f"{path}, {told}" if told.startswith("line ") else f"{path} is not YAML: {told}") from error
+        reason = str(error)
+        joined = f"{path}, {reason}" if reason.startswith("line ") else f"{path} is not YAML: {reason}"
+        raise ConfigError(joined) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if values is None:
@@ -385,21 +412,8 @@ def _make_parser(config_type: type, description: str, examples: str) -> argparse
         missing = field.default is dataclasses.MISSING
         default = field.default_factory() if missing else field.default  # type: ignore[misc]
         shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
+        shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else shown
         text = f"{field.metadata.get('help', '')} [{shown}]".replace("%", "%%")
         flag = {"nargs": "?", "const": "true"} if hints[field.name] is bool else {}
-        group.add_argument(f"--{field.name}", metavar=_type_name(hints[field.name]), help=text, **flag)
+        group.add_argument(f"--{field.name}", metavar=type_name(hints[field.name]), help=text, **flag)
     return parser
-
-
-def _type_name(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return "|".join("none" if a is type(None) else _type_name(a) for a in arguments)
-    if origin is Literal:
-        return "|".join(map(str, arguments))
-    if origin is tuple and Ellipsis not in arguments:
-        return ",".join(map(_type_name, arguments))
-    if origin in (list, tuple):
-        return "LIST"
-    names = {bool: "true|false", dict: "JSON", str: "TEXT", int: "INT", float: "NUMBER"}
-    return names.get(origin or hint, "VALUE")

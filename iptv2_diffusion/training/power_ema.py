@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from iptv2_diffusion.files import atomic
 
 SIGMA_REL_LIMIT = 12**-0.5  # that of the plain mean over all steps, gamma = 0
 _METADATA = "power_average"
@@ -75,13 +76,9 @@ def write_snapshot(folder: Path, steps: int, sigma_rel: float, tensors: dict[str
     """Write one, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{steps:08d}-{sigma_rel:.4f}.safetensors"
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     metadata = {_METADATA: json.dumps({"steps": steps, "sigma_rel": sigma_rel})}
-    try:
+    with atomic(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def find_snapshots(folder: Path) -> list[Snapshot]:

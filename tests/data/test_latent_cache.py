@@ -1,5 +1,6 @@
 """Cached latents: what is stored, when it is used again, and that corrupt images are left out."""
 
+import contextlib
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from iptv2_diffusion.data.draws import DataOrder, draw_step, own_slices
 from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 from iptv2_diffusion.data.latent_cache import LatentCache, cached_latents, dataset_fingerprint
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
+from iptv2_diffusion.files import atomic
 from iptv2_diffusion.latents import LatentCodec
 
 COUNT, SIZE = 11, 16
@@ -184,10 +186,12 @@ def test_a_killed_making_goes_on_with_the_missing_shards(folder, codec, tmp_path
     whole = {p.name: p.read_bytes() for p in cache.folder.iterdir()}
     (cache.folder / "index.json").unlink()
     (cache.folder / "shard-00000003-00000006.safetensors").unlink()
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
-    half = f".tmp-{socket.gethostname()}-{killed.pid}-shard-00000003-00000006.safetensors"
-    (cache.folder / half).write_bytes(b"half")
+    killed = (
+        "import os, sys; from iptv2_diffusion.files import atomic\n"
+        "with atomic(sys.argv[1]) as temporary:\n    temporary.write_bytes(b'half'); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", killed, str(cache.folder / "shard-00000003-00000006.safetensors")])
+    assert len(list(cache.folder.glob(".tmp-*"))) == 1
     kept = (cache.folder / "shard-00000000-00000003.safetensors").stat().st_mtime_ns
     again, messages = make(folder, codec, tmp_path, shard_images=3)
     assert "encoded 3 images of 11" in messages[0]
@@ -195,16 +199,22 @@ def test_a_killed_making_goes_on_with_the_missing_shards(folder, codec, tmp_path
     assert {p.name: p.read_bytes() for p in again.folder.iterdir()} == whole
 
 
-def test_two_runs_that_make_the_same_cache_do_not_meet(folder, codec, tmp_path):
+def test_two_runs_that_make_the_same_cache_do_not_meet(folder, codec, tmp_path, monkeypatch):
     """The other run is in the middle of the same shard, here or on another machine: its file stays as it is."""
     whole, _ = make(folder, codec, tmp_path)
     shard = "shard-00000000-00000011.safetensors"
     (whole.folder / shard).unlink()
-    names = [f".tmp-{host}-{os.getppid()}-{shard}" for host in (socket.gethostname(), "other-1")]
-    for name in names:
-        (whole.folder / name).write_bytes(b"half")
+    paths = []
+    for host in (socket.gethostname(), "other-1"):
+        with monkeypatch.context() as other, contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
+            other.setattr(os, "getpid", os.getppid)
+            other.setattr(socket, "gethostname", lambda host=host: host)
+            paths.append(stack.enter_context(atomic(whole.folder / shard)))
+            raise KeyboardInterrupt
+        paths[-1].write_bytes(b"half")
     make(folder, codec, tmp_path)
-    assert [(whole.folder / name).read_bytes() for name in names] == [b"half"] * 2
+    assert len(set(paths)) == 2
+    assert [path.read_bytes() for path in paths] == [b"half"] * 2
 
 
 @pytest.mark.parametrize("flips", [True, False])

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from iptv2_diffusion.data.files import inside, printable, user_path, written_whole
 from iptv2_diffusion.data.latent_cache import _is_shard
 from iptv2_diffusion.data.own_folder import RECORD, ForeignFolderError, OwnFolder
 from iptv2_diffusion.data.patches import ImageStore
 from iptv2_diffusion.evaluation.results import replaced
 from iptv2_diffusion.evaluation.sample_folder import SampleFolder
+from iptv2_diffusion.files import atomic, inside, printable, user_path
 from iptv2_diffusion.training.loop import claim_run_folder
 
 
@@ -105,7 +105,7 @@ class TestRecord:
 class TestFiles:
     def test_temporary_names_are_short(self, tmp_path):
         path = tmp_path / ("x" * 251 + ".png")
-        with written_whole(path) as temporary:
+        with atomic(path) as temporary:
             assert len(temporary.name) < 40
             assert temporary.suffix == ".png"
             temporary.write_bytes(b"x")

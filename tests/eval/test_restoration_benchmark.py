@@ -69,8 +69,11 @@ def test_small_pictures_are_shown_whole(setting):
     ("words", "message"),
     [
         (["--first", "0"], "--first is 0; it must be at least 1"),
-        (["--levels", "-5"], "--levels is -5; of noise they lie above 0, up to 255"),
-        (["--degradation", "motion_blur", "--levels", "0"], "of motion_blur they lie above 1, up to 100"),
+        (["--levels", "-5"], r"--levels of noise is -5; each must lie in \(0, 255\]"),
+        (
+            ["--degradation", "motion_blur", "--levels", "0"],
+            r"motion_blur is 0; each must lie in \(1, 100\]",
+        ),
         (["--degradation", "motion_blur", "--levels", "100"], "motion_blur of 100 needs images of more than 2"),
     ],
 )
@@ -204,10 +207,10 @@ def test_ffdnet_has_the_published_number_of_parameters():
     [
         (["--images", "absent"], "absent is not a folder"),
         (["--models", "absent"], "cannot load absent: no such folder here"),
-        (["--degradation", "rain", "--peers", "nlm"], "nlm remove noise of a known level"),
-        (["--gray", "--peers", "ffdnet"], "ffdnet's weights are for colour"),
+        (["--degradation", "rain", "--peers", "nlm"], "--peers nlm needs noise of a known level"),
+        (["--gray", "--peers", "ffdnet"], "the weights of ffdnet are for colour"),
         (["--layout", "gopro"], "give both or none"),
-        (["--layout", "gopro", "--data", "absent"], "gopro has its own images"),
+        (["--layout", "gopro", "--data", "absent"], "gopro has images of its own"),
     ],
 )
 def test_errors_are_one_line(setting, words, message):

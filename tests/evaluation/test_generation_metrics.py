@@ -12,7 +12,6 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from transformers import Dinov2Config, Dinov2Model
 
-from iptv2_diffusion.data.files import file_sha256
 from iptv2_diffusion.evaluation import generation_metrics
 from iptv2_diffusion.evaluation.generation_metrics import (
     Statistics,
@@ -31,6 +30,7 @@ from iptv2_diffusion.evaluation.generation_metrics import (
     precision_recall,
     statistics,
 )
+from iptv2_diffusion.files import file_sha256
 
 
 @pytest.fixture(scope="module")

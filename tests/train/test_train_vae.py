@@ -98,8 +98,8 @@ def test_trains_resumes_exactly_and_saves(images: Path, tmp_path: Path) -> None:
 def test_wrong_options(images: Path, tmp_path: Path) -> None:
     """One line that names the numbers and the remedy; nothing is written."""
     cases = {
-        ("--resolution", "18"): "resolution 18x18 is not a multiple of the VAE's 4; use 16,16",
-        ("--block_out_channels", "8,9"): "each must be a multiple of norm_num_groups (4)",
+        ("--resolution", "18"): "resolution 18x18 is not a multiple of the VAE's factor 4; use 16,16",
+        ("--block_out_channels", "8,9"): "block_out_channels is 8,9; each must be a multiple of norm_num_groups 4",
         ("--preview_images", "0"): "preview_images is 0; it must be at least 1",
         ("--kl_wieght", "1"): "did you mean kl_weight",
     }

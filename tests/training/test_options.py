@@ -1,19 +1,26 @@
 """The run configuration: precedence, types, errors that name the remedy, and what may change on resumption."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 import yaml
 
+from iptv2_diffusion.evaluation.sample_folder import GenerationConfig
+from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
+from iptv2_diffusion.recipes.restoration.config import RestorationConfig
+from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.training.errors import ConfigError
-from iptv2_diffusion.training.options import TrainingConfig, frozen_fields, option, parse_config, save_config
+from iptv2_diffusion.training.options import Range, TrainingConfig, frozen_fields, option, parse_config, save_config
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Config(TrainingConfig):
     data: str = option("photos", "images", group="data")
-    size: int | tuple[int, int] = option(64, "pixels", group="data")
+    size: int | tuple[int, int] = option(64, "pixels", group="data", at_least=1)
+    names: tuple[str, ...] = option(("a", "b"), "names", group="data", nonempty=True)
     extra: dict = option({}, "overrides", group="data")  # noqa: RUF009
     kind: Literal["no", "some"] = option("some", "a choice", group="data")
     limit: float | None = option(None, "perhaps", group="data", free=True)
@@ -91,7 +98,10 @@ def test_none_is_none_in_yaml_and_on_the_command_line(tmp_path, word):
         (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
         (["--ema_decay", "1"], r"must lie in \[0, 1\)"),
         (["--adam_beta2", "1.5"], r"adam_beta2 is 1.5; it must lie in \[0, 1\)"),
-        (["--max_grad_norm", "-1"], "max_grad_norm is -1.0; it must not be negative"),
+        (["--max_grad_norm", "-1"], "max_grad_norm is -1.0; it must be at least 0"),
+        (["--ema_power", "0"], "ema_power is 0.0; it must be above 0"),
+        (["--size", "64,0"], "size is 64,0; each must be at least 1"),
+        (["--names", ""], "names is empty; give at least one"),
         (["--num_threads", "0"], "num_threads is 0; it must be at least 1, or none"),
         (["--size", "wide"], r"size is 'wide'; it must be INT\|INT,INT"),
         (["--size", "1,2,3"], r"it must be INT\|INT,INT"),
@@ -130,6 +140,48 @@ def test_length_and_paths_may_change_on_resumption_the_recipe_may_not():
     frozen = frozen_fields(parse())
     assert {"learning_rate", "seed", "batch_size", "data"} <= set(frozen)
     assert not {"max_train_steps", "output_dir", "log_every", "limit", "num_workers"} & set(frozen)
+
+
+def test_a_configuration_never_changes_and_a_changed_copy_is_checked():
+    config = parse()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.batch_size = 8
+    assert dataclasses.replace(config, batch_size=8).batch_size == 8
+    with pytest.raises(ConfigError, match="batch_size is 0; it must be at least 1"):
+        dataclasses.replace(config, batch_size=0)
+    with pytest.raises(ConfigError, match="sharding does not work with fp16"):
+        Config(sharding="zero2", mixed_precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("limits", "taken", "refused", "words"),
+    [
+        (Range(at_least=1), (1, 1.5, 10**9), (0, 0.999, -math.inf, math.nan), "be at least 1"),
+        (Range(above=0), (1e-9, 5), (0, -1), "be above 0"),
+        (Range(below=3), (-5, 2.9), (3, 4), "be below 3"),
+        (Range(at_least=0, below=1), (0, 0.5), (-1e-9, 1), "lie in [0, 1)"),
+        (Range(above=0, at_most=1), (0.5, 1), (0, 1.1), "lie in (0, 1]"),
+        (Range(at_least=0, at_most=2**32 - 1), (0, 2**32 - 1), (-1, 2**32), "lie in [0, 4294967295]"),
+        (Range(), (-math.inf, 0, math.inf), (), ""),
+    ],
+)
+def test_a_range_takes_what_it_says(limits, taken, refused, words):
+    assert all(number in limits for number in taken)
+    assert not any(number in limits for number in refused)
+    assert str(limits) == words
+    for number in refused:
+        with pytest.raises(ConfigError) as caught:
+            limits.check("x", (taken[0], number))
+        assert str(caught.value) == f"x is {taken[0]:g},{number:g}; each must {words}"
+
+
+@pytest.mark.parametrize("config", [LDMConfig, VAEConfig, RestorationConfig, GenerationConfig])
+def test_every_option_says_what_it_is_in_a_whole_phrase(config):
+    """Each help begins with a noun or a verb, so that it can be read without the option's name."""
+    for field in dataclasses.fields(config):
+        text = field.metadata["help"]
+        assert len(text) > 8, field.name
+        assert text.split()[0] not in {"of", "for", "at", "none:", "in", "as", "on", "such", "to"}, (field.name, text)
 
 
 def test_mutable_defaults_are_not_shared():

@@ -1,134 +1,204 @@
-"""The options of a latent-diffusion run: what `train_ldm.py` trains by and `cache_latents.py` encodes by."""
+"""The options of a latent-diffusion run, for `train_ldm.py` and `cache_latents.py`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from iptv2_diffusion.training.errors import ConfigError
-from iptv2_diffusion.training.options import TrainingConfig, option
+from iptv2_diffusion.training.options import Range, TrainingConfig, option
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LDMConfig(TrainingConfig):
     """A latent-diffusion run."""
 
     plan: bool = option(
-        False, "tell what the run needs (memory, speed, time) after three steps on noise, and stop", free=True
+        False, "run three steps on noise, print the memory, speed and time that the run needs, and stop", free=True
     )
     data: str = option(
         "data/emoji64",
-        "folder of images (sub-folders = classes), parquet or tar shards; or Hub name",
+        "folder of images (sub-folders are classes), parquet or tar shards, or a name on the Hub",
         group="data",
     )
     train_split: str = option("train", "split to train on", group="data")
-    heldout_split: str | None = option(None, "split for the held-out loss; none: heldout_fraction", group="data")
-    heldout_fraction: float = option(0.02, "share of train_split kept for the held-out loss", group="data")
-    image_column: str | None = option(None, "none: found by itself", group="data")
-    label_column: str | None = option(
-        None, "none: found by itself, if there is one; ignore: train without labels", group="data"
+    heldout_split: str | None = option(
+        None, "split for the held-out loss; none: heldout_fraction of train_split", group="data"
     )
-    revision: str | None = option(None, "of a data set on the Hub", group="data")
-    resolution: int | tuple[int, int] = option(64, "image size: one number, or height,width", group="data")
+    heldout_fraction: float = option(
+        0.02, "fraction of train_split that is kept for the held-out loss", group="data", at_least=0, below=1
+    )
+    image_column: str | None = option(None, "column with the images; none: find it", group="data")
+    label_column: str | None = option(
+        None,
+        "column with the class labels; none: find it, if there is one; ignore: train without labels",
+        group="data",
+    )
+    revision: str | None = option(None, "revision of a data set on the Hub: a branch, tag or commit", group="data")
+    resolution: int | tuple[int, int] = option(
+        64, "image size in pixels: one number, or height,width", group="data", at_least=1
+    )
     random_flip: bool = option(True, "mirror half of the images", group="data")
     class_balance: float = option(
-        0.0, "0: classes as often as the data has them; 1: all equally often; between: by n^(1 - balance)", group="data"
+        0.0,
+        "how far rare classes are drawn more often: a class of n images is drawn in proportion to n^(1 - balance); "
+        "0: as often as in the data; 1: all classes equally often",
+        group="data",
+        within=(0, 1),
     )
-    crops: int = option(1, "views of an image: 1: the centre crop; more: random crops beside it", group="data")
+    crops: int = option(
+        1, "number of crops of an image: 1: the centre crop; more: random crops beside it", group="data", at_least=1
+    )
     streaming: bool = option(
         False, "read images from the Hub or from shards as they are needed, without copying them", group="data"
     )
-    shuffle_block: int = option(4096, "of streaming: images held in memory to be shuffled", group="data")
-    strict: bool = option(False, "fail at a corrupt image instead of leaving it out", group="data", free=True)
+    shuffle_block: int = option(
+        4096, "number of images of a stream that are held in memory and shuffled", group="data", at_least=1
+    )
+    strict: bool = option(False, "stop at a corrupt image instead of skipping it", group="data", free=True)
 
-    vae: str = option("assets/vae-emoji64", "folder or Hub name of any diffusers VAE", group="latents")
-    vae_subfolder: str | None = option(None, "such as `vae` inside a pipeline", group="latents")
-    cache_latents: bool = option(True, "encode once into cache_dir; false: on the fly", group="latents")
-    cache_dir: str = option("~/.cache/iptv2-diffusion/latents", "folder of caches", group="latents", free=True)
-    cache_dtype: Literal["float16", "float32"] = option("float16", "of cached latents", group="latents")
+    vae: str = option("assets/vae-emoji64", "folder or Hub name of a diffusers VAE", group="latents")
+    vae_subfolder: str | None = option(None, "subfolder of the VAE, such as `vae` in a pipeline", group="latents")
+    cache_latents: bool = option(
+        True, "encode all images once, into cache_dir; false: encode them in every step", group="latents"
+    )
+    cache_dir: str = option("~/.cache/iptv2-diffusion/latents", "folder of latent caches", group="latents", free=True)
+    cache_dtype: Literal["float16", "float32"] = option("float16", "precision of cached latents", group="latents")
     encode_precision: Literal["float32", "bfloat16", "auto"] = option(
-        "float32", "the VAE's, in encoding; auto: the faster on this machine", group="latents"
+        "float32", "precision of the VAE's encoder; auto: the faster one on this machine", group="latents"
     )
-    encode_batch_size: int = option(64, "images (times their views) encoded at a time", group="latents", free=True)
+    encode_batch_size: int = option(
+        64, "number of images encoded together (times their crops and flips)", group="latents", free=True, at_least=1
+    )
     cache_shard_images: int = option(
-        2048, "images a file of the cache: what a kill costs, and what processes share out", group="latents", free=True
+        2048,
+        "images per shard of the cache; a killed run repeats one shard, and processes take turns by shards",
+        group="latents",
+        free=True,
+        at_least=1,
     )
 
-    model: str = option("emoji64", "preset (iptv2-s, dit-b-2 ...), config.json, or saved model folder", group="model")
-    model_overrides: dict = option({}, 'JSON, such as {"channels": 64}', group="model")  # noqa: RUF009
-    num_classes: int | None = option(None, "none: from the data; more leaves room", group="model")
+    model: str = option(
+        "emoji64", "preset (iptv2-s, dit-b-2 ...), config.json, or folder of a saved model", group="model"
+    )
+    model_overrides: dict = option(  # noqa: RUF009
+        {}, 'arguments of the model to change, as JSON, such as {"channels": 64}', group="model"
+    )
+    num_classes: int | None = option(
+        None,
+        "number of classes; none: count them in the data; a larger number leaves room",
+        group="model",
+        at_least=0,
+    )
 
-    objective: Literal["epsilon", "v_prediction", "flow"] = option("epsilon", "what is predicted", group="objective")
-    learned_variance: bool = option(False, "learned-range variance, as ADM and DiT", group="objective")
-    timestep_sampling: Literal["uniform", "logit_normal"] = option("uniform", "of training", group="objective")
-    logit_mean: float = option(0.0, "of logit_normal", group="objective")
-    logit_std: float = option(1.0, "of logit_normal", group="objective")
-    stratified_timesteps: bool = option(True, "spread a batch's timesteps evenly", group="objective")
+    objective: Literal["epsilon", "v_prediction", "flow"] = option(
+        "epsilon", "training target: noise, velocity, or flow matching", group="objective"
+    )
+    learned_variance: bool = option(False, "learn the variance in a range, as ADM and DiT do", group="objective")
+    timestep_sampling: Literal["uniform", "logit_normal"] = option(
+        "uniform", "how timesteps are drawn in training", group="objective"
+    )
+    logit_mean: float = option(0.0, "mean of logit_normal timesteps", group="objective")
+    logit_std: float = option(1.0, "standard deviation of logit_normal timesteps", group="objective", above=0)
+    stratified_timesteps: bool = option(True, "spread the timesteps of a batch evenly", group="objective")
     flow_shift: float = option(
-        1.0, "of the flow's noise levels in training and sampling, towards noise if above 1", group="objective"
+        1.0,
+        "shift of the flow's noise levels in training and sampling; above 1: towards noise",
+        group="objective",
+        above=0,
     )
     timestep_shift: float = option(
-        1.0, "in training alone, any objective: sqrt(pixels / pixels that the recipe was made for)", group="objective"
+        1.0,
+        "shift of the timesteps in training only, for any objective; for a larger image use "
+        "sqrt(pixels / pixels that the recipe was made for)",
+        group="objective",
+        above=0,
     )
-    min_snr_gamma: float | None = option(None, "min-SNR weighting, 5 is usual; none: off", group="objective")
-    label_dropout: float = option(0.1, "share of samples without label, for guidance", group="objective")
+    min_snr_gamma: float | None = option(
+        None, "gamma of min-SNR weighting (5 is usual); none: no weighting", group="objective", above=0
+    )
+    label_dropout: float = option(
+        0.1,
+        "fraction of samples that are trained without their label, for classifier-free guidance",
+        group="objective",
+        at_least=0,
+        below=1,
+    )
 
     align_target: str | None = option(
-        None, "module:function that makes the features to align with (REPA); none: off", group="alignment"
+        None, "module:function that makes the features to align with (REPA); none: no alignment", group="alignment"
     )
-    align_stage: int = option(1, "stage whose tokens are aligned, from 0; 2 is the bottleneck of 5", group="alignment")
-    align_weight: float = option(0.5, "of the alignment in the loss", group="alignment")
-    align_hidden: int = option(2048, "width of the projection", group="alignment")
+    align_stage: int = option(
+        1,
+        "stage whose tokens are aligned, counted from 0; 2 is the bottleneck of 5 stages",
+        group="alignment",
+        at_least=0,
+    )
+    align_weight: float = option(0.5, "weight of the alignment in the loss", group="alignment", above=0)
+    align_hidden: int = option(2048, "hidden width of the projection", group="alignment", at_least=1)
 
-    heldout_samples: int = option(512, "at most, for the held-out loss", group="results", free=True)
-    preview_classes: int = option(10, "rows of a sheet, at most", group="results", free=True)
-    preview_per_class: int = option(8, "pictures in a row", group="results", free=True)
-    sample_steps: int = option(30, "sampling steps of sheets and KID", group="results", free=True)
-    guidance_scale: float = option(
-        3.0, "classifier-free guidance of sheets and KID; 1: none", group="results", free=True
+    heldout_samples: int = option(
+        512, "largest number of images for the held-out loss", group="results", free=True, at_least=1
     )
-    kid_samples: int = option(0, "samples for KID against the held-out images; 0: none", group="results", free=True)
+    preview_classes: int = option(
+        10, "largest number of rows in a sample grid, one per class", group="results", free=True, at_least=1
+    )
+    preview_per_class: int = option(
+        8, "number of images in a row of a sample grid", group="results", free=True, at_least=1
+    )
+    sample_steps: int = option(
+        30, "number of denoising steps for sample grids and KID", group="results", free=True, at_least=1
+    )
+    guidance_scale: float = option(
+        3.0, "classifier-free guidance scale for sample grids and KID; 1: no guidance", group="results", free=True
+    )
+    kid_samples: int = option(
+        0, "number of samples for KID against the held-out images; 0: no KID", group="results", free=True, at_least=0
+    )
     kid_every: int = option(
         5000,
-        "steps between KIDs, a multiple of eval_every (whose 0: no KID); also after the last",
+        "steps between KIDs, a multiple of eval_every, whose 0 turns KID off; KID is also computed after the last step",
+        group="results",
+        free=True,
+        at_least=0,
+    )
+    kid_extractor: str = option(
+        "efficientnet-lite0",
+        "encoder for KID: inception, efficientnet-lite0, efficientnet-lite0@64 or dinov2",
         group="results",
         free=True,
     )
-    kid_extractor: str = option(
-        "efficientnet-lite0", "its encoder; or inception, efficientnet-lite0@64, dinov2", group="results", free=True
-    )
     inception_weights: str | None = option(
-        None, "local copy of Inception's weights; none: downloaded", group="results", free=True
+        None, "local copy of Inception's weights; none: download them", group="results", free=True
     )
     save_dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", "of the denoiser in the saved pipeline", group="results", free=True
+        "float32", "precision of the denoiser in the saved pipeline", group="results", free=True
     )
 
     def validate(self) -> None:
         super().validate()
-        if not 0 <= self.label_dropout < 1:
-            raise ConfigError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
-        if not 0 <= self.class_balance <= 1:
-            raise ConfigError(f"class_balance is {self.class_balance}; it must lie in [0, 1]")
         if self.class_balance and self.streaming:
-            raise ConfigError("class_balance needs the labels of all images beforehand: leave out streaming")
-        if not 0 <= self.heldout_fraction < 1:
-            raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1)")
-        self.require_positive("align_hidden", "cache_shard_images", "crops", "encode_batch_size", "shuffle_block")
-        if self.streaming:
-            self.cache_latents = False
-        self.require_positive("resolution", "heldout_samples", "preview_classes", "preview_per_class", "sample_steps")
-        if not self.align_weight > 0:
-            raise ConfigError(f"align_weight is {self.align_weight}; it must be positive (align_target none: off)")
+            raise ConfigError(
+                f"class_balance is {self.class_balance}, but a stream does not know all labels beforehand; leave out "
+                "streaming or class_balance"
+            )
         if self.kid_samples:
-            self.require_positive("kid_every")
-            if self.kid_samples < 4 or (self.eval_every and self.kid_every % self.eval_every):
-                raise ConfigError(
-                    f"kid_samples is {self.kid_samples}, kid_every {self.kid_every}, eval_every {self.eval_every}: "
-                    "give at least 4 samples and a kid_every that is a multiple of eval_every; kid_samples 0: none"
-                )
+            Range(at_least=1).check("kid_every", self.kid_every)
+        if 0 < self.kid_samples < 4:
+            raise ConfigError(f"kid_samples is {self.kid_samples}; KID needs at least 4, and 0 turns it off")
+        if self.kid_samples and self.eval_every and self.kid_every % self.eval_every:
+            near = max(1, round(self.kid_every / self.eval_every)) * self.eval_every
+            raise ConfigError(
+                f"kid_every is {self.kid_every}, not a multiple of eval_every {self.eval_every}; use {near}"
+            )
         if self.learned_variance and self.objective == "flow":
-            raise ConfigError("learned_variance goes with epsilon or v_prediction; set objective or leave it out")
+            raise ConfigError(
+                "learned_variance does not work with the objective flow; use epsilon or v_prediction, or leave it out"
+            )
+
+    def resolve(self) -> LDMConfig:
+        """A stream is never cached."""
+        return replace(self, cache_latents=False) if self.streaming else self
 
     @property
     def size(self) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import datasets
-import diffusers
 import torch
 from accelerate import Accelerator
+from diffusers import AutoModel, ModelMixin
 
 from iptv2_diffusion.data.draws import DataOrder, class_balanced_weights
 from iptv2_diffusion.data.image_files import Limits
@@ -39,7 +39,7 @@ def load_images(
     if config.streaming:
         return _load_stream(config, accelerator, columns)
     # One process prepares what `datasets` caches on the disk; the others then find it there.
-    with user_errors(OSError, ValueError, KeyError), accelerator.local_main_process_first():
+    with user_errors(OSError, ValueError), accelerator.local_main_process_first():
         train, heldout = load_train_and_heldout(
             config.data,
             train_split=config.train_split,
@@ -71,7 +71,7 @@ def _load_stream(
     config: LDMConfig, accelerator: Accelerator, columns: dict[str, Any]
 ) -> tuple[ImageStream, ImageTensors | None, list[str]]:
     """The same for a stream, whose held-out images are the first of a split of their own, held in memory."""
-    with user_errors(OSError, ValueError, KeyError):
+    with user_errors(OSError, ValueError):
         train = load_image_dataset(config.data, split=config.train_split, streaming=True, **columns)
         names = class_names(train) or []
         if "label" in train.column_names and not names:
@@ -98,15 +98,13 @@ def _load_stream(
 
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     """The VAE's codec, frozen, on the device."""
+    options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
     with user_errors(Exception):  # of diffusers and safetensors, about whatever the folder holds
-        options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
-        vae_name = os.path.expanduser(config.vae)
-        description = diffusers.AutoencoderKL.load_config(vae_name, **options)
-        vae_class = getattr(diffusers, description.get("_class_name", "AutoencoderKL"), None)
-        if vae_class is None:
-            raise ConfigError(f"{config.vae} is a {description['_class_name']}, which diffusers does not have")
-        vae = load_whole(vae_class, vae_name, **options).requires_grad_(False).eval()
-        vae.to(device, memory_format=torch.channels_last)
+        vae = load_whole(AutoModel, os.path.expanduser(config.vae), use_safetensors=True, **options)
+    if not isinstance(vae, ModelMixin) or "latent_channels" not in vae.config:
+        raise ConfigError(f"{config.vae} is a {type(vae).__name__}; give a VAE of diffusers, such as an AutoencoderKL")
+    vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    with user_errors(ValueError):
         codec = LatentCodec(vae)
         codec.latent_size(*config.size)  # raises if the image size does not fit
     return codec

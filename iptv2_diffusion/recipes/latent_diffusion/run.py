@@ -41,9 +41,9 @@ from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry
 def run(config: LDMConfig) -> int:
     """Build, train, save; returns the exit code."""
     if config.dry_run:
-        prepare_dry_run(config)
-        config.heldout_samples, config.preview_classes, config.preview_per_class, config.sample_steps = 16, 2, 2, 2
-        config.kid_samples, config.kid_every = min(config.kid_samples, 8), 1
+        sheet = {"preview_classes": 2, "preview_per_class": 2, "sample_steps": 2}
+        scores = {"heldout_samples": 16, "kid_samples": min(config.kid_samples, 8), "kid_every": 1}
+        config = prepare_dry_run(config, **sheet, **scores)
     accelerator = make_accelerator(config)
     images = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
@@ -88,7 +88,7 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
         **config.model_overrides,
     }
     set_seed(config.seed)
-    with user_errors(OSError, ValueError, TypeError):
+    with user_errors(OSError, ValueError):
         model = trainable(create_model(config.model, **overrides))
     if model.config.in_channels != channels:
         raise ConfigError(
@@ -118,7 +118,7 @@ def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int
     """Number of classes; None for unlabelled data. `labels` are those of all images, if they are known beforehand."""
     found = max(len(names), max(labels, default=-1) + 1) if names else 0
     if names and min(labels, default=0) < 0:
-        raise ConfigError(f"the data has the label {min(labels)}; labels are 0 to {found - 1}: mend or remove those")
+        raise ConfigError(f"the data has the label {min(labels)}; labels are 0 to {found - 1}: fix or remove those")
     if config.num_classes and not names:
         raise ConfigError(
             f"num_classes is {config.num_classes}, but no labels were found in {config.data}; name them by "
@@ -133,20 +133,17 @@ def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int
 
 def make_objective(config: LDMConfig) -> DiffusionObjective:
     """The training loss with its scheduler."""
-    with user_errors(ValueError):
-        options: dict[str, Any] = {"shift": config.flow_shift} if config.objective == "flow" else {}
-        scheduler = DiffusionObjective.make_scheduler(
-            config.objective, learned_variance=config.learned_variance, **options
-        )
-        return DiffusionObjective(
-            scheduler,
-            learned_variance=config.learned_variance,
-            timestep_sampling=config.timestep_sampling,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-            timestep_shift=config.timestep_shift,
-            min_snr_gamma=config.min_snr_gamma,
-        )
+    options: dict[str, Any] = {"shift": config.flow_shift} if config.objective == "flow" else {}
+    scheduler = DiffusionObjective.make_scheduler(config.objective, learned_variance=config.learned_variance, **options)
+    return DiffusionObjective(
+        scheduler,
+        learned_variance=config.learned_variance,
+        timestep_sampling=config.timestep_sampling,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+        timestep_shift=config.timestep_shift,
+        min_snr_gamma=config.min_snr_gamma,
+    )
 
 
 def align(config: LDMConfig, codec: LatentCodec, model: nn.Module) -> TargetFeatures | None:

@@ -1,8 +1,8 @@
-"""The options of a restoration run: what `train_restoration.py` trains by."""
+"""The options of a restoration run, for `train_restoration.py`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from iptv2_diffusion.data.pairs import LAYOUTS
@@ -11,102 +11,150 @@ from iptv2_diffusion.training.options import TrainingConfig, option
 
 PHOTOGRAPHS = "~/.cache/iptv2-diffusion/photographs"  # where data/photographs/fetch.py puts them
 LOSSES = ("l1", "mse", "charbonnier", "psnr", "sobel")  # `task.py` says what they are
+DEGRADATIONS = ("noise", "gaussian_blur", "motion_blur", "rain", "jpeg")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RestorationConfig(TrainingConfig):
     """A restoration run."""
 
     output_dir: str = option("runs/restoration", "folder for checkpoints, logs and the result", free=True)
     lr_schedule: Literal["constant", "cosine", "cosine_with_restarts", "linear"] = option(
-        "cosine", "after warm-up", group="optimiser"
+        "cosine", "learning-rate schedule after the warm-up", group="optimiser"
     )
 
-    data: str = option(f"{PHOTOGRAPHS}/train", "folder of images, or of a data set's layout", group="data")
+    data: str = option(f"{PHOTOGRAPHS}/train", "folder of images, or of a data set in its layout", group="data")
     layout: str = option(
-        "clean", "clean: degrade its images; else the pairs of: folders, sidd, gopro, realblur_j ...", group="data"
+        "clean",
+        f"what the data folder holds: clean images, which are degraded here, or pairs as in {', '.join(LAYOUTS)}",
+        group="data",
     )
     heldout: str | None = option(
-        "auto", "as data, for the PSNR; none: no PSNR; auto: the photographs' beside theirs, else none", group="data"
+        "auto",
+        "folder for the held-out PSNR, laid out as data; none: no PSNR; auto: the held-out photographs if data is the "
+        "default, else none",
+        group="data",
     )
     cache_dir: str = option("~/.cache/iptv2-diffusion/decoded", "folder of decoded images", group="data", free=True)
     scales: tuple[float, ...] = option(
         (1.0,),
-        "sizes at which to train on each clean image: below 1 it is shrunk, for more detail a pixel; patches come from "
-        "each in proportion to its area",
+        "sizes at which each clean image is trained on; below 1 it is shrunk, which gives more detail per pixel; "
+        "patches come from each size in proportion to its area",
         group="data",
+        above=0,
+        at_most=1,
+        nonempty=True,
     )
     prefer_texture: bool = option(True, "draw textured places more often than flat ones", group="data")
-    channels: Literal[1, 3] = option(3, "1: gray, 3: colour", group="data")
+    channels: Literal[1, 3] = option(3, "number of image channels: 1: gray, 3: colour", group="data")
 
     degradations: tuple[str, ...] = option(
-        ("noise",), "in order, of: noise, gaussian_blur, motion_blur, rain, jpeg", group="degradation"
+        ("noise",), f"degradations to apply in this order, out of {', '.join(DEGRADATIONS)}", group="degradation"
     )
-    noise: tuple[float, float] = option((5.0, 55.0), "range of sigma on the 0-255 scale", group="degradation")
-    gaussian_blur: tuple[float, float] = option((0.5, 2.5), "standard deviations in pixels", group="degradation")
-    motion_blur: tuple[float, float] = option((3.0, 17.0), "length of the path in pixels", group="degradation")
-    rain: tuple[float, float] = option((0.002, 0.012), "share of pixels where a streak starts", group="degradation")
-    jpeg: tuple[float, float] = option((30.0, 95.0), "quality", group="degradation")
+    noise: tuple[float, float] = option(
+        (5.0, 55.0), "range of the noise level sigma on the 0-255 scale", group="degradation", within=(0, 255)
+    )
+    gaussian_blur: tuple[float, float] = option(
+        (0.5, 2.5), "range of the blur's standard deviation in pixels", group="degradation", within=(0.1, 100)
+    )
+    motion_blur: tuple[float, float] = option(
+        (3.0, 17.0), "range of the motion path's length in pixels", group="degradation", at_least=0
+    )
+    rain: tuple[float, float] = option(
+        (0.002, 0.012), "range of the fraction of pixels where a streak starts", group="degradation", at_least=0
+    )
+    jpeg: tuple[float, float] = option((30.0, 95.0), "range of the JPEG quality", group="degradation", within=(1, 100))
     tasks: tuple[str, ...] = option(
-        (), "one model for several tasks: each a +-joined list of degradations, such as noise,rain", group="degradation"
+        (),
+        "several tasks for one model, each a list of degradations joined by +, such as noise,rain+jpeg",
+        group="degradation",
     )
 
-    patch_sizes: tuple[int, ...] = option((64,), "side of patches, one per stage", group="patches")
+    patch_sizes: tuple[int, ...] = option(
+        (64,), "side of the patches in pixels, one per stage", group="patches", at_least=1, nonempty=True
+    )
     patch_steps: tuple[int, ...] = option((), "step at which each further stage begins", group="patches")
-    patch_batch_sizes: tuple[int, ...] = option((), "batch size of each stage; none: batch_size", group="patches")
-    rgb_shuffle: bool = option(False, "permute the colour channels", group="patches")
-    mixup: float = option(0.0, "share of samples that are mixed with another", group="patches")
+    patch_batch_sizes: tuple[int, ...] = option(
+        (), "batch size of each stage; empty: batch_size in all", group="patches", at_least=1
+    )
+    rgb_shuffle: bool = option(False, "permute the colour channels at random", group="patches")
+    mixup: float = option(0.0, "fraction of samples that are mixed with another one", group="patches", within=(0, 1))
 
-    model: str = option("restoration-nano", "preset, config.json, or saved model folder", group="model")
-    model_overrides: dict = option({}, 'JSON, such as {"channels": 64}', group="model")  # noqa: RUF009
+    model: str = option(
+        "restoration-nano", "preset (restoration-xs ...), config.json, or folder of a saved model", group="model"
+    )
+    model_overrides: dict = option(  # noqa: RUF009
+        {}, 'arguments of the model to change, as JSON, such as {"channels": 64}', group="model"
+    )
     backbone_from: str | None = option(None, "saved denoiser or restorer whose backbone to start from", group="model")
 
-    losses: dict = option({"charbonnier": 1.0}, "weights of l1, mse, charbonnier, psnr, sobel", group="objective")  # noqa: RUF009
+    losses: dict = option(  # noqa: RUF009
+        {"charbonnier": 1.0}, f"weights of the losses, as JSON, out of {', '.join(LOSSES)}", group="objective"
+    )
 
-    heldout_images: int = option(8, "at most", group="results", free=True)
-    heldout_size: int = option(256, "side of the held-out crops", group="results", free=True)
-    heldout_sigmas: tuple[float, ...] = option((15.0, 25.0, 50.0), "for noise", group="results", free=True)
+    heldout_images: int = option(
+        8, "largest number of images for the held-out PSNR", group="results", free=True, at_least=1
+    )
+    heldout_size: int = option(256, "side of the held-out crops in pixels", group="results", free=True, at_least=1)
+    heldout_sigmas: tuple[float, ...] = option(
+        (15.0, 25.0, 50.0), "noise levels for the held-out PSNR of a denoiser", group="results", free=True
+    )
     save_dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float16", "of the fused model in the saved pipeline", group="results", free=True
+        "float16", "precision of the fused model in the saved pipeline", group="results", free=True
     )
 
     def validate(self) -> None:
         super().validate()
         if self.layout not in ("clean", *LAYOUTS):
-            raise ConfigError(f"layout {self.layout!r} is none of clean, {', '.join(LAYOUTS)}")
-        if self.heldout == "auto":
-            self.heldout = f"{PHOTOGRAPHS}/heldout" if self.data == f"{PHOTOGRAPHS}/train" else None
-        self.require_positive("patch_sizes", "heldout_images", "heldout_size")
-        if self.patch_batch_sizes:
-            self.require_positive("patch_batch_sizes")
-        stages = len(self.patch_sizes)
+            raise ConfigError(f"layout is {self.layout!r}; choose one of clean, {', '.join(LAYOUTS)}")
+        self._check_degradations()
+        self._check_stages()
+        self._check_losses()
+
+    def resolve(self) -> RestorationConfig:
+        """The held-out photographs belong to the default data only."""
+        if self.heldout != "auto":
+            return self
+        return replace(self, heldout=f"{PHOTOGRAPHS}/heldout" if self.data == f"{PHOTOGRAPHS}/train" else None)
+
+    def _check_degradations(self) -> None:
+        """Degradations are those of clean images, and their ranges rise."""
+        for option_name, value in (("scales", self.scales != (1.0,)), ("tasks", self.tasks)):
+            if value and self.layout != "clean":
+                raise ConfigError(
+                    f"{option_name} is for clean images, but layout {self.layout} has pairs of its own; leave one out"
+                )
+        if self.layout == "clean" and not (self.tasks or self.degradations):
+            raise ConfigError("degradations and tasks are both empty; name at least one degradation")
+        for name in (*self.degradations, *(name for task in self.tasks for name in task.split("+"))):
+            if name not in DEGRADATIONS:
+                raise ConfigError(f"{name!r} is no degradation; choose out of {', '.join(DEGRADATIONS)}")
+        for name in DEGRADATIONS:
+            low, high = getattr(self, name)
+            if low > high:
+                raise ConfigError(f"{name} is {low:g},{high:g}; a range must rise: use {high:g},{low:g}")
+
+    def _check_stages(self) -> None:
+        """Every stage has its patch size, first step and batch size."""
+        stages, smallest = len(self.patch_sizes), min(self.patch_batch_sizes or (self.batch_size,))
         if len(self.patch_steps) != stages - 1 or list(self.patch_steps) != sorted(self.patch_steps):
             raise ConfigError(
-                f"{stages} patch_sizes {self.patch_sizes} need {stages - 1} increasing patch_steps, not "
-                f"{self.patch_steps}"
+                f"patch_steps is {','.join(map(str, self.patch_steps)) or 'empty'}; give {stages - 1} in increasing "
+                f"order for {stages} patch_sizes"
             )
         if self.patch_batch_sizes and len(self.patch_batch_sizes) != stages:
             raise ConfigError(
                 f"patch_batch_sizes has {len(self.patch_batch_sizes)} numbers for {stages} patch_sizes; give as many"
             )
-        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
-            raise ConfigError(f"scales is {self.scales}; give numbers above 0 and at most 1")
-        if self.scales != (1.0,) and self.layout != "clean":
-            raise ConfigError(f"scales shrinks clean images, but layout {self.layout} has its own pairs; leave one out")
-        if self.layout == "clean" and not (self.tasks or self.degradations):
-            raise ConfigError("degradations is empty, and so is tasks; name at least one")
-        if self.tasks and self.layout != "clean":
-            raise ConfigError(f"tasks degrade clean images, but layout {self.layout} has its own pairs; leave one out")
-        unknown = set(self.losses) - set(LOSSES)
-        if unknown or not self.losses:
-            raise ConfigError(f"losses names {', '.join(sorted(unknown)) or 'nothing'}; choose of {', '.join(LOSSES)}")
+        if self.mixup and smallest < 2:
+            raise ConfigError(f"mixup mixes the samples of a batch, but a batch has {smallest}; use 2 or more")
+
+    def _check_losses(self) -> None:
+        """Known names, weights that are not negative, patches that the losses can see."""
+        if unknown := sorted(set(self.losses) - set(LOSSES)):
+            raise ConfigError(f"losses names {', '.join(unknown)}; choose out of {', '.join(LOSSES)}")
         weights = list(self.losses.values())
         if not all(isinstance(w, (int, float)) and w >= 0 for w in weights) or not any(weights):
-            raise ConfigError(f"losses is {self.losses}; weights are numbers, not negative, not all 0")
+            raise ConfigError(f"losses is {self.losses}; give weights of at least 0, one of them above 0")
         if "sobel" in self.losses and min(self.patch_sizes) < 3:
-            raise ConfigError(f"sobel needs patches of 3 pixels or more, not {min(self.patch_sizes)}")
-        if not 0 <= self.mixup <= 1:
-            raise ConfigError(f"mixup is {self.mixup}; it must lie in [0, 1]")
-        smallest = min(self.patch_batch_sizes or (self.batch_size,))
-        if self.mixup and smallest < 2:
-            raise ConfigError(f"mixup mixes the samples of a batch, and one of yours has {smallest}; use 2 or more")
+            raise ConfigError(f"sobel needs patches of at least 3 pixels; patch_sizes has {min(self.patch_sizes)}")

@@ -23,8 +23,7 @@ from iptv2_diffusion.training.loop import Trainer, check_batch_size, make_accele
 def run(config: RestorationConfig) -> int:
     """Build, train, save; returns the exit code."""
     if config.dry_run:
-        prepare_dry_run(config)
-        config.heldout_images, config.heldout_size = 1, 64
+        config = prepare_dry_run(config, heldout_images=1, heldout_size=64)
     accelerator = make_accelerator(config)
     for stage, size in enumerate(config.patch_batch_sizes, start=1):
         check_batch_size(f"patch_batch_sizes, stage {stage}:", size, accelerator, config.gradient_accumulation_steps)
@@ -53,7 +52,7 @@ def make_model(config: RestorationConfig) -> nn.Module:
     if config.tasks:
         overrides["num_tasks"] = len(config.tasks)
     set_seed(config.seed)
-    with user_errors(OSError, ValueError, TypeError):
+    with user_errors(OSError, ValueError):
         model = trainable(create_model(config.model, **overrides))
         if config.backbone_from is not None:
             print(load_backbone(model, create_model(config.backbone_from)))

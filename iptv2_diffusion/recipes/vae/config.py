@@ -1,4 +1,4 @@
-"""The options of a VAE run: what `train_vae.py` trains by."""
+"""The options of a VAE run, for `train_vae.py`."""
 
 from __future__ import annotations
 
@@ -9,60 +9,74 @@ from iptv2_diffusion.training.errors import ConfigError
 from iptv2_diffusion.training.options import TrainingConfig, option
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class VAEConfig(TrainingConfig):
     """A VAE run."""
 
     output_dir: str = option("runs/vae", "folder for checkpoints, logs and the result", free=True)
 
-    data: str = option("data/emoji64", "folder of images, parquet, or Hub name", group="data")
+    data: str = option("data/emoji64", "folder of images, parquet shards, or a name on the Hub", group="data")
     train_split: str = option("train", "split to train on", group="data")
-    heldout_split: str | None = option("heldout", "split for the PSNR; none: heldout_fraction", group="data")
-    heldout_fraction: float = option(0.02, "share of train_split kept for the PSNR", group="data")
-    image_column: str | None = option(None, "none: found by itself", group="data")
-    revision: str | None = option(None, "of a data set on the Hub", group="data")
-    resolution: int | tuple[int, int] = option(64, "image size: one number, or height,width", group="data")
+    heldout_split: str | None = option(
+        "heldout", "split for the held-out PSNR; none: heldout_fraction of train_split", group="data"
+    )
+    heldout_fraction: float = option(
+        0.02, "fraction of train_split that is kept for the held-out PSNR", group="data", at_least=0, below=1
+    )
+    image_column: str | None = option(None, "column with the images; none: find it", group="data")
+    revision: str | None = option(None, "revision of a data set on the Hub: a branch, tag or commit", group="data")
+    resolution: int | tuple[int, int] = option(
+        64, "image size in pixels: one number, or height,width", group="data", at_least=1
+    )
     random_flip: bool = option(True, "mirror half of the images", group="data")
-    strict: bool = option(False, "fail at a corrupt image instead of leaving it out", group="data", free=True)
+    strict: bool = option(False, "stop at a corrupt image instead of skipping it", group="data", free=True)
 
-    latent_channels: int = option(4, "channels of the latents", group="model")
-    block_out_channels: tuple[int, ...] = option((32, 32, 112), "width of each level, full size first", group="model")
-    layers_per_block: int = option(1, "residual blocks a level (one more in the decoder)", group="model")
-    norm_num_groups: int = option(8, "of group normalisation; divides every width", group="model")
-    mid_block_attention: bool = option(False, "attention at the latents' size", group="model")
+    latent_channels: int = option(4, "number of channels of the latents", group="model", at_least=1)
+    block_out_channels: tuple[int, ...] = option(
+        (32, 32, 112), "channels of each resolution level, full size first", group="model", at_least=1, nonempty=True
+    )
+    layers_per_block: int = option(1, "residual blocks per level (the decoder has one more)", group="model", at_least=1)
+    norm_num_groups: int = option(
+        8, "number of groups of the normalisation; it divides the channels of every level", group="model", at_least=1
+    )
+    mid_block_attention: bool = option(False, "add attention at the resolution of the latents", group="model")
 
-    l1_weight: float = option(1.0, "of the absolute error", group="objective")
-    mse_weight: float = option(4.0, "of the squared error", group="objective")
-    kl_weight: float = option(1e-4, "of the KL divergence (mean over the latents' elements)", group="objective")
+    l1_weight: float = option(1.0, "weight of the absolute error", group="objective")
+    mse_weight: float = option(4.0, "weight of the squared error", group="objective")
+    kl_weight: float = option(
+        1e-4, "weight of the KL divergence (its mean over the elements of the latents)", group="objective"
+    )
 
     heldout_samples: int = option(
-        128, "at most, for the PSNR while training; the last is over all", group="results", free=True
+        128,
+        "largest number of images for the held-out PSNR while training; the last one is over all",
+        group="results",
+        free=True,
+        at_least=1,
     )
     preview_images: int = option(
-        12, "columns of the picture: originals over reconstructions", group="results", free=True
+        12, "number of images in a preview, originals over reconstructions", group="results", free=True, at_least=1
     )
-    statistics_samples: int = option(4096, "training images for latents_mean and _std", group="results", free=True)
+    statistics_samples: int = option(
+        4096, "number of training images for latents_mean and latents_std", group="results", free=True, at_least=1
+    )
     save_dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float16", "of the result", group="results", free=True
+        "float16", "precision of the saved VAE", group="results", free=True
     )
 
     def validate(self) -> None:
         super().validate()
-        self.require_positive("resolution", "latent_channels", "layers_per_block", "norm_num_groups")
-        self.require_positive("heldout_samples", "preview_images", "statistics_samples")
-        if not self.block_out_channels or any(c < 1 or c % self.norm_num_groups for c in self.block_out_channels):
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ConfigError(
-                f"block_out_channels is {self.block_out_channels}; each must be a multiple of norm_num_groups "
-                f"({self.norm_num_groups})"
+                f"block_out_channels is {','.join(map(str, self.block_out_channels))}; each must be a multiple of "
+                f"norm_num_groups {self.norm_num_groups}"
             )
-        if self.heldout_split is None and not 0 < self.heldout_fraction < 1:
-            raise ConfigError(
-                f"heldout_fraction is {self.heldout_fraction}; without heldout_split it must lie in (0, 1)"
-            )
+        if self.heldout_split is None and self.heldout_fraction == 0:
+            raise ConfigError("heldout_fraction is 0 and heldout_split is none; set one, the PSNR needs it")
         if any(side % self.downscale for side in self.size):
             near = [max(1, round(side / self.downscale)) * self.downscale for side in self.size]
             raise ConfigError(
-                f"resolution {self.size[0]}x{self.size[1]} is not a multiple of the VAE's {self.downscale}; "
+                f"resolution {self.size[0]}x{self.size[1]} is not a multiple of the VAE's factor {self.downscale}; "
                 f"use {near[0]},{near[1]}"
             )
 

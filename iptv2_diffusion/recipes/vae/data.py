@@ -14,7 +14,7 @@ from iptv2_diffusion.training.errors import ConfigError, user_errors
 def load_images(config: VAEConfig, accelerator: Accelerator) -> tuple[ImageTensors, ImageTensors]:
     """Training and held-out images."""
     # One process prepares what `datasets` caches on the disk; the others then find it there.
-    with user_errors(OSError, ValueError, KeyError), accelerator.local_main_process_first():
+    with user_errors(OSError, ValueError), accelerator.local_main_process_first():
         train, heldout = load_train_and_heldout(
             config.data,
             train_split=config.train_split,

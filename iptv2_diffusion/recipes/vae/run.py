@@ -18,8 +18,7 @@ from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry
 def run(config: VAEConfig) -> int:
     """Build, train, save; returns the exit code."""
     if config.dry_run:
-        prepare_dry_run(config)
-        config.heldout_samples = config.statistics_samples = 16
+        config = prepare_dry_run(config, heldout_samples=16, statistics_samples=16)
     accelerator = make_accelerator(config)
     train, heldout = load_images(config, accelerator)
     model = VAELoss(make_vae(config), config)

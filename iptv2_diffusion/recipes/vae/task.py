@@ -6,6 +6,7 @@ the KL), x in [-1, 1]; y is decoded from a sample of the posterior.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from iptv2_diffusion.data.draws import (
 )
 from iptv2_diffusion.data.images import ImageTensors
 from iptv2_diffusion.evaluation.pictures import picture_sheet
+from iptv2_diffusion.evaluation.restoration_metrics import Protocol, psnr
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.recipes.vae.data import FlippedImages
@@ -100,11 +102,10 @@ class VAETask:
         for pixels in self._batches(self.heldout, mine):
             with torch.no_grad():
                 decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
-            levels = [((x.clamp(-1, 1) + 1) * 127.5).round().to(device).double() for x in (pixels, decoded)]
-            error = (levels[0] - levels[1]).square().mean((1, 2, 3))
+            values = psnr(*((x.to(device) + 1) / 2 for x in (decoded, pixels)), Protocol(round=True))
             # A perfect reconstruction would be infinite: count it as half a level wrong in one value.
-            error = error.clamp_min(0.25 / pixels[0].numel())
-            total += torch.stack([(10 * torch.log10(255**2 / error)).sum(), torch.ones_like(error).sum()])
+            values = values.clamp(max=10 * math.log10(255**2 * pixels[0].numel() / 0.25))
+            total += torch.stack([values.sum(), torch.ones_like(values).sum()])
         total = self.accelerator.reduce(total, "sum")
         return (total[0] / total[1]).item()
 
