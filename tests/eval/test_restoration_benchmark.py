@@ -69,8 +69,8 @@ def test_small_pictures_are_shown_whole(setting):
     ("words", "message"),
     [
         (["--first", "0"], "--first is 0; it must be at least 1"),
-        (["--levels", "-5"], "--levels is -5; of noise they lie above 0, up to 255"),
-        (["--degradation", "motion_blur", "--levels", "0"], "of motion_blur they lie above 1, up to 100"),
+        (["--levels", "-5"], "--levels is -5; levels of noise must be above 0 and at most 255"),
+        (["--degradation", "motion_blur", "--levels", "0"], "levels of motion_blur must be above 1 and at most 100"),
         (["--degradation", "motion_blur", "--levels", "100"], "motion_blur of 100 needs images of more than 2"),
     ],
 )
