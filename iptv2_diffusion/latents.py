@@ -294,7 +294,7 @@ def _spatial_compression(vae: nn.Module) -> int:
 
 
 def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Return the starts of tiles that cover ``length``, overlap by at least ``overlap`` and end at the edge."""
+    """Return the starts of tiles that cover ``length`` and share ``overlap`` or more; the last ends at the edge."""
     starts = list(range(0, length - tile, tile - overlap))
     return [*starts, length - tile]
 

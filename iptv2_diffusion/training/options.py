@@ -239,9 +239,12 @@ def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict
 
 
 def expand_home(config_type: type, values: dict[str, Any]) -> dict[str, Any]:
-    """~ in fields that no checkpoint holds; the others are expanded where they are used."""
-    free = {field.name for field in dataclasses.fields(config_type) if field.metadata.get("free")}
-    return {k: os.path.expanduser(v) if k in free and isinstance(v, str) else v for k, v in values.items()}
+    """~ in fields that no checkpoint holds; the others, and defaults, are expanded where they are used."""
+    free = {field.name: field.default for field in dataclasses.fields(config_type) if field.metadata.get("free")}
+    return {
+        name: os.path.expanduser(value) if isinstance(value, str) and free.get(name, value) != value else value
+        for name, value in values.items()
+    }
 
 
 def save_config(config: Any, path: str | Path) -> None:
