@@ -6,7 +6,6 @@
 A model may have several shapes (for DiT: patch sizes 2 and 1). Short runs of each shape on a grid of learning rates
 select one shape and learning rate per model. The selected one is trained in full with every seed. All runs use
 `train/train_ldm.py`, one after another, in OUTPUT_DIR/SIZE. Run the same command to resume; it skips finished runs.
-
 Samples of every full run are scored by the metrics of `iptv2_diffusion/evaluation/generation_metrics.py`. The results
 are a JSON list of rows. NAME-about.json beside it has the machine, the recipe and the scores of real images.
 `eval/arena_report.py` makes tables and plots of the results.
@@ -147,7 +146,6 @@ def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) 
 
 
 def make_run(config: ArenaConfig, name: str, shape: str, learning_rate: float, seed: int, *, grid: bool) -> Run:
-    """Describe a short run of the grid, or a full run."""
     parent = Path(config.output_dir).expanduser() / config.size / ("grid" if grid else "full")
     steps = config.grid_steps if grid else config.max_train_steps
     return Run(name, shape, learning_rate, seed, steps, parent / f"{name}-{shape}-lr{learning_rate:g}-seed{seed}")
@@ -182,9 +180,9 @@ def train(config: ArenaConfig, run: Run) -> None:
 
 
 def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
-    """Train the short runs of a model and return them with the run of the lowest held-out loss.
+    """Train every shape of a model at every learning rate (or its known one); return all runs and the best one.
 
-    The grid has every shape at every learning rate, or at the shape's known one. A single combination needs no run.
+    The best run has the lowest held-out loss. A single combination is the best without a run.
     """
     runs = [
         make_run(config, name, shape, rate, config.seeds[0], grid=True)
@@ -254,10 +252,7 @@ def load_split(config: ArenaConfig, recipe: dict[str, Any], split: str) -> tuple
 
 
 def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, float]:
-    """Sample from a full run and compare the samples with both splits.
-
-    Samples and scores are cached; scores.json also has the settings that determine the scores.
-    """
+    """Sample from a full run and compare the samples with both splits; scores.json caches the result."""
     import torch
 
     from iptv2_diffusion.evaluation import generation_metrics
@@ -320,7 +315,6 @@ def floors(reference: Reference) -> dict[str, float]:
 
 
 def make_row(config: ArenaConfig, run: Run, cost: dict[str, Any], *, chosen: bool, scores: dict[str, float]) -> dict:
-    """Make a row of the results."""
     last = run.curve[-1]
     return {
         "model": run.model,
@@ -368,7 +362,6 @@ def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, An
 
 
 def main() -> int:
-    """Count MACs, run the grid, train in full, score, and write the results."""
     config = parse_config(ArenaConfig, description=__doc__)
     costs = count_costs(config)
     for (name, shape), cost in costs.items():

@@ -170,8 +170,8 @@ def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], r
             if count <= extractor.dimensions and not config.allow_small_n:
                 raise ConfigError(
                     f"{count} {what} for {extractor.dimensions} features of {extractor.name}: a Fréchet distance of "
-                    f"fewer than {extractor.dimensions + 1} is mostly bias; take more, or --allow_small_n and read KID "
-                    f"and the distance in {config.pca_components} principal components"
+                    f"fewer than {extractor.dimensions + 1} is mostly bias; use more images, or --allow_small_n with "
+                    f"KID and the distance in {config.pca_components} principal components"
                 )
 
 

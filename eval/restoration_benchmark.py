@@ -79,7 +79,7 @@ def test_photographs() -> dict[str, np.ndarray]:
     """Load the six photographs of the protocol from the packages scikit-image and scikit-learn."""
     for package in ("skimage", "sklearn"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or name a folder by --images")
+            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or give a folder by --images")
     from skimage import data
     from sklearn.datasets import load_sample_image
 

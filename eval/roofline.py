@@ -1,4 +1,4 @@
-"""Least time of a forward and of a training step on a machine, by what must be moved and multiplied. No GPU is needed.
+"""Predict the time of a forward pass and of a training step by a roofline model. No GPU is needed.
 
     python eval/roofline.py                                             # S beside DiT-S/2 on an H100
     python eval/roofline.py --models iptv2-b,dit-b-2 --machine a100 --latent_size 32,64,128 --modes training
@@ -6,11 +6,11 @@
     python eval/roofline.py --machine this --precision float32 --batch_size 4 --measure
     python eval/roofline.py --models iptv2-s,iptv2-s-2,dit-s-2 --json   # one JSON object as the last line
 
-A model is a preset, or one with other arguments (`iptv2-s:window_size=4`). The last DiT of its size (S, B, L, XL) among
-the models is what the ratios are held to. Forms: "eager" runs one kernel an operator, "compiled" fuses as
-`torch.compile` does, "kernels" has this package's Triton kernels besides. Each kernel takes the longer of its products
-and its bytes at the rates that the machine reaches (0.6 of the published products, 0.9 of the published bandwidth), and
-2 microseconds to start. These are predictions, and lower bounds as a rule: see docs/roofline.md.
+A model is a preset, or a preset with other arguments (`iptv2-s:window_size=4`). Ratios are relative to the last DiT of
+the same size (S, B, L, XL) among the models. There are three forms: "eager" runs one kernel per operator, "compiled"
+fuses operators as `torch.compile` does, and "kernels" also uses this package's Triton kernels. The time of a kernel is
+2 microseconds for its launch plus the larger of two times: its products at 0.6 of the published rate, and its bytes at
+0.9 of the published bandwidth. These predictions are usually lower bounds; see docs/roofline.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHOICES = {"modes": ("inference", "training"), "forms": ("eager", "compiled", "k
 
 @dataclass(kw_only=True)
 class RooflineConfig:
-    """What is counted. Lists are separated by commas; every combination is a row."""
+    """Options of the prediction. Lists are separated by commas; every combination is a row."""
 
     models: str = option("iptv2-s,dit-s-2", "presets or presets with other arguments, commas between")
     modes: tuple[str, ...] = option(("inference", "training"), "inference (fused weights), training (with backward)")
@@ -48,7 +48,7 @@ class RooflineConfig:
 
     @property
     def names(self) -> list[str]:
-        return re.split(r",(?![^\[]*\])", self.models)  # not at the commas inside of brackets
+        return re.split(r",(?![^\[]*\])", self.models)  # commas inside brackets belong to a model's arguments
 
     def validate(self) -> None:
         for name, known in CHOICES.items():
@@ -66,7 +66,7 @@ class RooflineConfig:
 
 
 def make_rows(config: RooflineConfig) -> list[dict[str, Any]]:
-    """One row a model, latent size, mode and form."""
+    """Predict one row per model, latent size, mode and form."""
     import dataclasses
 
     from diffusers import DiTTransformer2DModel
@@ -103,7 +103,7 @@ def make_rows(config: RooflineConfig) -> list[dict[str, Any]]:
 
 
 def measure(spec: str, size: int | None, mode: str, config: RooflineConfig) -> float:
-    """Milliseconds of an eager step on this CPU."""
+    """Measure an eager step on this CPU, in milliseconds."""
     from iptv2_diffusion.evaluation.roofline import best_of
     from iptv2_diffusion.evaluation.timed_steps import deploy, make_model, make_step
 
@@ -126,7 +126,7 @@ def show(row: dict[str, Any], parts: bool) -> None:
 
 
 def reference_of(spec: str, names: list[str]) -> str | None:
-    """The DiT that a model is held to: the last of its size, else the last."""
+    """Return the DiT to compare a model with: the last one of its size, or else the last one; None without a DiT."""
     dits = [name for name in names if name.startswith("dit-")]
     sizes = re.findall(r"-(s|b|l|xl)(?=-|:|$)", spec)
     own = [name for name in dits if sizes and f"-{sizes[0]}-" in f"{name}-"]
@@ -134,7 +134,7 @@ def reference_of(spec: str, names: list[str]) -> str | None:
 
 
 def ratios(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """Predicted milliseconds over those of the DiT, row by row."""
+    """Compute the ratio of the predicted times of each model and its DiT, row by row."""
     ours = [row for row in rows if not row["model"].startswith("dit-")]
     result = []
     for row in ours:
@@ -147,7 +147,7 @@ def ratios(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]
 
 
 def save_plot(table: list[dict[str, Any]], path: Path) -> None:
-    """The ratio over the side of the latent, a line a model, the last form; training and inference side by side."""
+    """Plot the ratio over the side of the latent for the last form, with a line per model and a panel per mode."""
     from matplotlib.figure import Figure
 
     modes = list(dict.fromkeys(row["what"] for row in table))
@@ -168,10 +168,11 @@ def save_plot(table: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> int:
+    """Predict, print and plot."""
     config = parse_config(RooflineConfig, description=__doc__)
     import diffusers
 
-    diffusers.logging.set_verbosity_error()  # of casts that change nothing here
+    diffusers.logging.set_verbosity_error()  # no warnings of casts, which have no effect here
     rows = make_rows(config)
     table = ratios(rows, config.names)
     for row in table:
@@ -181,7 +182,7 @@ def main() -> int:
         save_plot(table, Path(config.plot))
     if config.json:
         predicted: dict[str, Any] = {}
-        for row in table:  # of several forms or latents the last form and the first latent stay
+        for row in table:  # the last form and the first latent size of each model remain
             if row["latent"] == next(r["latent"] for r in table if r["model"] == row["model"]):
                 predicted.setdefault(row["model"], {})[row["what"]] = row["ratio"]
         print(json.dumps({"predicted_ratio_to_dit": predicted, "ratios": table, "rows": rows}))

@@ -17,7 +17,6 @@ how a component is loaded, so both are public names. :func:`_register_with_diffu
 """
 
 import importlib
-import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -61,11 +60,6 @@ __all__ = [
 ]
 
 _PIPELINES = [name for name, module in _LAZY_NAMES.items() if module.startswith("iptv2_diffusion.pipelines.")]
-
-# A wheel installs the pipelines inside this package. In a clone of the repository, their folder is beside the package.
-_PARENT = os.path.dirname(os.path.dirname(__file__))
-if os.path.isfile(os.path.join(_PARENT, "pipelines", "pipeline_iptv2.py")):
-    __path__.append(_PARENT)
 
 try:
     __version__ = version("iptv2-diffusion")

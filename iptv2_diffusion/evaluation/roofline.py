@@ -1,17 +1,18 @@
-"""What a forward or a training step must move and multiply, and the time that a machine needs for it at least.
+"""Roofline model of a forward pass or a training step: bytes, multiply–accumulates, and the time that a machine needs.
 
-The step runs on the meta device, where tensors have shapes and no values. Every operator is recorded with the buffers
-that it reads and writes. Kernels are then counted in one of three forms:
+The step runs on the meta device, where tensors have shapes but no data. A dispatch mode records every operator with the
+buffers that it reads and writes. The kernels are then counted in one of three forms:
 
-- eager: one kernel an operator.
-- compiled: chains of pointwise operators and reductions are one kernel each, as `torch.compile` fuses them: members
-  iterate over the same elements, sums over rows end a row's pass and sums over positions end a kernel, and no chain
-  runs across an operator that it both feeds and needs. Matrix products, convolutions and attention stay alone. A buffer
-  that only one kernel sees costs nothing.
-- kernels: compiled, with this package's Triton kernels in place of FCSA, counted by their own loads and stores.
+- eager: one kernel per operator.
+- compiled: chains of pointwise operators and reductions are one kernel each, as `torch.compile` fuses them. Members of
+  a chain iterate over the same elements. A sum over rows ends the pass over a row, and a sum over positions ends the
+  kernel. A chain does not cross an operator that it both feeds and needs. Matrix products, convolutions and attention
+  are separate kernels. A buffer that only one kernel uses costs nothing.
+- kernels: as compiled, with this package's Triton kernels for FCSA, counted by their own loads and stores.
 
-A kernel takes the longer of its products at the machine's rate and its bytes at the machine's bandwidth, and the time
-to start it. That is a prediction, and mostly too low: caches, tails, layouts and slow library kernels are not in it.
+The time of a kernel is its launch time plus the larger of two times: its products at the machine's rate, and its bytes
+at the machine's bandwidth. This prediction is usually a lower bound: it ignores caches, tail effects, layouts and slow
+library kernels.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ FORMS = ("eager", "compiled", "kernels")
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates that a program can reach.
+    """Rates that programs reach on a machine.
 
     Attributes:
-        name: what it is.
-        flops: floating-point operations of matrix products a second, by precision; a multiply–accumulate is two.
-        vector_flops: those outside of the matrix units (depthwise convolutions).
-        bandwidth: bytes of memory a second.
-        launch: seconds that a kernel takes beyond its work, started from a recorded graph.
+        name: name of the machine.
+        flops: rate of matrix products in FLOP/s by precision; a multiply–accumulate counts as two operations.
+        vector_flops: rate in FLOP/s without tensor cores (depthwise convolutions).
+        bandwidth: memory bandwidth in bytes per second.
+        launch: overhead of a kernel in seconds when a recorded graph launches it.
     """
 
     name: str
@@ -54,9 +55,14 @@ class Machine:
 
 
 def published(name: str, sixteen: float, tf32: float, single: float, bandwidth: float) -> Machine:
-    """A GPU from its data sheet: teraFLOP/s without sparsity and with float32 sums, terabytes a second.
+    """Make a GPU from its data sheet. Large products reach 0.6 of the published rate, and copies 0.9 of the bandwidth.
 
-    Large products reach about 0.6 of the published rate, and copies 0.9 of the published bandwidth.
+    Args:
+        name: name of the GPU.
+        sixteen: TFLOP/s in half precision, dense, with float32 accumulation.
+        tf32: TFLOP/s in TF32, dense.
+        single: TFLOP/s in float32.
+        bandwidth: memory bandwidth in TB/s.
     """
     products = {"bfloat16": 0.6e12 * sixteen, "float16": 0.6e12 * sixteen, "tf32": 0.6e12 * tf32}
     return Machine(name, products | {"float32": 0.6e12 * single}, 0.6e12 * single, 0.9e12 * bandwidth)
@@ -73,7 +79,7 @@ MACHINES = {
 
 
 def measure_this_machine(precision: str, rounds: int = 3) -> Machine:
-    """This machine's CPU: the best of some matrix products, and of copies that fit in no cache."""
+    """Measure this machine's CPU: the best rates of matrix products and of copies that exceed the caches."""
     a, b = (torch.randn(size, 1024, dtype=getattr(torch, precision)) for size in (2048, 1024))
     flops = 2 * 2048 * 1024 * 1024 / best_of(rounds, lambda: a @ b)
     x, y = torch.empty(2, 1 << 25)
@@ -83,7 +89,7 @@ def measure_this_machine(precision: str, rounds: int = 3) -> Machine:
 
 
 def best_of(rounds: int, function: Callable[[], Any]) -> float:
-    """Seconds of the fastest call after a first one."""
+    """Return the seconds of the fastest call after a warm-up call."""
     seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -101,7 +107,8 @@ ROWS = ("native_layer_norm", "native_layer_norm_backward", "_softmax", "_softmax
 SUMS = ("sum", "mean", "linalg_vector_norm", "amax", "var_mean", "all", "any")
 FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
 
-# What module an operator belongs to, by the name of its class; of several that are open the first of this list.
+# Part of the model that an operator belongs to, by the class of its module. If modules are nested, the first entry of
+# this list applies.
 PARTS = {
     "FocalContextAttention": "FCSA",
     "GlobalGridAttention": "GGSA",
@@ -122,7 +129,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Access:
-    """Part of a buffer: its number, which elements, and their bytes."""
+    """Part of a buffer: its number, its elements (offset, shape and strides) and its bytes."""
 
     buffer: int
     view: tuple
@@ -131,35 +138,40 @@ class Access:
 
 @dataclass
 class Operator:
-    """One recorded call."""
+    """One recorded call of an operator."""
 
     name: str
     part: str
     kind: str  # "alone", "pointwise", "rows" (sums along rows) or "positions" (other sums)
-    elements: int  # that it iterates over
-    results: int  # elements of its output
+    elements: int  # number of elements of its iteration
+    results: int  # number of elements of its output
     macs: int
-    vector: bool  # whether its products run outside of the matrix units
+    vector: bool  # whether its products run without tensor cores
     reads: list[Access]
     writes: list[Access]
     launches: int = 1
-    traffic: int | None = None  # bytes, where they are not those of reads and writes
-    needs: set[int] = field(default_factory=set)  # operators that wrote what it reads
+    traffic: int | None = None  # bytes, if they differ from those of reads and writes
+    needs: set[int] = field(default_factory=set)  # operators that wrote its inputs
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every operator, with buffers and data flow; use it as a `with`, then read `operators`."""
+    """Dispatch mode that records every operator with its buffers and its data flow in `operators`.
+
+    Args:
+        model: model whose modules name the parts; None for no names.
+        own: name of a custom operator -> function that returns its MACs, bytes and launches from its arguments.
+    """
 
     def __init__(self, model: nn.Module | None = None, own: dict[str, Callable[..., tuple]] | None = None) -> None:
         super().__init__()
-        self.own = own or {}  # MACs, bytes and launches of operators of our own, from their arguments
+        self.own = own or {}
         self.operators: list[Operator] = []
         self.sizes: list[int] = []  # bytes of each buffer
         self.classes = {name: type(module).__name__ for name, module in model.named_modules()} if model else {}
         self.prefix = type(model).__name__ if model else ""
         self.tracker = ModuleTracker()
         self._numbers: dict[int, int] = {}
-        self._kept: list[Any] = []  # so that no storage's address is used twice
+        self._kept: list[Any] = []  # keeps storages alive, so that no address is used twice
         self._writers: dict[int, list[int]] = {}
 
     def __enter__(self) -> Recorder:
@@ -171,7 +183,7 @@ class Recorder(TorchDispatchMode):
         self.tracker.__exit__(*error)
 
     def access(self, tensor: Tensor) -> Access:
-        """The part of a buffer that a tensor shows; what is expanded counts once."""
+        """Return the part of a buffer that a tensor views. Expanded dimensions count once."""
         storage = tensor.untyped_storage()
         number = self._numbers.get(storage._cdata)
         if number is None:
@@ -183,6 +195,7 @@ class Recorder(TorchDispatchMode):
         return Access(number, view, min(math.prod(sizes) * tensor.element_size(), self.sizes[number]))
 
     def part(self) -> str:
+        """Return the part of the model that runs now."""
         open_modules = {self.classes.get(name.removeprefix(self.prefix + ".")) for name in self.tracker.parents}
         return next((part for name, part in PARTS.items() if name in open_modules), "stem, head and conditioning")
 
@@ -203,9 +216,10 @@ class Recorder(TorchDispatchMode):
         return out
 
     def describe(self, func, name, args, kwargs, out, given, written) -> Operator:
+        """Make the record of a call."""
         packet = func._overloadpacket
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
-        if name == "convolution_backward":  # PyTorch's count takes no notice of groups
+        if name == "convolution_backward":  # PyTorch's count ignores groups
             grad, _, weight = args[:3]
             flops = 2 * grad.numel() * weight[0].numel() * sum(out[i] is not None for i in range(2))
         kind, elements = classify(name.rstrip("_"), func.namespace, given, written)
@@ -226,7 +240,7 @@ class Recorder(TorchDispatchMode):
             operator.macs, operator.traffic, operator.launches = self.own[name](*args)
         for access in operator.reads:
             operator.needs.update(self._writers.get(access.buffer, ()))
-        for access in operator.writes:  # writers of other parts stay: a reader of the whole needs them all
+        for access in operator.writes:  # earlier writers of other parts stay, because a reader of the whole needs all
             writers = self._writers.setdefault(access.buffer, [])
             operator.needs.update(writers)
             writers.append(len(self.operators))
@@ -234,6 +248,7 @@ class Recorder(TorchDispatchMode):
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in nested lists and tuples."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (list, tuple)):
@@ -242,20 +257,20 @@ def tensors(values: Any) -> Iterator[Tensor]:
 
 
 def is_view(func: Any) -> bool:
-    """Whether an operator only shows its input in another way."""
+    """Return whether an operator returns a view of its input."""
     returns = func._schema.returns
     aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     return aliases or func._schema.name in ("aten::_unsafe_view", "aten::_reshape_alias")
 
 
 def is_depthwise(name: str, args: Any) -> bool:
-    """Whether a convolution, or the backward of one, has one group a channel."""
+    """Return whether a convolution, or its backward, has one group per channel."""
     position = {"convolution": 1, "convolution_backward": 2}.get(name)
     return position is not None and args[position].shape[1] == 1 and args[position].shape[0] > 1
 
 
 def classify(name: str, namespace: str, given: list[Tensor], written: list[Tensor]) -> tuple[str, int]:
-    """Kind of an operator, and the elements it iterates over."""
+    """Return the kind of an operator and the number of elements of its iteration."""
     most = max((t.numel() for t in (*given, *written)), default=0)
     if name in ALONE or namespace != "aten":
         return "alone", most
@@ -269,7 +284,7 @@ def classify(name: str, namespace: str, given: list[Tensor], written: list[Tenso
 
 
 def reduces_innermost(x: Tensor, out: Tensor) -> bool:
-    """Whether a sum runs along x's contiguous axis: then that axis is missing, or 1, in the output."""
+    """Return whether a sum is along x's contiguous axis, which is then missing or 1 in the output."""
     axis = min((s, i) for i, s in enumerate(x.stride()) if x.shape[i] > 1)[1]
     if x.dim() == out.dim():
         return out.shape[axis] == 1
@@ -278,7 +293,7 @@ def reduces_innermost(x: Tensor, out: Tensor) -> bool:
 
 
 def convolution_backward_traffic(args: Any, out: Any) -> tuple[int, int]:
-    """Kernels and bytes: the gradients of input, weight and bias are made by one kernel each."""
+    """Return kernels and bytes. The gradients of input, weight and bias take one kernel each."""
     grad, x, weight = args[:3]
     needed = {0: (grad, weight), 1: (grad, x), 2: (grad,)}
     made = [i for i in range(3) if out[i] is not None]
@@ -286,25 +301,25 @@ def convolution_backward_traffic(args: Any, out: Any) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels out of operators
+# Fusion of operators into kernels
 
 
 @dataclass
 class Kernel:
-    """Operators that run as one."""
+    """Operators that run as one kernel."""
 
     members: list[int]
     kind: str
     elements: int
-    results: int = 0  # elements of the sums of its rows
-    ancestors: int = 0  # kernels that must have run, as bits
+    results: int = 0  # number of elements of its reductions
+    ancestors: int = 0  # bit set of the kernels that must run before
 
 
 def fuse(operators: list[Operator], enabled: bool) -> list[Kernel]:
-    """Kernels, numbered by their first operators; one an operator unless `enabled`.
+    """Group operators into kernels, in the order of their first operators. Unless `enabled`, each is its own kernel.
 
-    An operator joins a kernel that it reads from, if nothing else that it needs must run after that kernel. Inductor
-    finds some more: siblings that read the same buffer, for example.
+    An operator joins a kernel that it reads from, unless another of its inputs must run after that kernel. Inductor
+    fuses some more cases, for example siblings that read the same buffer.
     """
     kernels: list[Kernel] = []
     home: list[int] = []  # kernel of each operator
@@ -328,7 +343,7 @@ def fuse(operators: list[Operator], enabled: bool) -> list[Kernel]:
 
 
 def add_ancestors(kernels: list[Kernel], k: int, needed: set[int]) -> None:
-    """Let kernel k need others, and so whatever needs k."""
+    """Add ancestors to kernel k and to all kernels that depend on it."""
     new = 0
     for other in needed:
         new |= kernels[other].ancestors | 1 << other
@@ -340,14 +355,14 @@ def add_ancestors(kernels: list[Kernel], k: int, needed: set[int]) -> None:
 
 
 def joins(operator: Operator, k: int, needed: set[int], kernels: list[Kernel]) -> bool:
-    """Whether an operator that needs kernels may run inside of kernel k, one of them."""
+    """Return whether an operator that depends on the kernels `needed` can run inside kernel k, one of them."""
     kernel = kernels[k]
     if "alone" in (operator.kind, kernel.kind) or kernel.kind == "positions":
-        return False  # sums over positions are there when the kernel has ended
+        return False  # sums over positions are complete only at the end of the kernel
     if operator.kind == "positions" and kernel.kind == "rows":
         return False
     of_rows = kernel.kind == "rows" and operator.kind == "pointwise" and operator.elements == kernel.results
-    halves = operator.kind == kernel.kind == "pointwise" and (  # the pairs of RoPE, taken apart and stacked
+    halves = operator.kind == kernel.kind == "pointwise" and (  # RoPE splits pairs of channels and stacks them again
         operator.elements == 2 * kernel.elements or kernel.elements == 2 * operator.elements
     )
     if operator.elements != kernel.elements and not of_rows and not halves:
@@ -357,7 +372,16 @@ def joins(operator: Operator, k: int, needed: set[int], kernels: list[Kernel]) -
 
 @dataclass
 class Cost:
-    """What a step costs. `parts` maps a part of the model to its seconds; MACs, bytes and launches are of the step."""
+    """Predicted cost of a step.
+
+    Attributes:
+        macs: multiply–accumulates.
+        nbytes: bytes of memory traffic.
+        launches: number of kernels.
+        seconds: time of the step.
+        parts: part of the model -> seconds.
+        operators: name of an operator -> seconds.
+    """
 
     macs: int
     nbytes: int
@@ -368,7 +392,7 @@ class Cost:
 
 
 def count(recorder: Recorder, form: str, machine: Machine, precision: str) -> Cost:
-    """Cost of what was recorded, in one of the forms of `FORMS`, on a machine."""
+    """Predict the cost of a recorded step in one of the forms `FORMS` on a machine."""
     operators = recorder.operators
     kernels = fuse(operators, enabled=form != "eager")
     readers: dict[int, set[int]] = {}
@@ -397,7 +421,7 @@ def count(recorder: Recorder, form: str, machine: Machine, precision: str) -> Co
 
 
 def kernel_bytes(k: int, members: list[Operator], readers: dict[int, set[int]], sizes: list[int]) -> int:
-    """Bytes that a kernel loads from buffers that it did not write, and stores into those that others read."""
+    """Count the bytes that a kernel loads from buffers of other kernels and stores to buffers that others read."""
     if len(members) == 1 and members[0].traffic is not None:
         return members[0].traffic
     loaded: dict[int, set[Access]] = {}
@@ -412,6 +436,6 @@ def kernel_bytes(k: int, members: list[Operator], readers: dict[int, set[int]], 
     for buffer, parts in loaded.items():
         total += min(sum(a.nbytes for a in parts), sizes[buffer])
     for buffer, parts in stored.items():
-        if readers.get(buffer, set()) != {k}:  # others read it, or nobody does: a result of the step
+        if readers.get(buffer, set()) != {k}:  # other kernels read it, or none does: then it is a result of the step
             total += min(sum(a.nbytes for a in parts), sizes[buffer])
     return total

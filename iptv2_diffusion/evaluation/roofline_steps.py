@@ -1,4 +1,4 @@
-"""One step of a denoiser on the meta device for the roofline: attention and our kernels are one operator each."""
+"""Recording of a denoiser's step on the meta device for the roofline, with attention as a single operator."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["make_on_meta", "record"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators that count as one kernel. Each function gives MACs, bytes and launches from the operator's arguments.
+# Operators that count as one kernel. Each cost function returns MACs, bytes and launches from the operator's arguments.
 
 
 @torch.library.custom_op("roofline::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Stands for a fused attention kernel, which never stores its logits."""
+    """Placeholder of a fused attention kernel, which never stores its logits."""
     raise NotImplementedError("for counting only")
 
 
@@ -37,7 +37,7 @@ def _(q, k, v):
 
 @torch.library.custom_op("roofline::attention_backward", mutates_args=())
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Its backward."""
+    """Placeholder of the backward of a fused attention kernel."""
     raise NotImplementedError("for counting only")
 
 
@@ -54,12 +54,13 @@ attention.register_autograd(lambda ctx, grad: attention_backward(grad, *ctx.save
 
 
 def attention_cost(q, k, v) -> tuple[int, int, int]:
+    """Two products."""
     macs = q.numel() * k.shape[-2] + v.numel() * q.shape[-2]
     return macs, sum(t.nbytes for t in (q, k, v)) + q.nbytes, 1
 
 
 def attention_backward_cost(grad, q, k, v, out) -> tuple[int, int, int]:
-    """Five products, of which one makes the logits again; sums of grad∘out first."""
+    """Five products, one of which recomputes the logits, after a kernel that sums grad∘out."""
     macs = 5 * q.numel() * k.shape[-2]
     return macs, sum(t.nbytes for t in (grad, q, k, v, out)) + grad.nbytes + sum(t.nbytes for t in (q, k, v)), 2
 
@@ -81,7 +82,7 @@ OWN: dict[str, Callable[..., tuple[int, int, int]]] = {
 
 
 class OneAttentionKernel(TorchFunctionMode):
-    """`F.scaled_dot_product_attention` as one operator; the meta device would take it apart."""
+    """Function mode that keeps `F.scaled_dot_product_attention` as one operator. The meta device would decompose it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -90,7 +91,7 @@ class OneAttentionKernel(TorchFunctionMode):
 
 
 def record(model: nn.Module, batch_size: int, training: bool, form: str) -> Recorder:
-    """Record a forward, or a forward and backward, of a denoiser on the meta device, in the model's precision."""
+    """Record a forward, or a forward and backward, of a denoiser on the meta device in the model's precision."""
     size, channels = model.config.sample_size, model.config.in_channels
     height, width = (size, size) if isinstance(size, int) else size
     dtype = next(model.parameters()).dtype
@@ -112,7 +113,7 @@ def record(model: nn.Module, batch_size: int, training: bool, form: str) -> Reco
 
 
 def make_on_meta(spec: str, size: int | None, precision: str, fused: bool) -> nn.Module:
-    """A denoiser without memory, of a preset's name or `name:key=value:…`, channels-last."""
+    """Build a channels-last denoiser on the meta device from a preset's name or `name:key=value:…`."""
     name, *arguments = spec.split(":")
     overrides = {key: yaml.safe_load(value) for key, _, value in (a.partition("=") for a in arguments)}
     overrides = {key: tuple(v) if isinstance(v, list) else v for key, v in overrides.items()}

@@ -258,7 +258,7 @@ class SampleFolder:
         except ValueError as error:
             raise UserError(f"{self.folder / RECIPE} is not JSON: delete it, or use --overwrite") from error
         if not isinstance(about, dict) or not isinstance(about.get("recipe"), dict):
-            raise UserError(f"{self.folder / RECIPE} was not written here: delete it, or choose another folder")
+            raise UserError(f"{self.folder / RECIPE} is not from this script: delete it, or choose another folder")
         return about
 
     def check(self, recipe: dict[str, Any]) -> None:
@@ -498,6 +498,6 @@ def draw_groups(
             "" if config.mixed_precision == "no" else f" (with --mixed_precision {config.mixed_precision}: try no)"
         )
         raise LocalError(
-            f"{len(failed)} images are left out, such as {first}: {failed[first]}{precision}; the others are in "
+            f"{len(failed)} images are missing, for example {first}: {failed[first]}{precision}; the others are in "
             f"{folder.folder}"
         )

@@ -1,8 +1,8 @@
-"""What the Triton kernels share: whether they may run, and what happens when one does not compile.
+"""Shared helpers of the Triton kernels: checks before their use, fallback, and launch parameters.
 
-A kernel runs on CUDA and ROCm tensors, and on CPU tensors under Triton's interpreter (`TRITON_INTERPRET=1`, for tests).
-Before its first use with a data type and block shape it is run once on a tiny map. If that fails, one warning says why
-and the plain formula is used from then on.
+Kernels run on CUDA and ROCm tensors, and on CPU tensors under Triton's interpreter (`TRITON_INTERPRET=1`, for tests).
+Before the first use with a dtype and block shape, a kernel runs once on a tiny map. If this fails, a warning gives the
+reason and the plain formula is used for the rest of the process.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
     "tl",
 ]
 
-MINIMUM_TRITON = (3, 2)  # what torch 2.6 brings
-MINIMUM_CAPABILITY = (8, 0)  # bfloat16 on the matrix units
+MINIMUM_TRITON = (3, 2)  # version that torch 2.6 installs
+MINIMUM_CAPABILITY = (8, 0)  # first with bfloat16 on tensor cores
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 def jit(function: Callable) -> Callable:
-    """`triton.jit`; without Triton the function is left as it is, and `is_usable` is False."""
+    """Apply `triton.jit`. Without Triton, return the function itself; `is_usable` is False then."""
     return function if triton is None else triton.jit(function)
 
 
@@ -49,35 +49,41 @@ IN_INTERPRETER = None if triton is None else tl.constexpr(INTERPRETED)
 
 @jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a b with float32 accumulation."""
-    if IN_INTERPRETER:  # it takes the bits of bfloat16 for integers
+    """Matrix product a b with float32 accumulation."""
+    if IN_INTERPRETER:  # the interpreter would read bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whether a kernel may run
+# Checks before the use of a kernel
 
-_problems: dict[tuple, str | None] = {}  # what was tried -> why it failed, None if it ran
+_problems: dict[tuple, str | None] = {}  # kernel, device and constants -> error of the test run, None if it succeeded
 
 
 def is_usable(name: str, device_type: str, device_index: int | None, probe: Callable[[], None], *key: object) -> bool:
-    """Whether the kernel `name` runs on this device.
+    """Return whether the kernel `name` runs on a device, by a test run at the first call.
 
-    `probe` runs it once for each `key`, the constants that it is compiled for.
-    Callers mark their question with `assume_constant_result`, so that `torch.compile` sees only the answer.
+    Callers need the decorator `torch.compiler.assume_constant_result`, so that `torch.compile` sees only the result.
+
+    Args:
+        name: name of the kernel.
+        device_type: type of the device, such as "cuda".
+        device_index: index of the device.
+        probe: function that runs the kernel once.
+        *key: constants that the kernel is compiled for. The result is cached per key.
     """
     if INTERPRETED:
         return True
     reason = unsuitable(device_type, device_index)
     if reason is not None:
-        if device_type == "cuda":  # nobody expects a kernel on other devices
+        if device_type == "cuda":  # on other devices no one expects Triton kernels
             warn_once((device_type, device_index), f"Triton kernels are not used: {reason}")
         return False
     attempt = (name, device_index, *key)
     if attempt not in _problems:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return False  # compiling may be forbidden now; warm-up steps come before a capture
+            return False  # a capture may forbid compilation; warm-up steps precede it
         _problems[attempt] = None
         try:
             with torch.no_grad():
@@ -94,8 +100,8 @@ def is_usable(name: str, device_type: str, device_index: int | None, probe: Call
 
 
 def unsuitable(device_type: str, device_index: int | None) -> str | None:
-    """Why no kernel can run on a device, or None."""
-    if device_type != "cuda":  # ROCm devices are called so too
+    """Return the reason why no kernel can run on a device, or None."""
+    if device_type != "cuda":  # ROCm devices have this type too
         return f"the device is {device_type}"
     if triton is None:
         return "Triton is not installed"
@@ -114,7 +120,7 @@ _warned: set[object] = set()
 
 
 def warn_once(key: object, message: str) -> None:
-    """Warn of each thing once a process."""
+    """Warn once per process and key."""
     if key not in _warned:
         _warned.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
@@ -125,16 +131,16 @@ def warn_once(key: object, message: str) -> None:
 
 
 def device_of(x: Tensor) -> AbstractContextManager:
-    """x's GPU as the current one, on which Triton launches."""
+    """Return a context in which x's GPU is the current device. Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def block_of(size: int, least: int = 16) -> int:
-    """The power of two that holds `size`, at least what the matrix units take."""
+    """Return the smallest power of two that is at least `size` and at least `least`, the minimum of tensor cores."""
     return max(least, 1 << (size - 1).bit_length())
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are made: as PyTorch's own, TF32 only where the user allows it."""
+    """Return the precision of float32 products: TF32 only if the user allows it for PyTorch's own products."""
     allowed = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None and not INTERPRETED
     return "tf32" if dtype == torch.float32 and allowed else "ieee"

@@ -1,9 +1,10 @@
-"""FCSA as one operator: from the map of q, k, v to the merged output, without copies into windows.
+"""Triton kernels of FCSA: one operator from q, k, v to the merged output, without copies into windows.
 
-The equation is `FocalContextAttention`'s (model.md §3). One program attends one window and head; it loads its positions
-from the (B, H, W, 3C) map and stores to the (B, H, W, C) map. The base windows run first. The shifted windows follow
-and merge into what the base windows wrote: no two windows of one set share a position, so nothing is atomic and results
-do not vary from run to run. The backward recomputes the d×d matrices, which is cheaper than to keep them.
+The equation is that of `focal_attention` in models/attention.py (model.md §3). One program computes one window and
+head. It loads its positions from the (B, H, W, 3C) map and stores to the (B, H, W, C) map. The base windows run first.
+The shifted windows follow and merge their result into the output of the base windows. Windows of one set share no
+positions, so no operation is atomic and results are deterministic. The backward recomputes the d×d matrices, which is
+cheaper than storing them.
 
 With S = Σ_n a² qᵀk, L = τ·S/(‖aq‖‖ak‖), A = softmax(L) and out = v Aᵀ, as in `channel_attention`:
 
@@ -11,12 +12,13 @@ With S = Σ_n a² qᵀk, L = τ·S/(‖aq‖‖ak‖), A = softmax(L) and out = 
     u_q = (k̂ dLᵀ·τ - q̂·E 1)/‖aq‖     dq = a²·u_q      k̂ = k/‖ak‖
     u_k = (q̂ dL·τ  - k̂·1ᵀE)/‖ak‖     dk = a²·u_k      da = a·Σ (q·u_q + k·u_k)        dτ = Σ E/τ
 
-The gradient g of a branch's output is the map's times the branch's share of the merge, s₂/(s₁+s₂) for the shifted one.
-The share's own gradient is Σ_i g_i (o₂ - o₁)_i, and Σ_i g_i o_i = Σ_j v_j (g A)_j needs no output.
+The gradient g of a branch's output is the gradient of the merged output times the branch's share of the merge, which is
+s₂/(s₁+s₂) for the shifted branch. The gradient of the share is Σ_i g_i (o₂ - o₁)_i. The identity Σ_i g_i o_i =
+Σ_j v_j (g A)_j gives it without the outputs.
 
-Norms, softmax and sums are float32; products run on the matrix units in the map's precision and add up in float32.
+Norms, softmax and sums are float32. Products run on tensor cores in the map's precision and accumulate in float32.
 
-Bytes a position, in elements: forward 9 C (base 3 C + C, shifted 3 C + 2 C), backward 17 C (7 C and 10 C).
+Memory traffic in elements per position: forward 9 C (base 3 C + C, shifted 3 C + 2 C), backward 17 C (7 C and 10 C).
 """
 
 from __future__ import annotations
@@ -32,16 +34,16 @@ from .triton_common import DTYPES, block_of, device_of, dot, dot_precision, is_u
 __all__ = ["MAX_HEAD_DIM", "MAX_WINDOW", "focal_attention", "supports"]
 
 MAX_WINDOW = 16
-MAX_HEAD_DIM = 64  # the d×d matrices live in registers
+MAX_HEAD_DIM = 64  # the d×d matrices are in registers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inside of the kernels. Letters: n positions of a window, i channels of q, j channels of k and v.
+# Device functions. Letters: n positions of a window, i channels of q, j channels of k and v.
 
 
 @jit
 def window_corner(program, rows, columns, heads, start, WINDOW: tl.constexpr):
-    """Head, batch index and top-left position of a program's window; heads run fastest."""
+    """Return the head, the batch index and the top-left position of a program's window. The head varies fastest."""
     head = program % heads
     index = program // heads
     left = start + (index % columns) * WINDOW
@@ -52,32 +54,32 @@ def window_corner(program, rows, columns, heads, start, WINDOW: tl.constexpr):
 
 @jit
 def window_positions(n, top, left, height, width, WINDOW: tl.constexpr):
-    """Map positions of the window's positions n, and which of them lie in the map."""
+    """Return the map positions of a window's positions n, and a mask of those inside the map."""
     y, x = top + n // WINDOW, left + n % WINDOW
     return y, x, (n < WINDOW * WINDOW) & (y < height) & (x < width)
 
 
 @jit
 def load_part(base, y, x, stride_y, stride_x, channel, inside):
-    """(n, d) of a map at the positions; zero outside of it."""
+    """Load the channels of a map at the positions: (n, d), zero outside the map."""
     offsets = y.to(tl.int64)[:, None] * stride_y + (x * stride_x)[:, None] + channel[None, :]
     return tl.load(base + offsets, mask=inside, other=0.0)
 
 
 @jit
 def load_square(affine, n, WINDOW: tl.constexpr):
-    """a² of the window's positions; zero beyond them."""
+    """Load a² of a window's positions; zero beyond them."""
     a = tl.load(affine + n, mask=n < WINDOW * WINDOW, other=0.0)
     return a * a
 
 
 @jit
 def branch_share(logits, n, y, x, rows, columns, heads, head, SHIFTED: tl.constexpr, WINDOW: tl.constexpr):
-    """The branch's share of the merge at the window's positions n, and which of them both branches cover.
+    """Return the branch's share of the merge at a window's positions n, and a mask of those that both branches cover.
 
-    Of a shifted window s₂ / (s₁ + s₂). Of a base window the rest, or 1 in the border of the map; rows and columns count
-    the base windows, and the interior has one fewer of each. Position (i, j) of a shifted window is
-    (i + w//2, j + w//2) modulo w of a base window.
+    The share of a shifted window is s₂ / (s₁ + s₂). The share of a base window is the rest, or 1 in the border of the
+    map. `rows` and `columns` are the numbers of base windows; there is one shifted window fewer in each direction.
+    Position (i, j) of a shifted window is position (i + w//2, j + w//2) modulo w of a base window.
     """
     HALF: tl.constexpr = WINDOW // 2
     i, j = n // WINDOW, n % WINDOW
@@ -99,7 +101,7 @@ def branch_share(logits, n, y, x, rows, columns, heads, head, SHIFTED: tl.conste
 
 @jit
 def attention_map(products, square_q, square_k, tau, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A and L/τ of shape (i, j), and 1/‖aq‖ and 1/‖ak‖, from S and the squared norms."""
+    """Compute A and L/τ, both (i, j), and 1/‖aq‖ and 1/‖ak‖ from S and the squared norms."""
     inverse_q = tl.rsqrt(tl.maximum(square_q, 1e-24))
     inverse_k = tl.rsqrt(tl.maximum(square_k, 1e-24))
     cosines = products * inverse_q[:, None] * inverse_k[None, :]
@@ -136,7 +138,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One window and head; a shifted window merges into what `out` holds."""
+    """Compute one window and head. A shifted window merges its result into `out`."""
     BRANCH: tl.constexpr = 1 if SHIFTED else 0
     CHUNKS: tl.constexpr = (WINDOW * WINDOW + BLOCK_N - 1) // BLOCK_N
     start = WINDOW // 2 if SHIFTED else 0
@@ -207,10 +209,10 @@ def backward_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of one window and head; a shifted window adds to what `grad_qkv` holds.
+    """Compute the gradients of one window and head. A shifted window adds its gradients to `grad_qkv`.
 
-    Of the parameters each program stores its own sums: `grad_affine` and `grad_share` (programs, w²), the latter
-    Σ_i g_i o_i in the interior, and `grad_temperature` (programs,).
+    For the parameters, each program stores its own sums: `grad_affine` (programs, w²), `grad_share` (programs, w²),
+    which is Σ_i g_i o_i in the interior, and `grad_temperature` (programs,).
     """
     BRANCH: tl.constexpr = 1 if SHIFTED else 0
     CHUNKS: tl.constexpr = (WINDOW * WINDOW + BLOCK_N - 1) // BLOCK_N
@@ -293,7 +295,7 @@ def backward_kernel(
 
 @jit
 def store_part(base, offsets, value, inside, ADD: tl.constexpr):
-    """Store, or add to what is there."""
+    """Store a value, or add it to the stored value."""
     if ADD:
         value += tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(base + offsets, value.to(base.dtype.element_ty), mask=inside)
@@ -304,23 +306,23 @@ def store_part(base, offsets, value, inside, ADD: tl.constexpr):
 
 
 def window_counts(height: int, width: int, window: int) -> tuple[int, int]:
-    """Rows and columns of base windows of a map, padded to multiples of the window."""
+    """Return the numbers of rows and columns of base windows; windows at the border may exceed the map."""
     return -(-height // window), -(-width // window)
 
 
 def branches(rows: int, columns: int, merge_logits: Tensor | None) -> tuple[bool, ...]:
-    """Whether a launch is of the shifted windows: base alone, or base then shifted."""
+    """Return the launches by whether they are shifted: base windows only, or base windows and then shifted ones."""
     return (False, True) if merge_logits is not None and rows > 1 and columns > 1 else (False,)
 
 
 def geometry(qkv: Tensor, heads: int, window: int, shifted: bool) -> tuple[tuple[int, ...], int, dict]:
-    """Programs, runtime arguments and constants of the launch of one set of windows."""
+    """Return the runtime arguments, the number of programs and the constants of the launch of one set of windows."""
     batch, height, width, channels = qkv.shape
     rows, columns = window_counts(height, width, window)
     own_rows, own_columns = (rows - 1, columns - 1) if shifted else (rows, columns)
     head_dim = channels // (3 * heads)
     block_d = block_of(head_dim)
-    # What fits the registers: float32 products take more, and so does a loop over parts of a window.
+    # Block sizes that fit in registers. float32 products and a loop over parts of a window need more registers.
     if qkv.element_size() == 2:
         most = 64 if window <= 8 else 32
     else:
@@ -334,19 +336,19 @@ def geometry(qkv: Tensor, heads: int, window: int, shifted: bool) -> tuple[tuple
         "BLOCK_D": block_d,
         "PRECISION": dot_precision(qkv.dtype),
         "num_warps": 4 if block_d <= 32 and window <= 8 else 8,
-        "num_stages": 1,  # what waits for memory is many small programs, not stages of one
+        "num_stages": 1,  # many small programs hide the memory latency, so software pipelining is not needed
     }
     numbers = (*qkv.stride()[:3], height, width, own_rows, own_columns, heads)
     return numbers, batch * own_rows * own_columns * heads, constants
 
 
 def as_parameters(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Contiguous float32, as the kernels read parameters."""
+    """Convert parameters to contiguous float32, as the kernels require."""
     return [None if tensor is None else tensor.detach().float().contiguous() for tensor in tensors]
 
 
 def as_map(x: Tensor) -> Tensor:
-    """A map whose channels stand beside each other."""
+    """Make the channels of a map contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -356,7 +358,7 @@ def as_map(x: Tensor) -> Tensor:
     schema="(Tensor qkv, Tensor affine, Tensor temperature, Tensor? merge_logits, int heads, int window) -> Tensor",
 )
 def attend(qkv, affine, temperature, merge_logits, heads, window):
-    """The operator behind `focal_attention`."""
+    """Forward operator of `focal_attention`."""
     qkv = as_map(qkv)
     batch, height, width, channels = qkv.shape
     out = qkv.new_empty(batch, height, width, channels // 3)
@@ -364,7 +366,7 @@ def attend(qkv, affine, temperature, merge_logits, heads, window):
     with device_of(qkv):
         for shifted in branches(*window_counts(height, width, window), merge_logits):
             numbers, programs, constants = geometry(qkv, heads, window, shifted)
-            logits = affine if merge_logits is None else merge_logits  # not read without a merge
+            logits = affine if merge_logits is None else merge_logits  # a placeholder that is not read
             if programs:
                 forward_kernel[(programs,)](qkv, affine, temperature, logits, out, *numbers, **constants)
     return out
@@ -383,7 +385,10 @@ def _(qkv, affine, temperature, merge_logits, heads, window):
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def attend_backward(grad, qkv, affine, temperature, merge_logits, heads, window):
-    """Gradients of qkv, affine, temperature and, (0,) without a merge, merge_logits; those of parameters float32."""
+    """Compute the gradients of qkv, affine, temperature and merge_logits ((0,) without shifted windows).
+
+    The gradients of the parameters are float32.
+    """
     qkv, grad = as_map(qkv), grad.to(qkv.dtype).contiguous()
     _, height, width, _ = qkv.shape
     grad_qkv = qkv.new_empty(qkv.shape)
@@ -409,7 +414,7 @@ def attend_backward(grad, qkv, affine, temperature, merge_logits, heads, window)
 
 
 def merge_gradient(logits: Tensor, base: Tensor, shifted: Tensor, window: int) -> Tensor:
-    """Gradient (2, h, w²) of the merge's logits from Σ g·o (h, w²) of the positions of base and of shifted windows."""
+    """Compute the gradient (2, h, w²) of the merge logits from Σ g·o (h, w²) of the base and the shifted windows."""
 
     def roll(x: Tensor, by: int) -> Tensor:
         return x.view(-1, window, window).roll((by, by), dims=(1, 2)).view(x.shape)
@@ -430,14 +435,14 @@ def _(grad, qkv, affine, temperature, merge_logits, heads, window):
 
 
 def save(ctx, inputs, output):
-    """What the backward needs: no map but the input."""
+    """Save the inputs for the backward, which needs no other map."""
     qkv, affine, temperature, merge_logits, heads, window = inputs
     ctx.save_for_backward(qkv, affine, temperature, merge_logits)
     ctx.heads, ctx.window = heads, window
 
 
 def backward(ctx, grad):
-    """Gradients of the inputs."""
+    """Return the gradients of the operator's inputs."""
     qkv, affine, temperature, merge_logits = ctx.saved_tensors
     grads = attend_backward(grad, qkv, affine, temperature, merge_logits, ctx.heads, ctx.window)
     grad_merge = grads[3].to(merge_logits.dtype) if grads[3].numel() else None
@@ -448,11 +453,11 @@ attend.register_autograd(backward, setup_context=save)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For callers
+# Registration
 
 
 def supports(qkv: Tensor, heads: int, window: int) -> bool:
-    """Whether `focal_attention` takes this map (B, H, W, 3C): by device, dtype, window and head width."""
+    """Return whether the kernels support a map (B, H, W, 3C), by its device, dtype, window size and head width."""
     if (
         not fast_forms_in_use("focal_attention")
         or qkv.dim() != 4
@@ -460,21 +465,21 @@ def supports(qkv: Tensor, heads: int, window: int) -> bool:
         or not 1 <= window <= MAX_WINDOW
     ):
         return False
-    # By comparison, so that a compiler that takes the channels for dynamic still finds a constant.
+    # Comparisons yield a constant even if a compiler treats the number of channels as dynamic.
     head_dims = [d for d in range(1, MAX_HEAD_DIM + 1) if qkv.shape[-1] == 3 * heads * d]
     return bool(head_dims) and runs(qkv.device.type, qkv.device.index, qkv.dtype, head_dims[0], window)
 
 
 @torch.compiler.assume_constant_result
 def runs(device_type: str, device_index: int | None, dtype: torch.dtype, head_dim: int, window: int) -> bool:
-    """Whether the kernels compile and run."""
+    """Return whether the kernels compile and run on a device, by a test run at the first call."""
     device = torch.device(device_type, device_index)
     try_out = partial(probe, device, dtype, head_dim, window)
     return is_usable("focal_attention", device_type, device_index, try_out, str(dtype), head_dim, window)
 
 
 def probe(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) -> None:
-    """Run every kernel once, on a map of 2×2 windows."""
+    """Run every kernel once on a map of 2×2 windows."""
     qkv = torch.zeros(1, 2 * window, 2 * window, 3 * head_dim, device=device, dtype=dtype)
     affine, temperature = (torch.ones(2, 1, *shape, device=device) for shape in ((window**2,), ()))
     for logits in (None, affine):
@@ -485,7 +490,7 @@ def probe(device: torch.device, dtype: torch.dtype, head_dim: int, window: int) 
 def takes(
     qkv: Tensor, affine: Tensor, temperature: Tensor, merge_logits: Tensor | None, num_heads: int, window: int
 ) -> bool:
-    """`supports`, of the operator's arguments."""
+    """Return `supports` for the operator's arguments."""
     return supports(qkv, num_heads, window)
 
 
@@ -493,14 +498,16 @@ def takes(
 def focal_attention(
     qkv: Tensor, affine: Tensor, temperature: Tensor, merge_logits: Tensor | None, num_heads: int, window: int
 ) -> Tensor:
-    """FCSA of a map of q, k, v: base windows, shifted windows and their merge (model.md §3). Differentiable once.
+    """Merge the channel attention of windows and shifted windows; see `focal_attention` in models/attention.py.
+
+    The function can be differentiated once.
 
     Args:
-        qkv: (B, H, W, 3C), any H and W: q, k and v beside each other, each head by head.
+        qkv: q, k and v of h heads each, concatenated: (B, H, W, 3C), any H and W.
         affine: a, (branches, h, w²).
         temperature: τ, (branches, h).
-        merge_logits: logarithms of s₁ and s₂, (2, h, w²); None for the base windows alone. On a map of one window or
-            less in either direction the base windows run alone too, and its gradient is None.
+        merge_logits: logarithms of s₁ and s₂, (2, h, w²); None for base windows only. If the map is at most one window
+            high or wide, only base windows run, and the gradient of this argument is None.
         num_heads: h.
         window: w.
 
@@ -513,10 +520,17 @@ def focal_attention(
 def traffic(
     shape: tuple[int, int, int, int], itemsize: int, heads: int, window: int, merged: bool
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Multiply–accumulates, bytes and launches of the forward and of the backward for a map of `shape` (B, H, W, 3C).
+    """Count the multiply–accumulates, bytes and launches of the forward and of the backward.
 
-    Each window loads its part of the map once from memory; the second pass of a program finds it in the cache. The
-    parameters are small and not counted; the programs' own sums of their gradients are.
+    Each program loads its part of the map once from memory; its second pass reads from the cache. The parameters are
+    small and not counted, but the programs' sums of their gradients are.
+
+    Args:
+        shape: shape (B, H, W, 3C) of qkv.
+        itemsize: bytes of an element.
+        heads: h.
+        window: w.
+        merged: whether the shifted windows exist.
     """
     batch, height, width, channels = shape
     head_dim, channels = channels // (3 * heads), channels // 3
@@ -529,7 +543,7 @@ def traffic(
             covered = batch
             for side, count in sides:
                 covered *= max(0, min(side, half + (count - 1) * window) - half)
-        sums = 2 * 2 * 4 * heads * covered  # stored and summed, of affine and share, float32
+        sums = 2 * 2 * 4 * heads * covered  # a store and a load of the float32 sums of affine and share
         for total, products, elements, rest in ((forward, 2, 4 + shifted, 0), (backward, 5, 7 + 3 * shifted, sums)):
             total[0] += products * covered * channels * head_dim
             total[1] += elements * covered * channels * itemsize + rest

@@ -128,8 +128,9 @@ def focal_attention(
         logits = upcast(merge_logits).unflatten(-1, (window, window))  # (2, h, w, w)
         share = (logits[1] - logits[0].roll((-start, -start), dims=(-2, -1))).sigmoid()
         share = share.repeat(1, height // window - 1, width // window - 1).permute(1, 2, 0)  # (H'-w, W'-w, h)
-        share = share.repeat_interleave(channels // (3 * num_heads), dim=-1).to(out.dtype)
+        share = share.repeat_interleave(channels // (3 * num_heads), dim=-1).to(out.dtype)  # (H'-w, W'-w, C)
 
+        # In the border, share is 0 and o₁ remains.
         border = (0, 0, start, end, start, end)
         out = torch.lerp(out, F.pad(shifted, border), F.pad(share, border))  # o₁ + share · (o₂ - o₁)
     return out[:, :map_height, :map_width]
@@ -144,10 +145,13 @@ def attend_windows(qkv: Tensor, affine: Tensor, temperature: Tensor, num_heads: 
 
 
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, affine: Tensor, temperature: Tensor) -> Tensor:
-    """v Aᵀ with A = softmax(τ q̂ᵀ k̂), q̂ = normalise_N(a·q), k̂ = normalise_N(a·k): attention over a window's channels.
+    """Attention over the channels of each window: (G, h, N, d) -> (G, h, N, d).
 
-    q, k, v are (G, h, N, d), affine (a) is (h, N), temperature (τ) is (h,). normalise_N divides by the L2 norm over
-    the N positions. Norms, logits and softmax are float32.
+        q̂ = normalise(a·q),   k̂ = normalise(a·k),   A = softmax(τ q̂ᵀ k̂),   out = v Aᵀ
+
+    q, k, v are (G, h, N, d), affine (a) is (h, N), temperature (τ) is (h,), A is (G, h, d, d). `normalise` divides by
+    the L2 norm over the N positions. (model.md §3 has d×N matrices and writes A v.) Norms, logits and softmax are
+    float32.
     """
     with without_autocast(v):
         a, tau = upcast(affine)[..., None], upcast(temperature)[:, None, None]
@@ -222,7 +226,9 @@ class GlobalGridAttention(nn.Module):
 
 @operator
 def grid_attention(qkv: Tensor, scale: Tensor, num_heads: int, stride: tuple[int, int]) -> Tensor:
-    """softmax(s · rope(q̂) rope(k̂)ᵀ) v in every group of a grid, with q̂ = q/‖q‖ and k̂ = k/‖k‖ [paper; details lineage].
+    """Attention over the tokens of each group of a grid [paper; details lineage].
+
+        q̂ = q/‖q‖,   k̂ = k/‖k‖,   out = softmax(s · rope(q̂) rope(k̂)ᵀ) v
 
     A group has the tokens at the same offset in every p×p cell. If the stride does not divide the map, the map is
     padded and padded keys are masked [ours]. Norms and rotations are float32.

@@ -28,7 +28,9 @@ class IPTV2Backbone(nn.Module):
         channels: C, even.
         layers_per_stage: number of FG blocks of each stage, 2L-1 numbers.
         num_attention_heads: number of attention heads, one number or one per stage.
-        block: settings that all blocks share. The window of a level is at most as large as its map at `sample_size`.
+        block: settings that all blocks share. `window_size` is an upper limit: the window of a level is at most as
+            large as its map at `sample_size`. The backbone sets `shifted`, `grid_stride` and `conditioning_dim` of
+            each stage itself and ignores those of `block`.
         grid_stride: stride of GGSA, one number or one per level; None if `block.grid_size` is given.
         conditioning_dim: D. One number means one conditioning vector for all stages, one number per level means one
             vector per level, and None means an unconditional backbone.
@@ -94,7 +96,7 @@ class IPTV2Backbone(nn.Module):
         height, width = x.shape[-2:]
         x = pad_replicate(x, multiple=2 ** (self.levels - 1)).contiguous(memory_format=torch.channels_last)
         vectors = conditioning if isinstance(conditioning, (tuple, list)) else [conditioning] * self.levels
-        vectors = [vectors[level] for level in self.width_levels]  # one per stage
+        vectors = [vectors[level] for level in self.width_levels]  # one per stage, that of the stage's width
 
         # Encoder, level l: (B, 2^l·C, H/2^l, W/2^l) -> (B, 2^(l+1)·C, H/2^(l+1), W/2^(l+1))
         encoded = []
@@ -106,8 +108,7 @@ class IPTV2Backbone(nn.Module):
         # Bottleneck: (B, 2^(L-1)·C, H/2^(L-1), W/2^(L-1))
         x = self.run_stage(self.bottleneck, x, vectors[self.levels - 1])
 
-        # Decoder, back to level l: up-sample, concatenate with the encoder's map of the level, mix
-
+        # Decoder, level l: (B, 2^(l+1)·C, H/2^(l+1), W/2^(l+1)) -> (B, 2^l·C, H/2^l, W/2^l); 2C channels at level 0
         for upsample, skip, stage, vector in zip(
             self.upsamples, self.skips, self.decoder, vectors[self.levels :], strict=True
         ):

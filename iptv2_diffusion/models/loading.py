@@ -27,7 +27,7 @@ SIGNS = (
         "the weights of a VAE (AutoencoderKL)",
     ),
     (r"^transformer_blocks\.\d+\.norm1\.emb\.", "the weights of a DiT (DiTTransformer2DModel)"),
-    (r"^(down|up)_blocks\.\d+\.(attentions|resnets)", "the weights of a U-Net (UNet2DModel or its kin)"),
+    (r"^(down|up)_blocks\.\d+\.(attentions|resnets)", "the weights of a U-Net (such as UNet2DModel)"),
     (r"^text_model\.|^vision_model\.", "the weights of a CLIP model"),
     (r"^(stem|head)\.", "the weights of an IPTV2RestorationModel"),
     (r"^(conv_in|time_embed|class_embedder|conditioning)\b.*", "the weights of another denoiser"),

@@ -57,7 +57,7 @@ def dit(heads: int, head_dim: int, layers: int, patch_size: int, parameters: flo
 
 
 def wide(channels: int, layers: tuple[int, int, int], head_dim: int, parameters: float, gmacs: float) -> Preset:
-    """A denoiser of patch 2 and two levels, of C and 2C channels; GGSA strides 2, 1 make groups of 64 tokens."""
+    """Preset of a denoiser with patch size 2 and two levels of C and 2C channels; GGSA groups have 64 tokens."""
     config = {
         "patch_size": 2,
         "channels": channels,
@@ -243,9 +243,9 @@ PRESETS: dict[str, Preset] = {
         parameters=775.2,
         gmacs=119.6,
     ),
-    # Patch 2: wide maps of a quarter of the positions move fewer bytes for the same MACs, and bytes are what GPU time
-    # goes into (docs/roofline.md). Two levels: a third, of 4×4 positions, would hold many parameters and few MACs.
-    # Widths by the roofline, at least DiT's depth in attentions [ours].
+    # Patch size 2: with a quarter of the positions and wider maps, the same MACs move fewer bytes, which dominate the
+    # time on GPUs (docs/roofline.md). A third level of 4×4 positions would add many parameters and few MACs. The
+    # roofline determines the widths, with at least as many attentions as DiT [ours].
     "iptv2-s-2": wide(288, (2, 3, 2), head_dim=32, parameters=51.0, gmacs=5.98),
     "iptv2-b-2": wide(512, (2, 3, 3), head_dim=32, parameters=164.1, gmacs=23.0),
     "iptv2-l-2": wide(768, (3, 6, 5), head_dim=64, parameters=576.4, gmacs=81.0),

@@ -199,7 +199,7 @@ class TestRefusals:
             self.run(script, ground, tmp_path, models=[{"guidance": 2}])
         with pytest.raises(UserError, match="extractor 'vgg': use inception"):
             self.run(script, ground, tmp_path, "--extractors", "vgg")
-        with pytest.raises(ConfigError, match="models of one name: a, a"):
+        with pytest.raises(ConfigError, match="models with the same name: a, a"):
             self.run(script, ground, tmp_path, models=[{"name": "a"}, {"name": "a"}])
         with pytest.raises(UserError, match="no such folder"):
             self.run(
