@@ -83,7 +83,7 @@ def test_photographs() -> dict[str, np.ndarray]:
     }
 
 
-def folder_photographs(folder: str, limits: Limits) -> dict[str, np.ndarray]:
+def folder_photographs(folder: str, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
     """All images of a folder and its sub-folders on 0–255, by their path inside it without the suffix."""
     root = user_path(folder)
     files = by_name(find_images(root), lambda path: path.relative_to(root).with_suffix("").as_posix())
@@ -96,7 +96,7 @@ def read_255(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     return image if image.dtype == np.uint8 else image / 257 if image.dtype == np.uint16 else image * 255.0
 
 
-def data_set(layout: str, data: str, first: int | None, limits: Limits) -> Iterator[Example]:
+def data_set(layout: str, data: str, first: int | None, limits: Limits = DEFAULT_LIMITS) -> Iterator[Example]:
     """The test pairs of a data set, one after another."""
     root = user_path(data)
     if layout == SIDD_VALIDATION:
