@@ -93,7 +93,7 @@ def test_photographs() -> dict[str, np.ndarray]:
     }
 
 
-def folder_photographs(folder: str, limits: Limits) -> dict[str, np.ndarray]:
+def folder_photographs(folder: str, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
     """Load all images of a folder and its sub-folders, by relative path without suffix, in 0–255."""
     root = user_path(folder)
     files = by_name(find_images(root), lambda path: path.relative_to(root).with_suffix("").as_posix())
@@ -106,7 +106,7 @@ def read_255(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     return image if image.dtype == np.uint8 else image / 257 if image.dtype == np.uint16 else image * 255.0
 
 
-def data_set(layout: str, data: str, first: int | None, limits: Limits) -> Iterator[Example]:
+def data_set(layout: str, data: str, first: int | None, limits: Limits = DEFAULT_LIMITS) -> Iterator[Example]:
     """Iterate over the test pairs of a data set, or over the first `first`."""
     root = user_path(data)
     if layout == SIDD_VALIDATION:
