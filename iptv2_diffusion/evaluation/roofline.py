@@ -338,7 +338,8 @@ def fuse(operators: list[Operator], enabled: bool) -> list[Kernel]:
         if operator.kind in ("rows", "positions"):
             kernel.kind = operator.kind
             kernel.results = max(kernel.results, operator.results)
-        add_ancestors(kernels, chosen, needed - {chosen})
+        if enabled:
+            add_ancestors(kernels, chosen, needed - {chosen})
     return kernels
 
 
@@ -349,9 +350,10 @@ def add_ancestors(kernels: list[Kernel], k: int, needed: set[int]) -> None:
         new |= kernels[other].ancestors | 1 << other
     if new & ~kernels[k].ancestors:
         kernels[k].ancestors |= new
-        for kernel in kernels:
-            if kernel.ancestors >> k & 1:
-                kernel.ancestors |= new
+        if len(kernels[k].members) > 1:  # a fresh kernel is needed by none
+            for kernel in kernels:
+                if kernel.ancestors >> k & 1:
+                    kernel.ancestors |= new
 
 
 def joins(operator: Operator, k: int, needed: set[int], kernels: list[Kernel]) -> bool:
