@@ -11,8 +11,10 @@ from iptv2_diffusion.evaluation.results import cast, replaced
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.recipes.vae.data import load_images
 from iptv2_diffusion.recipes.vae.task import VAELoss, VAETask
+from iptv2_diffusion.training.accelerator import make_accelerator
 from iptv2_diffusion.training.errors import user_errors
-from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry_run
+from iptv2_diffusion.training.loop import Outcome, Trainer
+from iptv2_diffusion.training.run_folder import prepare_dry_run
 
 
 def run(config: VAEConfig) -> int:
@@ -26,8 +28,9 @@ def run(config: VAEConfig) -> int:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     accelerator.print(f"AutoencoderKL of {size:.2f} M parameters on {accelerator.device}, {len(train):,} images")
     trainer = Trainer(config, accelerator, model, curves=("loss",))
-    task = VAETask(config, accelerator, train, heldout, trainer.resume())
-    if trainer.fit(task):
+    trainer.resume()
+    task = VAETask(config, accelerator, train, heldout, trainer.step)
+    if trainer.fit(task) is Outcome.STOPPED:
         trainer.finish()
         return 0
     if config.dry_run:
