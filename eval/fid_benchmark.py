@@ -40,9 +40,9 @@ from iptv2_diffusion.evaluation.generation_metrics import (
 from iptv2_diffusion.evaluation.reference_images import ReferenceImages
 from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, SampleFolder, generate, start_accelerator
 from iptv2_diffusion.files import inside
+from iptv2_diffusion.training.accelerator import available_cores
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.loop import available_cores
 from iptv2_diffusion.training.options import coerce_fields, config_to_dict, option, parse_config
 
 EXAMPLES = """

@@ -18,9 +18,9 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,8 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iptv2_diffusion.data.archives import file_of
-from iptv2_diffusion.data.draws import StepDraws, derive_seed
-from iptv2_diffusion.data.latent_encoding import Encoding, encode_shard
+from iptv2_diffusion.data.draws import RunDraws, StepDraws, derive_seed
+from iptv2_diffusion.data.latent_encoding import Encoding, LatentSource, encode_shard
 from iptv2_diffusion.files import atomic, is_left_behind, write_text
 
 if TYPE_CHECKING:
@@ -38,13 +38,6 @@ if TYPE_CHECKING:
     from iptv2_diffusion.latents import LatentCodec
 
 _FORMAT = 2
-
-
-class LatentSource(Protocol):
-    """Latents and labels for the draws of a micro-batch."""
-
-    def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) float32 in model units, labels (B,) int64; on the CPU or the codec's device."""
 
 
 class LatentCache:
@@ -89,6 +82,19 @@ class LatentCache:
             local = items[chosen] - self._starts[number]
             out[chosen] = self._shards[number][name][views[chosen], local].float()
         return out
+
+
+class CachedLatents(LatentSource):
+    """The latents of a run from a cache: any step at any time."""
+
+    def __init__(self, cache: LatentCache, draws: RunDraws) -> None:
+        super().__init__(draws)
+        self.cache = cache
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
+        """Latents drawn from the posterior, labels and draws."""
+        for draws in self.draws.micro_batches(step):
+            yield *self.cache.batch(draws), draws
 
 
 def cached_latents(

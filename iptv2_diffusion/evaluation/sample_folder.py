@@ -35,10 +35,10 @@ from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.files import file_sha256
 from iptv2_diffusion.models.presets import count_macs, count_parameters
 from iptv2_diffusion.non_finite import NonFiniteImageError
+from iptv2_diffusion.training.accelerator import PROCESS_TIMEOUT, set_threads
 from iptv2_diffusion.training.checkpoint import differing_fields
 from iptv2_diffusion.training.errors import ConfigError, LocalError, UserError, loading, user_errors
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.loop import PROCESS_TIMEOUT, set_threads
 from iptv2_diffusion.training.options import Config, frozen_fields, option
 
 CPU_GROUP_SIZE = 8
