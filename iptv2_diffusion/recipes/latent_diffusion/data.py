@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import datasets
+import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import AutoModel, ModelMixin
 
 from iptv2_diffusion.data.draws import DataOrder, Order, RunDraws, class_balanced_weights, own_slices
 from iptv2_diffusion.data.image_files import Limits
@@ -99,10 +99,16 @@ def _load_stream(
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     """The VAE's codec, frozen, on the device."""
     options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
+    name = os.path.expanduser(config.vae)
     with user_errors(Exception):  # of diffusers and safetensors, about whatever the folder holds
-        vae = load_whole(AutoModel, os.path.expanduser(config.vae), use_safetensors=True, **options)
-    if not isinstance(vae, ModelMixin) or "latent_channels" not in vae.config:
-        raise ConfigError(f"{config.vae} is a {type(vae).__name__}; give a VAE of diffusers, such as an AutoencoderKL")
+        class_name = diffusers.AutoencoderKL.load_config(name, **options).get("_class_name", "AutoencoderKL")
+        vae_class = getattr(diffusers, class_name, None)
+    if not (isinstance(vae_class, type) and issubclass(vae_class, diffusers.ModelMixin)):
+        raise ConfigError(f"{config.vae} is a {class_name}; give a VAE of diffusers, such as an AutoencoderKL")
+    with user_errors(Exception):  # likewise; diffusers' AutoModel does not report which weights it found
+        vae = load_whole(vae_class, name, use_safetensors=True, **options)
+    if "latent_channels" not in vae.config:
+        raise ConfigError(f"{config.vae} is a {class_name}; give a VAE of diffusers, such as an AutoencoderKL")
     vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     with user_errors(ValueError):
         codec = LatentCodec(vae)
