@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -66,11 +68,12 @@ def main(folder):
     print("exact", flush=True)
 
 
+@pytest.mark.slow
 def test_sharded_state_is_saved_whole_and_loaded_exactly(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("exact") == 2
