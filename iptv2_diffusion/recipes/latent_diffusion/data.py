@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import datasets
+import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import AutoModel, ModelMixin
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from iptv2_diffusion.data.draws import DataOrder, class_balanced_weights
@@ -94,10 +95,17 @@ def _load_stream(
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     """The VAE's codec, frozen, on the device."""
     options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
-    with user_errors(OSError, ValueError, SafetensorError):
-        vae = load_whole(AutoModel, config.vae, use_safetensors=True, **options)
-    if not isinstance(vae, ModelMixin) or "latent_channels" not in vae.config:
-        raise ConfigError(f"{config.vae} is a {type(vae).__name__}; give a VAE of diffusers, such as an AutoencoderKL")
+    with user_errors(OSError, ValueError):
+        description = diffusers.AutoencoderKL.load_config(config.vae, **options)
+    # By hand: diffusers' AutoModel cannot say which weights are missing (0.42: `output_loading_info` fails).
+    name = description.get("_class_name", "AutoencoderKL")
+    vae_class = getattr(diffusers, name, None)
+    vae = None
+    if isinstance(vae_class, type) and issubclass(vae_class, ModelMixin):
+        with user_errors(OSError, ValueError, SafetensorError):
+            vae = load_whole(vae_class, config.vae, use_safetensors=True, **options)
+    if vae is None or "latent_channels" not in vae.config:
+        raise ConfigError(f"{config.vae} is a {name}; give a VAE of diffusers, such as an AutoencoderKL")
     vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     with user_errors(ValueError):
         codec = LatentCodec(vae)
