@@ -1,14 +1,14 @@
-"""The arena: IPT-V2 and DiT trained, sampled and scored side by side at equal MACs, by one recipe.
+"""Compare IPT-V2 and DiT at equal MACs: train, sample and score both with one recipe.
 
     python eval/arena.py --config configs/arena/emoji64/small.yaml
     python eval/arena.py --config configs/arena/emoji64/small.yaml --stop_after grid
 
-A model may come in several shapes (DiT: patch 2 and patch 1). A short run of each shape at each learning rate of one
-grid tells which of them counts ("chosen"); that one is trained in full from every seed. Runs are those of
-`train/train_ldm.py`, one after another, in OUTPUT_DIR/SIZE; the same command resumes, and trains no finished run again.
-Then samples of every full run are scored: see `iptv2_diffusion/evaluation/generation_metrics.py`. The results are a
-JSON list of rows; NAME-about.json beside it holds machine, recipe and what real images score. `eval/arena_report.py`
-draws them.
+A model may have several shapes (for DiT: patch sizes 2 and 1). Short runs of each shape on a grid of learning rates
+select one shape and learning rate per model. The selected one is trained in full with every seed. All runs use
+`train/train_ldm.py`, one after another, in OUTPUT_DIR/SIZE. Run the same command to resume; it skips finished runs.
+Samples of every full run are scored by the metrics of `iptv2_diffusion/evaluation/generation_metrics.py`. The results
+are a JSON list of rows. NAME-about.json beside it has the machine, the recipe and the scores of real images.
+`eval/arena_report.py` makes tables and plots of the results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCORES = ("kid", "kid_error", "fd_pca64", "fd_train", "nearest_neighbour_median"
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaConfig(Config):
-    """One size of the arena."""
+    """Options of a comparison at one model size."""
 
     size: str = option("small", "name of this size in the results")
     recipe: tuple[str, ...] = option(
@@ -80,12 +80,12 @@ class Run:
 
     @property
     def log(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl so far."""
+        """Lines of metrics.jsonl so far."""
         return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def curve(self) -> list[dict[str, float]]:
-        """The lines with a held-out loss, up to the last step of this run."""
+        """Log lines with a held-out loss, up to the last step of this run."""
         return [line for line in self.log if "heldout_loss" in line and line["step"] <= self.steps]
 
     @property
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a step when the machine was freest: the first decile over the intervals between two log lines."""
+        """Seconds of a step without other load: the first decile over the intervals between two log lines."""
         lines = [line for line in self.log if "seconds" in line]
         pairs = [(a, b) for a, b in itertools.pairwise(lines) if b["step"] > a["step"] > 1]
         times = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
@@ -107,7 +107,7 @@ class Run:
 
 
 def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
-    """Parameters and MACs (fused, and as trained) of each (model, shape)."""
+    """Count the parameters and the MACs, fused and in training, of each (model, shape)."""
     from iptv2_diffusion.models.presets import count_macs, count_parameters, create_model
 
     batch_size = read_recipe(config)["batch_size"]
@@ -128,11 +128,12 @@ def count_costs(config: ArenaConfig) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def read_recipe(config: ArenaConfig) -> dict[str, Any]:
+    """Return the options of `train_ldm.py` that the recipe's configuration files give."""
     return config_to_dict(parse_config(LDMConfig, [word for path in config.recipe for word in ("--config", path)]))
 
 
 def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) -> None:
-    """An error for two shapes whose MACs, fused or as trained, are further apart than some per cent."""
+    """Raise a `ConfigError` if the MACs of two shapes, fused or in training, differ by more than `tolerance` %."""
     kinds = ("macs_fused", "macs_train")
     for (one, ours), (other, theirs) in itertools.combinations(costs.items(), 2):
         off = 100 * min(abs(ours[a] / theirs[b] - 1) for a in kinds for b in kinds)
@@ -151,10 +152,10 @@ def make_run(config: ArenaConfig, name: str, shape: str, learning_rate: float, s
 
 
 def train(config: ArenaConfig, run: Run) -> None:
-    """Run `train_ldm.py`, or nothing if it has run; a killed one goes on from its checkpoint."""
+    """Run `train_ldm.py` unless the run is finished. An interrupted run resumes from its checkpoint."""
     if run.log and run.log[-1]["step"] > run.steps:
-        told = f"{run.folder} holds {run.log[-1]['step']} steps, and {run.steps} are asked for"
-        raise ConfigError(f"{told}: give the old number, or another output_dir")
+        problem = f"{run.folder} has {run.log[-1]['step']} steps, but {run.steps} are requested"
+        raise ConfigError(f"{problem}; use the old number or another output_dir")
     if run.finished:
         return
     arguments = dict(config.models[run.model][run.shape])
@@ -173,15 +174,15 @@ def train(config: ArenaConfig, run: Run) -> None:
     print(f"training {run.folder.name}, {run.steps} steps", flush=True)
     result = subprocess.run([sys.executable, str(ROOT / "train" / "train_ldm.py"), *words])
     if result.returncode:
-        raise ConfigError(f"training {run.folder} ended with {result.returncode}; its error stands above")
-    for checkpoint in run.folder.glob("checkpoint-*"):  # 12 bytes a parameter, and the pipeline has the result
+        raise ConfigError(f"training {run.folder} failed with exit code {result.returncode}; see its error above")
+    for checkpoint in run.folder.glob("checkpoint-*"):  # 12 bytes per parameter; the pipeline has the final weights
         shutil.rmtree(checkpoint)
 
 
 def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
-    """The short runs of all shapes of a model at all rates (or its known one), and the one of the lowest held-out loss.
+    """Train every shape of a model at every learning rate (or its known one); return all runs and the best one.
 
-    One shape at one rate needs no run to be chosen.
+    The best run has the lowest held-out loss. A single combination is the best without a run.
     """
     runs = [
         make_run(config, name, shape, rate, config.seeds[0], grid=True)
@@ -194,12 +195,12 @@ def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
         train(config, run)
     best = min(runs, key=lambda run: run.curve[-1]["heldout_loss"])
     for run in runs:
-        mark = "  <- counts" if run is best else ""
+        mark = "  <- selected" if run is best else ""
         loss, seconds = run.curve[-1]["heldout_loss"], run.seconds
         print(f"{run.folder.name:44} held-out loss {loss:.4f} after {run.steps} steps, {seconds:.0f} s{mark}")
     rates = [run.learning_rate for run in runs if run.shape == best.shape]
     if len(rates) > 1 and best.learning_rate in (min(rates), max(rates)):
-        print(f"{name}: the best rate {best.learning_rate:g} is at the edge of the grid; widen it")
+        print(f"{name}: the best learning rate {best.learning_rate:g} is at the edge of the grid; widen the grid")
     return runs, best
 
 
@@ -209,7 +210,7 @@ def run_grid(config: ArenaConfig, name: str) -> tuple[list[Run], Run]:
 
 @dataclass
 class Reference:
-    """What samples are held to: real images as uint8 (N, 3, H, W), and their features."""
+    """Real images, (N, 3, H, W) uint8, and their features."""
 
     train: Any
     heldout: Any
@@ -220,7 +221,7 @@ class Reference:
 
 
 def load_reference(config: ArenaConfig) -> Reference:
-    """Images of both splits of the recipe's data."""
+    """Load the images of both splits of the recipe's data and compute their features."""
     from iptv2_diffusion.evaluation.generation_metrics import efficientnet_lite0, extract_features
 
     recipe = read_recipe(config)
@@ -233,7 +234,7 @@ def load_reference(config: ArenaConfig) -> Reference:
 
 
 def load_split(config: ArenaConfig, recipe: dict[str, Any], split: str) -> tuple[Any, list[int]]:
-    """uint8 images (N, 3, H, W) and labels, without the variants."""
+    """Load the images (N, 3, H, W) uint8 and the labels of a split, without variants."""
     import datasets
 
     from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
@@ -251,7 +252,7 @@ def load_split(config: ArenaConfig, recipe: dict[str, Any], split: str) -> tuple
 
 
 def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, float]:
-    """Samples of a full run (drawn once) against both splits; kept in scores.json beside what decided them."""
+    """Sample from a full run and compare the samples with both splits; scores.json caches the result."""
     import torch
 
     from iptv2_diffusion.evaluation import generation_metrics
@@ -292,7 +293,7 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
 
 
 def floors(reference: Reference) -> dict[str, float]:
-    """What real images score: the held-out ones against the training ones, in the same metrics."""
+    """Compute the same metrics for real images: training images against held-out images."""
     from iptv2_diffusion.evaluation import generation_metrics
 
     distance, _ = generation_metrics.nearest_neighbour_distance(reference.heldout, reference.train)
@@ -334,7 +335,7 @@ def make_row(config: ArenaConfig, run: Run, cost: dict[str, Any], *, chosen: boo
 
 
 def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, Any] | None) -> Path:
-    """Replace the rows of these shapes in the file of results; machine and recipe go into a file beside it."""
+    """Replace the rows of these shapes in the results file; write the machine and the recipe to a file beside it."""
     from iptv2_diffusion.evaluation.speed import describe_machine
 
     path = Path(config.results)

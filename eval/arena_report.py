@@ -1,10 +1,10 @@
-"""Tables and pictures of the arena's results.
+"""Make tables and plots of the results of `eval/arena.py`.
 
     python eval/arena_report.py --results docs/results/arena-emoji64.json
 
-Prints a Markdown table, and writes beside the file of results the held-out loss over steps and over seconds and, where
-the folder of the runs is at hand, samples of all models side by side. The seconds of a curve are its steps times those
-of one step when the machine was freest, so that what else ran beside a training does not count.
+The script prints a Markdown table. Beside the results file it writes plots of the held-out loss over steps and over
+seconds and, if the folder of the runs exists, samples of all models side by side. The seconds of a curve are its steps
+times the seconds of a step without other load, so that other processes do not affect them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METRICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Config):
-    """What is drawn."""
+    """Options of the report."""
 
     results: str = option("docs/results/arena-emoji64.json", "file of results, written by eval/arena.py")
     runs: str = option("runs/arena-emoji64", "folder of the runs, for the sample grids")
@@ -40,7 +40,7 @@ Group = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def full_runs(results: list[dict[str, Any]]) -> Group:
-    """The runs that count, by (size, model)."""
+    """Group the full runs of the selected shapes by (size, model)."""
     groups: Group = {}
     for row in results:
         if row["chosen"]:
@@ -49,7 +49,7 @@ def full_runs(results: list[dict[str, Any]]) -> Group:
 
 
 def mean_curve(rows: list[dict[str, Any]]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Steps, mean, least and largest held-out loss over the seeds, at the steps that all have."""
+    """Return the steps that all seeds have, and the mean, minimum and maximum held-out loss over the seeds there."""
     curves = [dict(map(tuple, row["held_out_curve"])) for row in rows]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     columns = [[curve[step] for curve in curves] for step in steps]
@@ -57,11 +57,12 @@ def mean_curve(rows: list[dict[str, Any]]) -> tuple[list[float], list[float], li
 
 
 def step_seconds(rows: list[dict[str, Any]]) -> float:
+    """Return the seconds of a step of the fastest run."""
     return min(row["step_seconds"] for row in rows)
 
 
 def loss_at(rows: list[dict[str, Any]], seconds: float) -> float | None:
-    """Mean held-out loss after so many seconds, interpolated; None beyond the curve."""
+    """Interpolate the mean held-out loss after `seconds` of training; None outside the curve."""
     import numpy as np
 
     steps, mean, _, _ = mean_curve(rows)
@@ -70,14 +71,14 @@ def loss_at(rows: list[dict[str, Any]], seconds: float) -> float | None:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and least to largest where there are several."""
+    """Format the mean, and the minimum and maximum if there are several values."""
     digits = 4 if abs(values[0]) < 10 else 1
     text = f"{statistics.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def table(groups: Group) -> str:
-    """Markdown: a row for each size and model."""
+    """Format a Markdown table with a row for each size and model."""
     from iptv2_diffusion.evaluation.speed import to_markdown
 
     lines = []
@@ -97,7 +98,7 @@ def table(groups: Group) -> str:
 
 
 def equal_time(groups: Group) -> str:
-    """Held-out losses at the seconds that the faster of IPT-V2 and DiT took in all."""
+    """Compare the held-out losses at equal training time: that of the faster of IPT-V2 and DiT."""
     lines = []
     for size in dict.fromkeys(size for size, _ in groups):
         pair = {name: groups.get((size, name)) for name in ("iptv2", "dit")}
@@ -112,7 +113,7 @@ def equal_time(groups: Group) -> str:
 
 
 def plot(groups: Group, path: Path) -> None:
-    """Held-out loss over steps and over seconds, a band for the spread over the seeds."""
+    """Plot the held-out loss over steps and over seconds, with a band from minimum to maximum over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -122,7 +123,7 @@ def plot(groups: Group, path: Path) -> None:
     figure, axes = plt.subplots(len(sizes), 2, figsize=(10, 3.6 * len(sizes)), squeeze=False)
     for (size, model), rows in groups.items():
         steps, mean, low, high = mean_curve(rows)
-        for column, scale, unit in ((0, 1.0, "steps"), (1, step_seconds(rows), "seconds, machine at its freest")):
+        for column, scale, unit in ((0, 1.0, "steps"), (1, step_seconds(rows), "seconds without other load")):
             axis = axes[sizes.index(size), column]
             x = [step * scale for step in steps]
             (line,) = axis.plot(x, mean, label=f"{model}, {len(rows)} seeds")
@@ -136,7 +137,7 @@ def plot(groups: Group, path: Path) -> None:
 
 
 def sheets(groups: Group, config: ReportConfig, folder: Path) -> list[Path]:
-    """The first samples of each model, those of the same number from the same class and noise; one picture a size."""
+    """Write one grid of samples per size, a row per model. Samples of a column have the same class and noise."""
     from PIL import Image
 
     from iptv2_diffusion.evaluation.pictures import picture_sheet
@@ -149,7 +150,7 @@ def sheets(groups: Group, config: ReportConfig, folder: Path) -> list[Path]:
             name = f"{model}-{run['shape']}-lr{run['learning_rate']:g}-seed{run['seed']}"
             images = Path(config.runs).expanduser() / size / "full" / name / "samples" / "images"
             if own_size == size and images.is_dir():
-                # every 48th: the classes change from one number to the next, so this shows most of them
+                # The class changes from one sample to the next, so every 48th sample shows most classes.
                 rows.append([Image.open(p) for p in sorted(images.glob("*.png"))[::48][: config.columns]])
                 names.append(model)
         if rows:
@@ -159,6 +160,7 @@ def sheets(groups: Group, config: ReportConfig, folder: Path) -> list[Path]:
 
 
 def main() -> int:
+    """Read the results, write the plots, print the table."""
     config = parse_config(ReportConfig, description=__doc__)
     path = Path(config.results)
     if not path.is_file():
@@ -167,7 +169,7 @@ def main() -> int:
         results = json.loads(path.read_text())
     groups = full_runs(results)
     if not groups:
-        raise ConfigError(f"{path} has no full runs yet; run eval/arena.py to its end first")
+        raise ConfigError(f"{path} has no full runs; run eval/arena.py to completion first")
     curves = path.with_name(path.stem + "-curves.png")
     longest = {
         size: max(rows[0]["steps"] for (other, _), rows in groups.items() if other == size) for size, _ in groups

@@ -1,9 +1,10 @@
-"""FID and its kin of IPT-V2 and DiT pipelines in one run: generate (or reuse), score, tabulate, draw.
+"""Compute FID and related metrics of IPT-V2 and DiT pipelines: generate images (or reuse them), score, tabulate, plot.
 
     accelerate launch eval/fid_benchmark.py --config configs/benchmark/emoji64.yaml
 
-Every entry of `models` is a pipeline with options of its own; what it leaves out is taken from the other options here.
-Writes, in output_dir, a folder of images for each, results.json (all that decides the figures), results.md and fid.png.
+Every entry of `models` is a pipeline with its own options. The other options are defaults for all entries. The script
+writes to output_dir: a folder of images per entry, results.json (all settings that determine the metrics), results.md
+and fid.png.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.evaluation.generation_metrics import (
     FeatureExtractor,
     extract_features,
@@ -37,20 +39,20 @@ from iptv2_diffusion.evaluation.generation_metrics import (
 )
 from iptv2_diffusion.evaluation.reference_images import ReferenceImages
 from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, SampleFolder, generate, start_accelerator
-from iptv2_diffusion.files import write_text
+from iptv2_diffusion.files import inside
+from iptv2_diffusion.training.accelerator import available_cores
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.loop import available_cores
 from iptv2_diffusion.training.options import coerce_fields, config_to_dict, option, parse_config
 
 EXAMPLES = """
 examples:
-  what runs here        accelerate launch eval/fid_benchmark.py --config configs/benchmark/emoji64.yaml
+  the shipped models    accelerate launch eval/fid_benchmark.py --config configs/benchmark/emoji64.yaml
   DiT's protocol        accelerate launch --multi_gpu --num_processes 8 eval/fid_benchmark.py \\
                           --config configs/benchmark/imagenet256.yaml --reference VIRTUAL_imagenet256_labeled.npz
   one pipeline          ... --pipeline facebook/DiT-XL-2-256 --scheduler ddpm --reference my_images --resolution 256
 """
-# GMACs and FID-50K on ImageNet 256×256, ADM's protocol, 400 K steps, batch 256, no guidance; as the papers report them
+# GMACs and FID-50K on ImageNet 256×256 as the papers report them: ADM's protocol, 400 K steps, batch 256, no guidance
 PUBLISHED = {
     "DiT (paper)": [(6.06, 68.4), (23.0, 43.5), (80.7, 23.3), (118.6, 19.5)],
     "SiT (paper)": [(23.0, 33.0), (80.7, 18.8), (118.6, 17.2)],
@@ -60,7 +62,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(GenerationConfig):
-    """What is compared with what."""
+    """Options of the models, the reference and the metrics."""
 
     models: list[dict] = option(  # noqa: RUF009
         [],
@@ -104,13 +106,13 @@ class BenchmarkConfig(GenerationConfig):
             raise ConfigError(f"models share a name: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
 
     def entries(self) -> list[Entry]:
-        """The models, each with its own options over the common ones."""
+        """Return the models, each with its own options over the common ones."""
         return [Entry.of(self, entry) for entry in self.models or [{}]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table: what is drawn, and what is told about it."""
+    """One row of the table: options of the samples, and facts about the training."""
 
     name: str
     generation: GenerationConfig
@@ -119,28 +121,39 @@ class Entry:
 
     @classmethod
     def of(cls, config: BenchmarkConfig, options: dict[str, Any]) -> Entry:
-        """An item of `models`; what it does not tell about training is read beside a pipeline of train_ldm.py."""
+        """Make an entry from an item of `models`.
+
+        If the item does not state the training steps and hours, they come from the log beside a pipeline of
+        train_ldm.py.
+        """
         options = dict(options)
-        told = {key: options.pop(key, None) for key in ("name", "training_steps", "training_hours")}
+        facts = {key: options.pop(key, None) for key in ("name", "training_steps", "training_hours")}
         common = GenerationConfig(**{f.name: getattr(config, f.name) for f in fields(GenerationConfig)})
         generation = replace(common, **coerce_fields(GenerationConfig, options, "models"))
         path = Path(generation.pipeline)
         logged = [row for row in read_metrics(path.parent / "metrics.jsonl") if "seconds" in row]
-        steps, hours = told["training_steps"], told["training_hours"]
+        steps, hours = facts["training_steps"], facts["training_hours"]
         if logged:
             steps = logged[-1]["step"] if steps is None else steps
             hours = logged[-1]["seconds"] / 3600 if hours is None else hours
         run = path.parent.name if path.name == "pipeline" else path.name
-        name = told["name"] or f"{run}-cfg{generation.guidance_scale:g}"
-        return cls(str(name), generation, steps, hours)
+        name = str(facts["name"] or f"{run}-cfg{generation.guidance_scale:g}")
+        try:
+            inside(Path(config.output_dir), name)
+        except ValueError as error:
+            raise ConfigError(f"models: {error}") from error
+        return cls(name, generation, steps, hours)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Encoders, and whether there are enough images for them
+# Check of the number of images
 
 
 def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: ReferenceImages) -> None:
-    """Refuse, before anything is drawn, what can not be scored or would be a distance between singular covariances."""
+    """Raise a `ConfigError`, before sampling, if there are too few images for a metric.
+
+    With at most D images, the covariance of D features is singular.
+    """
     fewest = min(reference.count, *(e.generation.num_samples for e in config.entries()))
     if fewest < 4:
         raise ConfigError(f"there are {fewest} images to compare; use at least 4 samples and 4 references")
@@ -157,8 +170,8 @@ def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], r
             if count <= extractor.dimensions and not config.allow_small_n:
                 raise ConfigError(
                     f"{count} {what} for {extractor.dimensions} features of {extractor.name}: a Fréchet distance of "
-                    f"fewer than {extractor.dimensions + 1} is mostly bias; take more, or --allow_small_n and read KID "
-                    f"and the distance in {config.pca_components} principal components"
+                    f"fewer than {extractor.dimensions + 1} is mostly bias; use more images, or --allow_small_n with "
+                    f"KID and the distance in {config.pca_components} principal components"
                 )
 
 
@@ -167,7 +180,7 @@ def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], r
 
 
 class Scorer:
-    """The reference as one encoder sees it, and what samples score against it."""
+    """Reference features of one encoder, and the scores of samples against them."""
 
     def __init__(self, extractor: FeatureExtractor, reference: ReferenceImages, config: BenchmarkConfig) -> None:
         self.extractor, self.config = extractor, config
@@ -183,7 +196,7 @@ class Scorer:
         self.manifold = pool[chosen]
 
     def metrics(self) -> dict[str, Callable[[Tensor], float]]:
-        """Of (N, D) samples against the reference."""
+        """Return name -> function of (N, D) sample features, for the metrics with a standard error."""
         return {
             "fd": lambda pool: frechet_distance(pool, self.statistics["pool"]),
             "fd_pca": lambda pool: frechet_distance(pool.double() @ self.axes, self.projected),
@@ -191,7 +204,7 @@ class Scorer:
         }
 
     def score(self, features: dict[str, Tensor]) -> dict[str, float]:
-        """All figures of an encoder, with standard errors over the choice of the samples."""
+        """Compute all metrics of an encoder, with standard errors over the choice of the samples."""
         pool, repeats = features["pool"], self.config.repeats
         result = {name: metric(pool) for name, metric in self.metrics().items()}
         if repeats:
@@ -203,7 +216,7 @@ class Scorer:
         return result
 
     def floor(self) -> dict[str, float]:
-        """One half of the reference against the other: what no model can be told to beat with so many images."""
+        """Compute the metrics between two halves of the reference: no model can be shown to score better."""
 
         def in_components(a: Tensor, b: Tensor) -> float:
             return frechet_distance(a.double() @ self.axes, b.double() @ self.axes)
@@ -213,7 +226,7 @@ class Scorer:
 
 
 def describe(config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: ReferenceImages) -> dict[str, Any]:
-    """What decides the figures beside the images themselves."""
+    """Describe all settings, except the images, that determine the metrics."""
     packages = ("torch", "torchvision", "diffusers", "torch-fidelity", "numpy", "pillow")
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -242,12 +255,12 @@ def describe(config: BenchmarkConfig, extractors: list[FeatureExtractor], refere
 
 
 def title(extractor: str) -> str:
-    """FID is what Inception gives; every other Fréchet distance carries its encoder's name."""
+    """Return "FID" for Inception; the name of any other Fréchet distance contains its encoder."""
     return "FID" if extractor.startswith("inception") else f"FD ({extractor})"
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: one row a model, the floors below."""
+    """Format a Markdown table with one row per model, followed by the floors."""
     names = list(results["extractors"])
     components = results["config"]["pca_components"]
     columns = ["model", "M parameters", "GMACs", "training steps", "guidance", "images", "s/image"]
@@ -276,13 +289,13 @@ def table(results: dict[str, Any]) -> str:
 
 
 def with_error(scores: dict[str, float], name: str, digits: int = 2) -> str:
-    """value ± standard error."""
+    """Format a value with its standard error, if it has one."""
     text = f"{scores[name]:.{digits}f}"
     return f"{text} ± {scores[f'{name}_error']:.{digits}f}" if f"{name}_error" in scores else text
 
 
 def plot(results: dict[str, Any], path: Path, published: bool) -> None:
-    """The first encoder's distance over GMACs, and over training hours where they are known."""
+    """Plot the first encoder's Fréchet distance over GMACs and, if known, over training hours."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -315,7 +328,7 @@ def plot(results: dict[str, Any], path: Path, published: bool) -> None:
 def evaluate(
     config: BenchmarkConfig, extractors: list[FeatureExtractor], reference: ReferenceImages, folders: list[SampleFolder]
 ) -> dict[str, Any]:
-    """All figures of all models, and what decides them."""
+    """Score all models and describe the settings that determine the scores."""
     with user_errors(ValueError):
         scorers = {extractor.name: Scorer(extractor, reference, config) for extractor in extractors}
     rows = []
@@ -334,8 +347,14 @@ def evaluate(
     return {**describe(config, extractors, reference), "floor": floors, "models": rows}
 
 
+def made_before_records(folder: Path) -> list[str] | None:
+    """Return the results that a version without records wrote; None if the folder is something else."""
+    names = [name for name in ("results.json", "results.md", "fid.png") if (folder / name).is_file()]
+    return names if names or any(folder.glob("*/generation.json")) else None
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Generate with all processes, score with the first, write."""
+    """Generate with all processes, score with the main process, write the results."""
     config = parse_config(BenchmarkConfig, argv, description=__doc__, examples=EXAMPLES)
     accelerator = start_accelerator(config.num_threads)
     with user_errors(OSError, ValueError, ModuleNotFoundError):
@@ -343,21 +362,28 @@ def main(argv: list[str] | None = None) -> int:
         reference = ReferenceImages(config.reference, split=config.reference_split, size=config.resolution)
     extractors = [extractor.to(accelerator.device) for extractor in extractors]
     check_numbers(config, extractors, reference)
+    with user_errors(OSError, ValueError):
+        if accelerator.is_main_process:
+            OwnFolder.claim(Path(config.output_dir), "benchmark results", earlier=made_before_records)
     output_dir, folders = Path(config.output_dir), []
     for entry in config.entries():
         accelerator.print(f"{entry.name}: {entry.generation.num_samples} images of {entry.generation.pipeline}")
         folders.append(generate(entry.generation, accelerator, output_dir / entry.name))
     main_process = accelerator.is_main_process
-    accelerator.end_training()  # the others are not kept waiting while the first one scores
+    accelerator.end_training()  # the other processes must not wait while the main process scores
     if not main_process:
         return 0
-    torch.set_num_threads(available_cores())  # drawing had each process's share of them
+    torch.set_num_threads(available_cores())  # for sampling, the processes shared the cores
     results = evaluate(config, extractors, reference, folders)
     text = f"`{results['command']}`\n\n{table(results)}"
-    with user_errors(OSError):
-        for name, contents in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", text)):
-            write_text(output_dir / name, contents)
-        plot(results, output_dir / "fid.png", config.published)
+    own = OwnFolder(output_dir, "benchmark results")
+    with user_errors(OSError, ValueError):
+        with own.writing("results.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        with own.writing("results.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        with own.writing("fid.png") as temporary:
+            plot(results, temporary, config.published)
     print(text)
     print(f"wrote results.json, results.md and fid.png to {output_dir}/")
     return 0

@@ -1,9 +1,10 @@
-"""Images of an IPT-V2 or DiT pipeline, thousands of them, on any number of processes; resumes after a kill.
+"""Generate thousands of images with an IPT-V2 or DiT pipeline on any number of processes.
 
     accelerate launch eval/generate_samples.py --pipeline assets/iptv2-emoji64 --num_samples 1000 \\
         --num_inference_steps 25 --guidance_scale 1.5 --output_dir runs/samples
 
-Leaves images/000000.png …, generation.json (all that decided them) and, for ADM's evaluator, samples_NxHxWx3.npz.
+The output folder has images/000000.png …, generation.json (all settings that determine the images) and
+samples_NxHxWx3.npz for ADM's evaluator. Run the same command to continue after an interruption.
 """
 
 from __future__ import annotations
@@ -21,28 +22,30 @@ examples:
   2 processes on a CPU        ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...
   without labels              ... --labels none
 
-`accelerate launch --cpu --num_processes 2` starts one process and says nothing. The same command goes on after a kill;
---num_samples may grow.
+`accelerate launch --cpu --num_processes 2` starts a single process without a warning; use the command above instead.
+--num_samples may be larger when you continue.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig(GenerationConfig):
-    """A folder of images."""
+    """Options of the images and their folder."""
 
     output_dir: str = option("runs/samples", "folder for the images and their description", group="results", free=True)
     npz: bool = option(True, "write the file for ADM's evaluator too, samples_NxHxWx3.npz", group="results", free=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw what is missing, check that nothing is, write the npz."""
+    """Generate the missing images, check that the folder is complete, write the .npz file."""
     config = parse_config(SamplesConfig, argv, description=__doc__, examples=EXAMPLES)
     accelerator = start_accelerator(config.num_threads)
     folder = generate(config, accelerator, config.output_dir)
     if accelerator.is_main_process:
         absent = [index for index in range(config.num_samples) if not folder.has(index)]
         if absent:
-            raise UserError(f"{len(absent)} images are missing, the first {folder.path(absent[0])}; start again")
+            raise UserError(
+                f"{len(absent)} images are missing, the first is {folder.path(absent[0])}; run the same command again"
+            )
         seconds = folder.seconds_per_image()
         print(f"{config.num_samples} images in {folder.folder}/images, {seconds:.3f} s each on one process")
         if config.npz:

@@ -1,10 +1,11 @@
-"""How near a pipeline's samples are to its training images: has it learned, or memorised?
+"""Measure the distance of samples to their nearest training images, to detect memorisation.
 
     python eval/nearest_neighbours.py --pipeline assets/iptv2-emoji64 --output_dir runs/neighbours
 
-For every sample the nearest training image (or its mirror image) by root-mean-square difference of pixels, on the 0-255
-scale. The yardstick is the same distance of held-out images, which the model never saw: samples much nearer than those
-are copies. Writes neighbours.json and neighbours.png, samples over their nearest training images.
+For every sample the script finds the nearest training image, or its mirror image, by root-mean-square difference of
+pixels on the 0–255 scale. It measures the same distance for held-out images, which the model has never seen. Samples
+that are much nearer than held-out images are copies. The script writes neighbours.json and neighbours.png, a grid of
+samples above their nearest training images.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class NeighbourConfig(Config):
-    """Samples, and what they are compared with."""
+    """Options of the samples and the data set."""
 
     pipeline: str = option("assets/iptv2-emoji64", "folder of a class-conditional pipeline")
     data: str = option("data/emoji64", "data of the training: a folder, parquet shards, or a name on the Hub")
@@ -42,8 +43,7 @@ class NeighbourConfig(Config):
 
 
 def load_split(config: NeighbourConfig, split: str) -> Tensor:
-    """All images of a split: (N, 3, H, W) in [0, 255]."""
-
+    """Load all images of a split: (N, 3, H, W) float32 in [0, 255]."""
     from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 
     with user_errors(OSError, ValueError):
@@ -52,7 +52,7 @@ def load_split(config: NeighbourConfig, split: str) -> Tensor:
 
 
 def draw_samples(pipeline: IPTV2Pipeline, config: NeighbourConfig) -> Tensor:
-    """`per_class` samples of each class, in the order of the classes: (N, 3, H, W) in [0, 255]."""
+    """Sample `per_class` images of each class, in the order of the classes: (N, 3, H, W) float32 in [0, 255]."""
     import torch
 
     rows = []
@@ -71,7 +71,7 @@ def draw_samples(pipeline: IPTV2Pipeline, config: NeighbourConfig) -> Tensor:
 
 
 def quantiles(distances: Tensor) -> dict[str, float]:
-    """Minimum, 5 %, median and mean."""
+    """Return the minimum, 5 % quantile, median and mean."""
     import torch
 
     low, median = torch.quantile(distances, torch.tensor([0.05, 0.5])).tolist()
@@ -80,7 +80,7 @@ def quantiles(distances: Tensor) -> dict[str, float]:
 
 
 def write_picture(samples: Tensor, neighbours: Tensor, names: list[str], path: Path, columns: int = 10) -> None:
-    """A class's samples over their nearest training images, two rows a class."""
+    """Write a grid with two rows per class: samples, and their nearest training images."""
     from torchvision.transforms.functional import to_pil_image
 
     from iptv2_diffusion.evaluation.pictures import picture_sheet
@@ -95,6 +95,7 @@ def write_picture(samples: Tensor, neighbours: Tensor, names: list[str], path: P
 
 
 def main() -> int:
+    """Sample, find the nearest training images, write the results."""
     config = parse_config(NeighbourConfig, description=__doc__)
     from iptv2_diffusion import IPTV2Pipeline
 

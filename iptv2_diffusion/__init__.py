@@ -6,18 +6,17 @@
     pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
     image = pipe("food_drink", generator=torch.Generator().manual_seed(0)).images[0]
 
-Importing this package takes milliseconds and loads neither torch nor diffusers: each public name is loaded when it is
-first used.
+Importing this package takes milliseconds and imports neither torch nor diffusers. Each public name is imported at its
+first use.
 
-diffusers and this package. A saved pipeline records each component as (module, class). Our public classes name
-``iptv2_diffusion`` as their module, whichever file defines them, so that files can move without breaking saved
-pipelines. diffusers looks up the class in that module, and beside it the base classes ``ModelMixin`` and
-``SchedulerMixin``, by which it knows how to load the class; this is why both are public names here.
-:func:`_register_with_diffusers` adds what plain ``DiffusionPipeline.from_pretrained(folder)`` needs.
+Integration with diffusers: a saved pipeline records each component as (module, class). Our public classes set
+``__module__ = "iptv2_diffusion"`` in every file, so files can move without breaking saved pipelines. diffusers looks up
+the class in this module. It also looks up ``ModelMixin`` and ``SchedulerMixin`` here, because the base class decides
+how a component is loaded, so both are public names. :func:`_register_with_diffusers` adds the attributes that plain
+``DiffusionPipeline.from_pretrained(folder)`` needs.
 """
 
 import importlib
-import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from iptv2_diffusion.pipelines.pipeline_iptv2 import IPTV2Pipeline
     from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
 
-# Public name -> the module it is loaded from when first used.
+# Public name -> module that defines it
 _LAZY_NAMES = {
     "PRESETS": "iptv2_diffusion.models.presets",
     "DiffusionObjective": "iptv2_diffusion.objectives",
@@ -62,14 +61,9 @@ __all__ = [
 
 _PIPELINES = [name for name, module in _LAZY_NAMES.items() if module.startswith("iptv2_diffusion.pipelines.")]
 
-# A wheel installs the pipelines inside this package. In a checkout their folder stands beside it.
-_PARENT = os.path.dirname(os.path.dirname(__file__))
-if os.path.isfile(os.path.join(_PARENT, "pipelines", "pipeline_iptv2.py")):
-    __path__.append(_PARENT)
-
 try:
     __version__ = version("iptv2-diffusion")
-except PackageNotFoundError:  # run from a checkout that is not installed
+except PackageNotFoundError:  # a clone of the repository that is not installed
     __version__ = "0+unknown"
 
 
@@ -89,11 +83,12 @@ def __dir__() -> list[str]:
 
 
 def _register_with_diffusers() -> None:
-    """Let plain ``DiffusionPipeline.from_pretrained`` load our pipelines. diffusers must have been imported.
+    """Register our pipelines with diffusers, so that plain ``DiffusionPipeline.from_pretrained`` can load them.
 
-    diffusers offers no hook. It takes the class of a pipeline from ``diffusers``, and it loads a repository of the Hub
-    only if the module of each component is an attribute of ``diffusers.pipelines``. Both attributes are set here,
-    unless diffusers has them. ``IPTV2Pipeline.from_pretrained(folder)`` needs neither.
+    diffusers must be imported already. It has no registration hook: it looks up a pipeline's class as an attribute of
+    ``diffusers``, and it loads a repository of the Hub only if the module of each component is an attribute of
+    ``diffusers.pipelines``. This function sets both attributes unless diffusers has them.
+    ``IPTV2Pipeline.from_pretrained(folder)`` needs neither.
     """
     diffusers, pipelines = sys.modules["diffusers"], importlib.import_module("diffusers.pipelines")
     if not hasattr(pipelines, __name__):
@@ -103,14 +98,14 @@ def _register_with_diffusers() -> None:
 
 
 def _pipeline_class(name: str) -> Any:
-    """``diffusers.__getattr__`` (PEP 562): our pipelines as attributes, imported at first use (it takes seconds)."""
+    """Return one of our pipelines as ``diffusers.<name>`` (PEP 562), imported at its first use (it takes seconds)."""
     if name not in _PIPELINES:
         raise AttributeError(f"module 'diffusers' has no attribute {name!r}")
     return getattr(sys.modules[__name__], name)
 
 
 class _RegisterLater:
-    """An import finder that finds nothing: it registers us when a later ``import diffusers`` loads its pipelines."""
+    """Import finder that finds no module; it calls `_register_with_diffusers` when diffusers is imported later."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:

@@ -1,21 +1,23 @@
-"""LatentCodec: images to latents and back, through any diffusers VAE, whose scaling and compression nobody else knows.
+"""LatentCodec: encoding of images to latents and decoding back, with any diffusers VAE.
 
-A denoiser sees latents in *model units*, roughly zero mean and unit variance:
+This module is the only one that knows a VAE's scaling and compression. A denoiser sees latents in *model units*, with
+roughly zero mean and unit variance:
 
-    model = (raw - mean_c) / std_c * scaling_factor    where the VAE's config has latents_mean, latents_std, by channel
-    model = (raw - shift_factor) * scaling_factor      otherwise; shift_factor is None in most KL configs and means 0
+    model = (raw - mean_c) / std_c * scaling_factor    if the VAE's config has latents_mean and latents_std per channel
+    model = (raw - shift_factor) * scaling_factor      otherwise; None, as in most KL configs, means a shift of 0
 
 ===================  ====================  ============================================================================
 VAE                  ``encode`` field      note
 ===================  ====================  ============================================================================
-AutoencoderKL        ``.latent_dist``      4 channels (SD, SDXL) or 16 (SD3, FLUX); a posterior, mean and deviation
-AutoencoderTiny      ``.latents``          deterministic; its latents are in model units already (scaling_factor 1);
-                                           ``scale_latents`` only stores them as bytes and is not used here
-AutoencoderDC        ``.latent``           deterministic; 32 or 64 times smaller, 32 or more channels
+AutoencoderKL        ``.latent_dist``      4 channels (SD, SDXL) or 16 (SD3, FLUX); a posterior with mean and standard
+                                           deviation
+AutoencoderTiny      ``.latents``          deterministic; the latents are already in model units (scaling_factor 1);
+                                           ``scale_latents`` only converts them to bytes and is not used here
+AutoencoderDC        ``.latent``           deterministic; compression factor 32 or 64, 32 or more channels
 ===================  ====================  ============================================================================
 
-Images are (B, 3, H, W) in [-1, 1], latents (B, C, H/f, W/f) with f the VAE's compression factor. Results are float32
-whatever the VAE's weights are in.
+Images are (B, 3, H, W) in [-1, 1]. Latents are (B, C, H/f, W/f) with the VAE's compression factor f. Results are
+float32 for every dtype of the VAE's weights.
 """
 
 import hashlib
@@ -27,22 +29,29 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-# Where the different VAE classes list their resolution levels: each level after the first halves the image.
+# Config fields in which VAE classes list their resolution levels. Each level after the first halves the image.
 _LEVEL_FIELDS = ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels")
 
 
 class LatentCodec:
-    """Encodes images to, and decodes them from, latents in model units.
+    """Encoder of images to latents in model units, and decoder of latents to images.
 
-    The codec holds no state of its own but the tiling: it never changes the VAE's weights, mode or device, and is
-    cheap to make. Inputs must be on the VAE's device; they are cast to its dtype.
+    A codec is cheap to create. Its only state is the tiling, and it never changes the VAE's weights, mode or device.
+    Inputs must be on the VAE's device; they are cast to its dtype.
+
+    Args:
+        vae: a diffusers VAE, such as `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`.
 
     Attributes:
-        latent_channels: C.
-        compression: the spatial factor f.
+        latent_channels: number of latent channels C.
+        compression: spatial compression factor f.
+
+    Raises:
+        TypeError: `vae` is not a diffusers VAE, or its config does not give the compression factor.
+        ValueError: the config's `latents_mean` or `latents_std` does not have one value per latent channel.
     """
 
-    __module__ = "iptv2_diffusion"  # the public name, wherever this file lives
+    __module__ = "iptv2_diffusion"  # the public name, so that the file can move
 
     def __init__(self, vae: nn.Module):
         config = getattr(vae, "config", None)
@@ -76,14 +85,18 @@ class LatentCodec:
         if values.numel() != self.latent_channels:
             raise ValueError(
                 f"the VAE's {field} has {values.numel()} values for {self.latent_channels} latent channels; "
-                "mend its config"
+                "fix its config"
             )
         return values.view(1, -1, 1, 1)
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the latents of an image of that many pixels; an error names the nearest usable sizes."""
+        """Return the (height, width) of the latents of an image of height x width pixels.
+
+        Raises:
+            ValueError: a side is not a multiple of the compression factor. The message names the nearest valid sizes.
+        """
         for name, pixels in (("height", height), ("width", width)):
             if pixels < 1 or pixels % self.compression:
                 below = pixels // self.compression * self.compression
@@ -92,16 +105,22 @@ class LatentCodec:
         return height // self.compression, width // self.compression
 
     def image_size(self, latent_height: int, latent_width: int) -> tuple[int, int]:
-        """(height, width) in pixels of the image that latents of that size decode to."""
+        """Return the (height, width) in pixels of the image that latents of this size decode to."""
         return latent_height * self.compression, latent_width * self.compression
 
     # --- images to latents -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior, each (B, C, h, w) float32 in model units.
+        """Return the posterior's mean and standard deviation, each (B, C, h, w) float32 in model units.
 
-        A deterministic VAE gives a deviation of 0. Caching the two lets every epoch draw its own latents.
+        The standard deviation is 0 for a deterministic VAE. A cache of both moments lets every epoch draw new latents.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: H or W is not a multiple of the compression factor.
         """
         self.latent_size(*images.shape[-2:])
         with self._safe_precision() as dtype:
@@ -117,14 +136,23 @@ class LatentCodec:
         generator: torch.Generator | list[torch.Generator] | None = None,
         sample_posterior: bool = True,
     ) -> Tensor:
-        """Latents (B, C, h, w) float32 in model units: drawn from the posterior, or its mean."""
+        """Encode images to latents (B, C, h, w) float32 in model units.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            generator: source of the posterior's noise, one generator or one per image.
+            sample_posterior: whether to draw from the posterior instead of returning its mean.
+
+        Raises:
+            ValueError: H or W is not a multiple of the compression factor.
+        """
         mean, std = self.encode_moments(images)
         if not sample_posterior:
             return mean
         return mean + std * randn_tensor(tuple(mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
 
     def _raw_moments(self, images: Tensor) -> Tensor:
-        """Mean and deviation as the VAE gives them, stacked: (B, 2C, h, w) float32."""
+        """Return the VAE's own mean and standard deviation, concatenated: (B, 2C, h, w) float32."""
         output = self.vae.encode(images)
         if "latent_dist" in output:
             return torch.cat([output.latent_dist.mean, output.latent_dist.std], dim=1).float()
@@ -140,9 +168,14 @@ class LatentCodec:
     # --- latents to images -------------------------------------------------------------------------------------------
 
     def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images (B, 3, H, W) float32, about [-1, 1] but not clamped, of latents in model units. Differentiable.
+        """Decode latents to images (B, 3, H, W) float32, about [-1, 1] but not clamped. The function is differentiable.
 
-        ``generator`` only matters to a VAE whose decoder draws noise (ConsistencyDecoderVAE).
+        Args:
+            latents: (B, C, h, w) in model units.
+            generator: source of noise for a VAE whose decoder draws noise (ConsistencyDecoderVAE).
+
+        Raises:
+            ValueError: the latents do not have C channels.
         """
         if latents.shape[1] != self.latent_channels:
             raise ValueError(f"latents have {latents.shape[1]} channels, the VAE takes {self.latent_channels}")
@@ -158,10 +191,13 @@ class LatentCodec:
 
     @contextmanager
     def _safe_precision(self) -> Iterator[torch.dtype]:
-        """Yields the dtype to feed; a float16 VAE with ``force_upcast`` (it overflows) works in float32 meanwhile."""
+        """Yield the dtype for the VAE's inputs.
+
+        A float16 VAE with ``force_upcast`` would overflow, so it runs in float32 inside this context.
+        """
         upcast = self.vae.dtype == torch.float16 and bool(self.vae.config.get("force_upcast"))
         if upcast:
-            nn.Module.to(self.vae, torch.float32)  # not ModelMixin.to, which warns of every cast
+            nn.Module.to(self.vae, torch.float32)  # ModelMixin.to would warn about the cast
         try:
             yield self.vae.dtype
         finally:
@@ -171,12 +207,19 @@ class LatentCodec:
     # --- tiling ------------------------------------------------------------------------------------------------------
 
     def enable_tiling(self, tile_size: int = 512, overlap: float = 0.25) -> None:
-        """Work in square tiles of ``tile_size`` pixels, which bounds the memory that a large image takes.
+        """Encode and decode in overlapping square tiles, to bound the memory for large images.
 
-        Neighbours share ``overlap`` of a tile and are cross-faded over it, so that no seam shows. Images of one tile
-        or less are not cut. This works for every VAE alike; the VAE's own ``enable_tiling`` is left alone. A VAE with
-        global attention or group normalisation sees less context in a tile: colours may differ slightly from the uncut
-        result.
+        Neighbouring tiles are blended linearly over their overlap, so that no seam is visible. Images of at most one
+        tile are not cut. Tiling works with every VAE and does not use the VAE's own ``enable_tiling``. A VAE with
+        global attention or group normalisation sees less context in a tile, so colours may differ slightly from those
+        of the whole image.
+
+        Args:
+            tile_size: side of a tile in pixels, a multiple of the compression factor.
+            overlap: fraction of a tile that neighbours share, in [0, 0.5].
+
+        Raises:
+            ValueError: an argument is out of range.
         """
         if tile_size < 2 * self.compression or tile_size % self.compression:
             raise ValueError(
@@ -189,13 +232,14 @@ class LatentCodec:
         self._overlap = int(self._tile * overlap)
 
     def disable_tiling(self) -> None:
-        """Work on whole images again."""
+        """Encode and decode whole images."""
         self._tile = None
 
     def _in_tiles(self, run: Callable[[Tensor], Tensor], x: Tensor, in_unit: int, out_unit: int) -> Tensor:
-        """``run(x)``, tile by tile where tiling is on.
+        """Return ``run(x)``, computed tile by tile if tiling is enabled.
 
-        x: (B, K, h*in_unit, w*in_unit); the result is (B, K', h*out_unit, w*out_unit) for latents of h x w positions.
+        For latents of h x w positions, x is (B, K, h*in_unit, w*in_unit) and the result (B, K', h*out_unit,
+        w*out_unit).
         """
         height, width = x.shape[-2] // in_unit, x.shape[-1] // in_unit
         if self._tile is None or max(height, width) <= self._tile:
@@ -222,10 +266,9 @@ class LatentCodec:
     # --- identity ----------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """16 hex digits of SHA-256 over the class name, the normalisation and the weights (names, dtypes, shapes,
-        bytes).
+        """Return 16 hex digits that identify the VAE: SHA-256 of its class name, normalisation and weights.
 
-        Latent caches carry it, so that they are never used with another VAE.
+        A latent cache stores the fingerprint, so that it is never used with another VAE.
         """
         digest = hashlib.sha256(type(self.vae).__name__.encode())
         for constant in (self._shift, self._scale):
@@ -237,24 +280,27 @@ class LatentCodec:
 
 
 def _spatial_compression(vae: nn.Module) -> int:
-    """Pixels per latent position in each direction."""
+    """Return the number of pixels per latent position in each direction."""
     ratio = getattr(vae, "spatial_compression_ratio", None)
     if ratio is not None:
         return int(ratio)
     for field in _LEVEL_FIELDS:
         if vae.config.get(field) is not None:
             return 2 ** (len(vae.config[field]) - 1)
-    raise TypeError(f"{type(vae).__name__} says nowhere how much smaller its latents are ({', '.join(_LEVEL_FIELDS)})")
+    raise TypeError(
+        f"the config of {type(vae).__name__} does not give its compression factor; it needs one of "
+        f"{', '.join(_LEVEL_FIELDS)}"
+    )
 
 
 def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Starts of tiles that cover ``length`` and share at least ``overlap``; the last one ends at the edge."""
+    """Return the starts of tiles that cover ``length`` and share ``overlap`` or more; the last ends at the edge."""
     starts = list(range(0, length - tile, tile - overlap))
     return [*starts, length - tile]
 
 
 def _fade(tile: int, overlap: int, unit: int, device: torch.device) -> Tensor:
-    """Weights (tile*unit,) that rise linearly over ``overlap`` positions from each end; all above 0."""
+    """Return positive blending weights (tile*unit,) that rise linearly over ``overlap`` positions from each end."""
     position = torch.arange(tile * unit, device=device, dtype=torch.float32)
     to_edge = torch.minimum(position, position.flip(0)) + 0.5
     return (to_edge / max(overlap * unit, 1)).clamp(max=1.0)

@@ -1,7 +1,7 @@
-"""Memory of a process: its peak, and what a CPU run has freed kept, for fresh pages cost more than the arithmetic.
+"""Process memory: its peak, and reuse of freed memory in CPU runs.
 
-glibc hands blocks above 32 MB back to the system whenever they are freed, and the kernel clears every page again at the
-next use: one sixth of the seconds of an S-size forward at batch 32 (one core of a virtual Intel Xeon).
+glibc returns freed blocks above 32 MB to the system, and the kernel clears every page again at the next allocation.
+This takes one sixth of the time of a forward pass of iptv2-s at batch size 32 (one core of a virtual Intel Xeon).
 """
 
 import ctypes
@@ -13,10 +13,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what is freed, for the rest of this process; returns whether the C library is one that can.
+    """Let malloc keep freed memory for reuse until the process ends.
 
-    A no-op but on Linux with glibc, and where the user has set one of malloc's own variables (`MALLOC_…`). Peak memory
-    stays about the same; what was once taken is not given back.
+    Peak memory stays about the same, but the process does not return memory to the system. The function does nothing
+    on systems other than Linux with glibc, or if the user has set one of malloc's variables (`MALLOC_…`).
+
+    Returns:
+        Whether malloc now keeps freed memory.
     """
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return False
@@ -28,9 +31,9 @@ def keep_freed_memory() -> bool:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
+    """Return the peak resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux: ru_maxrss would be that of the process that started this one, if it held more
+    if status.exists():  # on Linux, ru_maxrss inherits the peak of the parent process
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     import resource  # not on Windows

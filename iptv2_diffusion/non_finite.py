@@ -1,4 +1,4 @@
-"""What is not a number is no picture: an error that says which, where and in what precision."""
+"""Error for images with NaN or infinity, which names the image, the step and the precision."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ __all__ = ["NonFiniteImageError"]
 
 
 class NonFiniteImageError(ValueError):
-    """A network gave NaN or infinity, which would become a black picture.
+    """Raised if a network returns NaN or infinity, which would become a black image.
 
     Args:
-        which: the picture and the step, in words.
-        dtype: what the network ran in.
-        indices: the pictures of the call, counted from 0.
-        images: all pictures of the call in its output type, the others of which are sound; None: not known.
+        which: description of the image and the step.
+        dtype: precision of the network.
+        indices: indices of the affected images in the call, counted from 0.
+        images: all images of the call in its output type, of which the others are valid; None if they are not known.
 
     Attributes:
-        indices, images: see above.
+        indices: as above.
+        images: as above.
     """
 
     def __init__(self, which: str, dtype: torch.dtype | str, indices: Sequence[int], images: Any = None) -> None:

@@ -1,6 +1,6 @@
-"""Training objectives: what the denoiser is asked to predict, and how far off it is.
+"""Training objectives: prediction target and loss of the denoiser.
 
-With x0 the clean latents, n ~ N(0, I) and x_t = alpha_t x0 + sigma_t n (all tensors (B, C, H, W)):
+With clean latents x0, noise n ~ N(0, I) and noisy latents x_t = alpha_t x0 + sigma_t n, all (B, C, H, W):
 
 =================  ============================  ==================================================  =============
 prediction type    alpha_t, sigma_t              target                                              source
@@ -10,19 +10,20 @@ prediction type    alpha_t, sigma_t              target                         
 ``flow``           1 - s, s with s in [0, 1]     n - x0                                              Liu et al. 2022
 =================  ============================  ==================================================  =============
 
-The loss is the mean squared error over C, H, W, one number per sample, always in float32. Options:
+The loss is the mean squared error over C, H, W: one float32 number per sample. Options:
 
-* ``learned_variance``: the hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672, eqs. 15 and 16), the recipe of ADM
+* ``learned_variance``: hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672, eqs. 15 and 16), the recipe of ADM
   and DiT [model.md §8]. The model has 2C outputs; see :meth:`DiffusionObjective.variational_bound`.
-* ``min_snr_gamma``: Hang et al. 2023 (arXiv 2303.09556): the squared error *of x0* is weighted with min(SNR, gamma).
-* ``timestep_sampling="logit_normal"``: Esser et al. 2024 (arXiv 2403.03206, eq. 19): more samples at middle noise
-  levels.
-* ``timestep_shift``: the same paper's shift for resolution (eq. 23), t -> s t / (1 + (s - 1) t): at m pixels instead of
-  n a latent keeps its blur only with more noise, by s = sqrt(m / n). It comes after the density above, whichever that
-  is, and touches training alone; a flow scheduler's own ``shift`` moves sampling too. Shifts multiply.
+* ``min_snr_gamma``: loss weight of Hang et al. 2023 (arXiv 2303.09556). The squared error *of x0* has the weight
+  min(SNR, gamma).
+* ``timestep_sampling="logit_normal"``: density of Esser et al. 2024 (arXiv 2403.03206, eq. 19), which has more samples
+  at middle noise levels.
+* ``timestep_shift``: the same paper's resolution shift (eq. 23), t -> s t / (1 + (s - 1) t). With m pixels instead of
+  n, the same uncertainty about the image needs more noise, by s = sqrt(m / n). The shift follows the density above and
+  affects only training. A flow scheduler's own ``shift`` also affects sampling, and the two shifts multiply.
 
-Nothing here draws random numbers: noise and timesteps come from the caller, so that a run is a pure function of its
-seed. The scheduler owns the noise schedule; the number of timesteps and the betas are read from it.
+The functions here draw no random numbers. Noise and timesteps are arguments, so that a run is a pure function of its
+seed. The scheduler defines the noise schedule: the number of timesteps and the betas come from it.
 """
 
 import math
@@ -38,8 +39,8 @@ TimestepSampling = Literal["uniform", "logit_normal"]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 
-# Weight of the variational bound, summed over all T steps, beside the mean squared error: lambda of Nichol & Dhariwal
-# 2021, §3.1.
+# Weight of the variational bound, summed over all T steps, relative to the mean squared error: lambda of Nichol &
+# Dhariwal 2021, §3.1.
 VLB_WEIGHT = 0.001
 
 
@@ -49,28 +50,28 @@ VLB_WEIGHT = 0.001
 
 
 def gaussian_kl(mean_difference: Tensor, log_variance_q: Tensor, log_variance_p: Tensor) -> Tensor:
-    """KL(N(m_q, v_q) || N(m_p, v_p)) of each element, in nats, with ``mean_difference`` = m_q - m_p.
+    """Elementwise KL(N(m_q, v_q) || N(m_p, v_p)) in nats, with ``mean_difference`` = m_q - m_p.
 
-    Ho et al. 2020, eq. 5, written out for diagonal Gaussians. All arguments broadcast; the result is non-negative.
+    This is Ho et al. 2020, eq. 5, for diagonal Gaussians. All arguments broadcast; the result is non-negative.
     """
     ratio = torch.exp(log_variance_q - log_variance_p)
     return 0.5 * (log_variance_p - log_variance_q - 1.0 + ratio + mean_difference.square() * torch.exp(-log_variance_p))
 
 
 def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """-log p(x) in nats of each element, x being cut into 256 bins of width 2/255 over [-1, 1], the outer ones open.
+    """Elementwise -log p(x) in nats of a Gaussian discretised into 256 bins of width 2/255 over [-1, 1].
 
-    Ho et al. 2020, eq. 13. Latents are not confined to [-1, 1]: values beyond fall in the open bins, exactly as in ADM
-    and DiT, which use the pixel-space decoder term unchanged. The normal distribution function is exact here (ADM
-    approximates it by tanh).
+    This is Ho et al. 2020, eq. 13. The two outer bins are open. Latents can exceed [-1, 1] and then fall in the open
+    bins. ADM and DiT also use this pixel-space term unchanged. The normal distribution function is exact; ADM
+    approximates it by tanh.
     """
     half_bin = 1.0 / 255.0
     inverse_std = torch.exp(-0.5 * log_variance)
     centred = x - mean
     upper = inverse_std * (centred + half_bin)
     lower = inverse_std * (centred - half_bin)
-    # P(lower < z < upper) is taken in the left tail (z -> -z where both ends are positive): a difference of two
-    # numbers near 1 would lose everything in float32.
+    # If both ends are positive, z -> -z moves P(lower < z < upper) to the left tail: a difference of two float32
+    # numbers near 1 would lose all digits.
     flip = lower > 0
     left, right = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
     inside = torch.log((torch.special.ndtr(right) - torch.special.ndtr(left)).clamp(min=1e-12))
@@ -88,20 +89,25 @@ def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> T
 
 
 class DiffusionObjective:
-    """The training loss that belongs to a diffusers scheduler.
+    """Training loss for a diffusers scheduler.
 
     Args:
         scheduler: ``FlowMatchEulerDiscreteScheduler`` (flow matching), or a DDPM-family scheduler with
             ``alphas_cumprod``, ``add_noise`` and ``get_velocity`` whose ``prediction_type`` is "epsilon" or
             "v_prediction".
-        learned_variance: hybrid loss; the model then predicts 2C channels. Needs ``variance_type="learned_range"``.
+        learned_variance: whether to use the hybrid loss. The model then predicts 2C channels, and the scheduler needs
+            ``variance_type="learned_range"``.
         timestep_sampling: density that :meth:`sample_timesteps` maps uniform numbers to.
-        logit_mean, logit_std: of "logit_normal".
-        timestep_shift: s, towards noise if above 1.
-        min_snr_gamma: None for the plain mean squared error; 5 is the usual value otherwise.
+        logit_mean: mean of the normal distribution of "logit_normal".
+        logit_std: standard deviation of the normal distribution of "logit_normal", positive.
+        timestep_shift: shift s, positive. Values above 1 shift towards noise.
+        min_snr_gamma: gamma of the min-SNR weight, usually 5; None for the plain mean squared error.
+
+    Raises:
+        ValueError: an argument is out of range, or the scheduler does not fit.
     """
 
-    __module__ = "iptv2_diffusion"  # the public name, wherever this file lives
+    __module__ = "iptv2_diffusion"  # the public name, so that the file can move
 
     def __init__(
         self,
@@ -160,12 +166,20 @@ class DiffusionObjective:
     def make_scheduler(
         prediction_type: PredictionType, *, learned_variance: bool = False, **overrides: Any
     ) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
-        """The scheduler to train with and to save in the pipeline. ``overrides`` go to its constructor.
+        """Create the scheduler for training and for the saved pipeline.
 
-        "epsilon" and "v_prediction": linear betas 1e-4 -> 0.02 over 1000 steps [model.md §8], no clipping, since
-        latents are not confined to [-1, 1]. Sampling steps are spaced "trailing", so that few steps still start from
-        pure noise (Lin et al. 2023, arXiv 2305.08891); with a learned variance "linspace" (Nichol & Dhariwal's),
-        because DDPMScheduler leaves the noise out of the last step only where that is timestep 0.
+        "epsilon" and "v_prediction" use linear betas 1e-4 -> 0.02 over 1000 steps [model.md §8]. Samples are not
+        clipped, because latents can exceed [-1, 1]. The spacing of sampling steps is "trailing", so that even a few
+        steps start from pure noise (Lin et al. 2023, arXiv 2305.08891). With a learned variance it is "linspace"
+        (Nichol & Dhariwal 2021), because DDPMScheduler omits the noise of the last step only at timestep 0.
+
+        Args:
+            prediction_type: "epsilon", "v_prediction" or "flow".
+            learned_variance: whether the model predicts the variance.
+            **overrides: arguments of the scheduler's constructor.
+
+        Raises:
+            ValueError: `prediction_type` is unknown, or `learned_variance` is used with flow matching.
         """
         if prediction_type == "flow":
             if learned_variance:
@@ -191,15 +205,15 @@ class DiffusionObjective:
     # --- timesteps ---------------------------------------------------------------------------------------------------
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
-        """Timesteps (B,) for uniform random numbers (B,) in [0, 1).
+        """Map uniform random numbers (B,) in [0, 1) to timesteps (B,).
 
-        DDPM family: int64 in [0, T-1]. Flow: float32 in [0, T], that is T times the noise level s, after
-        ``timestep_shift`` and the scheduler's ``shift`` (so that training visits what sampling does). A pure function:
-        stratifying or seeding the numbers is the caller's choice.
+        Timesteps are int64 in [0, T-1] for the DDPM family. For flow matching they are float32 in [0, T]: T times the
+        noise level s after ``timestep_shift`` and the scheduler's ``shift``, so that training visits the levels that
+        sampling visits. The function is pure: the caller seeds or stratifies the numbers.
         """
         level = uniform.float()
         if self.timestep_sampling == "logit_normal":
-            # ndtri, the inverse normal distribution function, is infinite at 0 and 1
+            # ndtri is the inverse normal distribution function, which is infinite at 0 and 1.
             level = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(level.clamp(1e-7, 1 - 1e-7)))
         shift = self.timestep_shift * (self.scheduler.shift if self.prediction_type == "flow" else 1.0)
         level = shift * level / (1 + (shift - 1) * level)
@@ -210,14 +224,14 @@ class DiffusionObjective:
     # --- the forward process and its inverse -------------------------------------------------------------------------
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = alpha_t x0 + sigma_t n, (B, C, H, W)."""
+        """Return noisy latents x_t = alpha_t x0 + sigma_t n, (B, C, H, W)."""
         if self.prediction_type != "flow":
             return self.scheduler.add_noise(latents, noise, timesteps)
         alpha, sigma = self._alpha_sigma(timesteps)
         return alpha * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the first C channels of the model should be, (B, C, H, W)."""
+        """Return the target of the model's first C channels, (B, C, H, W)."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "v_prediction":
@@ -225,7 +239,7 @@ class DiffusionObjective:
         return noise - latents
 
     def predict_original(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The x0 that a prediction (B, C, H, W; without variance channels) stands for, given x_t."""
+        """Return the x0 that a prediction implies for x_t, both (B, C, H, W) without variance channels."""
         alpha, sigma = self._alpha_sigma(timesteps)
         if self.prediction_type == "epsilon":
             return (noisy - sigma * prediction) / alpha
@@ -234,7 +248,7 @@ class DiffusionObjective:
         return noisy - sigma * prediction
 
     def _alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t of x_t = alpha_t x0 + sigma_t n, each (B, 1, 1, 1) float32."""
+        """Return alpha_t and sigma_t of x_t = alpha_t x0 + sigma_t n, each (B, 1, 1, 1) float32."""
         if self.prediction_type == "flow":
             sigma = (timesteps.float() / self.num_train_timesteps).view(-1, 1, 1, 1)
             return 1.0 - sigma, sigma
@@ -242,7 +256,7 @@ class DiffusionObjective:
         return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
 
     def _at(self, table: str, timesteps: Tensor) -> Tensor:
-        """Entries of a per-timestep table, (B, 1, 1, 1), from a copy kept on the timesteps' device."""
+        """Look up a per-timestep table at the timesteps, (B, 1, 1, 1), on the timesteps' device."""
         device = timesteps.device
         if device not in self._tables_on:
             self._tables_on[device] = {name: values.to(device) for name, values in self._tables.items()}
@@ -253,14 +267,17 @@ class DiffusionObjective:
     def loss(
         self, model: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, class_labels: Tensor | None = None
     ) -> Tensor:
-        """Loss of each sample, (B,) float32: the mean over C, H, W, plus the bound where the variance is learned.
+        """Compute the loss of each sample, (B,) float32: the mean over C, H, W, plus the bound for a learned variance.
 
         Args:
-            model: called as ``model(x_t, timestep=..., class_labels=..., return_dict=False)[0]``.
-            latents: x0 in model units, (B, C, H, W).
-            noise: standard normal, same shape.
-            timesteps: (B,), as :meth:`sample_timesteps` gives them.
-            class_labels: (B,) int64 with labels already dropped to the null label where wanted, or None.
+            model: denoiser, called as ``model(x_t, timestep=..., class_labels=..., return_dict=False)[0]``.
+            latents: clean latents x0 in model units, (B, C, H, W).
+            noise: standard normal noise n, (B, C, H, W).
+            timesteps: timesteps from :meth:`sample_timesteps`, (B,).
+            class_labels: class labels, (B,) int64, or None. The caller has replaced dropped labels by the null label.
+
+        Raises:
+            ValueError: the model's output does not have C (or, with a learned variance, 2C) channels.
         """
         latents, noise = latents.float(), noise.float()
         noisy = self.add_noise(latents, noise, timesteps)
@@ -276,17 +293,18 @@ class DiffusionObjective:
         error = (prediction - self.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
         loss = self.snr_weight(timesteps) * error
         if self.learned_variance:
-            # The bound trains the variance only: the detached mean keeps its noisy gradient off the prediction (§3.1)
+            # The bound trains only the variance: its noisy gradient must not reach the prediction (§3.1).
             bound = self.variational_bound(prediction.detach(), output[:, channels:], latents, noisy, timesteps)
-            # One random t stands for the sum over T steps: an unbiased estimate is T times the term.
+            # T times the term of one random t is an unbiased estimate of the sum over T steps.
             loss = loss + VLB_WEIGHT * self.num_train_timesteps * bound
         return loss
 
     def snr_weight(self, timesteps: Tensor) -> Tensor:
-        """Min-SNR weight of each sample's squared error, (B,) float32; ones without ``min_snr_gamma``.
+        """Return the min-SNR weight of each sample's squared error, (B,) float32; ones without ``min_snr_gamma``.
 
-        The error of x0 is sigma²/alpha², sigma² or s² times that of epsilon, v or the velocity; times
-        min(alpha²/sigma², gamma) these become the expressions below, which stay finite at both ends of the schedule.
+        The squared error of x0 is sigma²/alpha², sigma² or s² times that of epsilon, v or the flow velocity. The
+        product of this factor and min(alpha²/sigma², gamma) gives the expressions below, which stay finite at both
+        ends of the schedule.
         """
         if self.min_snr_gamma is None:
             return torch.ones(timesteps.shape[0], device=timesteps.device)
@@ -297,44 +315,52 @@ class DiffusionObjective:
     def variational_bound(
         self, prediction: Tensor, variance_output: Tensor, latents: Tensor, noisy: Tensor, timesteps: Tensor
     ) -> Tensor:
-        """One term of the variational bound for each sample, (B,) float32, in bits per latent value.
+        """Compute one term of the variational bound for each sample, (B,) float32, in bits per latent value.
 
-        t > 0: KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)); t = 0: -log p(x0 | x_1) of the discretised Gaussian.
-        p's log-variance interpolates between the posterior's and beta_t's by the model's v in [-1, 1] (eq. 15; (v+1)/2
-        is the fraction, which the network may exceed):  log var = f log beta_t + (1 - f) log beta~_t.
+            t > 0:  KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t))
+            t = 0:  -log p(x0 | x_1) of the discretised Gaussian
 
-        ``prediction`` and ``variance_output`` are the two halves of the model's output, each (B, C, H, W).
+        The log-variance of p interpolates between those of the posterior and of beta_t (Nichol & Dhariwal 2021,
+        eq. 15): log var = f log beta_t + (1 - f) log beta~_t with f = (v + 1) / 2. The model's output v is meant for
+        [-1, 1] but is not clipped.
+
+        Args:
+            prediction: first half of the model's output, (B, C, H, W).
+            variance_output: second half of the model's output, v, (B, C, H, W).
+            latents: clean latents x0, (B, C, H, W).
+            noisy: noisy latents x_t, (B, C, H, W).
+            timesteps: (B,) int64.
         """
         fraction = (variance_output + 1.0) / 2.0
         posterior_log_variance = self._at("posterior_log_variance", timesteps)
         log_variance = fraction * self._at("log_beta", timesteps) + (1.0 - fraction) * posterior_log_variance
 
         predicted = self.predict_original(prediction, noisy, timesteps)
-        # Both means hold the same multiple of x_t, which cancels in their difference.
+        # Both means contain the same multiple of x_t, which cancels in their difference.
         mean_difference = self._at("posterior_x0", timesteps) * (latents - predicted)
         kl = gaussian_kl(mean_difference, posterior_log_variance, log_variance)
 
         first = (timesteps == 0).view(-1, 1, 1, 1)
-        # At t = 0 p's mean is the predicted x0. Elsewhere the term is discarded; harmless inputs keep it finite.
+        # At t = 0 the mean of p is the predicted x0. At other t the term is not used, and x0 itself keeps it finite.
         mean = torch.where(first, predicted, latents)
         nll = discretized_gaussian_nll(latents, mean, torch.where(first, log_variance, torch.zeros_like(log_variance)))
         return torch.where(first, nll, kl).mean(dim=(1, 2, 3)) / math.log(2.0)
 
 
 def null_label(model: nn.Module) -> int | None:
-    """The class index that means "no label" (also the number of classes); None for an unconditional model."""
+    """Return the index of the null label, which equals the number of classes; None for an unconditional model."""
     if "num_embeds_ada_norm" in model.config:
         return model.config.num_embeds_ada_norm
     return model.config.num_class_embeds
 
 
 def _posterior_tables(betas: Tensor) -> dict[str, Tensor]:
-    """Constants (T,) float32 of q(x_{t-1} | x_t, x0) at each t (Ho et al. 2020, eqs. 6, 7), worked out in float64."""
+    """Compute constants (T,) float32 of q(x_{t-1} | x_t, x0) in float64 (Ho et al. 2020, eqs. 6 and 7)."""
     beta = betas.detach().cpu().double()
     alpha_bar = torch.cumprod(1.0 - beta, dim=0)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     variance = beta * (1.0 - previous) / (1.0 - alpha_bar)
-    # The posterior's variance at t = 0 is zero, whose logarithm is nothing to interpolate with: t = 1's stands in.
+    # The posterior's variance at t = 0 is zero and has no logarithm. The variance at t = 1 replaces it.
     variance = torch.cat([variance[1:2], variance[1:]])
     tables = {
         "alpha_bar": alpha_bar,

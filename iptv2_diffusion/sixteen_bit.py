@@ -1,6 +1,6 @@
-"""Image files of 16 bits a channel and of floats, which Pillow writes only in gray: PNG and TIFF.
+"""PNG and TIFF files with 16 bits or floats per channel, which Pillow can write only in gray.
 
-They are read by `data/image_files.py`. PNG is written by pypng, TIFF by tifffile.
+`data/image_files.py` reads these files. pypng writes PNG, and tifffile writes TIFF.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PNG = b"\x89PNG"
 
 
 def is_16_bit(path: str | Path) -> bool:
-    """Whether a file is a PNG or TIFF of unsigned 16 bits a channel.
+    """Return whether a file is a PNG or TIFF with unsigned 16 bits per channel.
 
     Raises:
-        OSError, ValueError: it cannot be opened, or is a damaged TIFF.
+        OSError, ValueError: the file cannot be opened or is a damaged TIFF.
     """
     with Path(path).open("rb") as file:
         header = file.read(25)
@@ -44,10 +44,13 @@ def _tiff_dtype(path: str | Path) -> np.dtype | None:
 
 
 def read_16_bit(path: str | Path) -> np.ndarray:
-    """(H, W, C) of uint16, C from 1 to 4: gray or RGB, perhaps with alpha; upright, as EXIF's orientation says.
+    """Read an image (H, W, C) uint16, turned upright by its EXIF orientation.
+
+    C is 1 to 4: gray or RGB, with or without alpha.
 
     Raises:
-        OSError, ValueError: the file is damaged, of another depth, or a TIFF of another layout or compression.
+        OSError, ValueError: the file is damaged, has another depth, or is a TIFF of an unsupported layout or
+            compression.
     """
     pixels = read_image_file(path).pixels
     if pixels.dtype != np.uint16:
@@ -56,16 +59,16 @@ def read_16_bit(path: str | Path) -> np.ndarray:
 
 
 def write_16_bit(image: np.ndarray, path: str | Path, icc_profile: bytes | None = None, exif: bytes = b"") -> None:
-    """Write (H, W, C) of uint16 as PNG or TIFF, whichever the path's suffix says.
+    """Write an image as PNG or TIFF with 16 bits per channel.
 
     Args:
-        image: C from 1 to 4: gray or RGB, perhaps with alpha.
-        path: ends in .png, .tif or .tiff.
-        icc_profile: colour profile to keep.
-        exif: as `Image.Exif.tobytes()` gives it. PNG keeps all of it, TIFF its orientation and texts.
+        image: (H, W, C) uint16. C is 1 to 4: gray or RGB, with or without alpha.
+        path: path that ends in .png, .tif or .tiff, which selects the format.
+        icc_profile: colour profile to embed.
+        exif: metadata from `Image.Exif.tobytes()`. PNG stores all of it, TIFF only the orientation and the texts.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: the suffix is another one.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".png":
@@ -94,7 +97,7 @@ def _write_png(image: np.ndarray, path: Path, icc_profile: bytes | None, exif: b
 
 
 def write_float_tiff(image: np.ndarray, path: str | Path, icc_profile: bytes | None = None, exif: bytes = b"") -> None:
-    """Write (H, W, C) of floats as a TIFF of float32, its values as they are; arguments as of `write_16_bit`."""
+    """Write an image (H, W, C) of floats as a float32 TIFF, without scaling. See `write_16_bit` for the arguments."""
     if Path(path).suffix.lower() not in (".tif", ".tiff"):
         raise ValueError(f"{Path(path).suffix} files hold no floats; write .tif")
     _write_tiff(image.astype(np.float32), Path(path), icc_profile, exif)

@@ -1,7 +1,7 @@
-"""YAML and JSON that are read as they look, or refused with the line: nobody means an octal 010 or two equal keys.
+"""Strict readers of YAML and JSON that refuse ambiguous values and name the line.
 
-YAML 1.1 takes 010 for 8, 1:30 for 90 and the last of equal keys; both formats take NaN and infinity. In a configuration
-each of these is a slip.
+YAML 1.1 reads 010 as 8 and 1:30 as 90, and it keeps the last of two equal keys. Both formats accept NaN and infinity.
+In a configuration, each of these is a mistake.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MOST_DIGITS = 40
 
 
 class StrictSyntaxError(ValueError):
-    """Text that is no YAML or JSON, or that says something nobody means; the message names the line or the key."""
+    """Raised for invalid YAML or JSON and for ambiguous values. The message names the line or the key."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, without duplicated keys, octal and base-60 numbers, NaN and infinity."""
+    """Safe loader that refuses duplicate keys, octal and base-60 numbers, NaN and infinity."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -71,7 +71,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 def read_yaml(text: str) -> Any:
-    """Plain values of a YAML text; JSON is YAML. Raises a `StrictSyntaxError`."""
+    """Parse a YAML text, or a JSON text, which is YAML. Raises a `StrictSyntaxError`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -85,7 +85,7 @@ def read_yaml(text: str) -> Any:
 
 
 def read_json(text: str) -> Any:
-    """Plain values of a JSON text. Raises a `StrictSyntaxError`."""
+    """Parse a JSON text. Raises a `StrictSyntaxError`."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]

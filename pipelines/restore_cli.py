@@ -11,6 +11,7 @@ files and the floats of TIFF files. Pictures are written upright.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -307,7 +308,9 @@ def write_pil(image: Image.Image, path: Path, metadata: dict[str, bytes]) -> Non
     suffix = path.suffix.lower()
     if suffix in (".jpg", ".jpeg", ".bmp", ".ppm") and image.mode in ("RGBA", "LA"):
         image = image.convert("RGB" if image.mode == "RGBA" else "L")
-    image.save(path, format=Image.registered_extensions()[suffix], **SAVE_OPTIONS.get(suffix, {}), **metadata)
+    encoded = io.BytesIO()  # so that what fails later is the disk, with its reason, and not Pillow
+    image.save(encoded, format=Image.registered_extensions()[suffix], **SAVE_OPTIONS.get(suffix, {}), **metadata)
+    path.write_bytes(encoded.getbuffer())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import functools
 import io
 import json
 import logging
@@ -32,11 +34,11 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-import contextlib
 
 from hostile_images import ODD_TAGS, encoded, garbage_exif, tiff
 
-SECONDS = 60  # for one input
+WEIGHTED = ("read", "read", "read", "restore", "archive", "folder", "weights", "options", "record")
+SECONDS = 60  # of CPU time, for one input: other processes may have the machine
 MEMORY = 6 << 30  # of address space above what is used at the start
 
 
@@ -199,23 +201,55 @@ class Targets:
     """What is fuzzed."""
 
     def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.input = b""  # of the target that runs, to be kept if it is a finding
+
+    @functools.cached_property
+    def folders(self) -> dict[str, Path]:
+        """Sound pipeline folders by kind; late, since torch and diffusers take seconds to import."""
         from iptv2_diffusion import IPTV2RestorationPipeline, create_model
-        from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 
         sys.path.insert(0, str(Path(__file__).parent / "eval"))
         from tiny_pipelines import save_pipeline
 
-        self.folders = {kind: Path(save_pipeline(scratch / kind, kind)) for kind in ("iptv2", "dit")}
+        folders = {kind: Path(save_pipeline(self.scratch / kind, kind)) for kind in ("iptv2", "dit")}
         restorer = create_model("restoration-tiny", sigma_conditioning="map")
-        IPTV2RestorationPipeline(restorer.fuse()).save_pretrained(scratch / "restorer")
-        self.folders["restorer"] = scratch / "restorer"
-        self.pipeline = IPTV2RestorationPipeline.from_pretrained(scratch / "restorer")
-        self.pipeline.set_progress_bar_config(disable=True)
+        IPTV2RestorationPipeline(restorer.fuse()).save_pretrained(self.scratch / "restorer")
+        return {**folders, "restorer": self.scratch / "restorer"}
+
+    @functools.cached_property
+    def pipeline(self):
+        """A restorer, without its bar."""
+        from iptv2_diffusion import IPTV2RestorationPipeline
+
+        pipeline = IPTV2RestorationPipeline.from_pretrained(self.folders["restorer"])
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @functools.cached_property
+    def yaml(self) -> str:
+        """A sound configuration."""
+        from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
         from iptv2_diffusion.training.options import save_config
 
-        save_config(LDMConfig(), scratch / "config.yaml")
-        self.yaml = (scratch / "config.yaml").read_text(encoding="utf-8")
-        self.input = b""  # of the target that runs, to be kept if it is a finding
+        save_config(LDMConfig(), self.scratch / "config.yaml")
+        return (self.scratch / "config.yaml").read_text(encoding="utf-8")
+
+    def prepare(self, names: list[str]) -> None:
+        """Make what these targets need, so that no input is charged with it."""
+        if {"restore", "weights"} & set(names):
+            assert self.pipeline
+        if "options" in names:
+            assert self.yaml
+            import iptv2_diffusion.models.presets
+        if {"archive", "folder"} & set(names):
+            import datasets
+
+            import iptv2_diffusion.data.images
+
+            datasets.disable_progress_bars()
+        if "record" in names:
+            import iptv2_diffusion.evaluation.sample_folder  # noqa: F401
 
     def read(self, rng: random.Random, scratch: Path) -> None:
         """The reader, its conversions and the metadata that it keeps."""
@@ -361,7 +395,7 @@ def place_of(error: BaseException) -> str:
 
 def run_one(target: Callable[[random.Random, Path], None], rng: random.Random, scratch: Path) -> str | None:
     """None, or what was found."""
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         target(rng, scratch)
     except expected() as error:
@@ -381,7 +415,7 @@ def run_one(target: Callable[[random.Random, Path], None], rng: random.Random, s
             raise
         return f"{place_of(error)}: {' '.join(str(error).split())[:200]}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return None
 
 
@@ -395,34 +429,20 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import datasets
-    import diffusers
-
-    datasets.disable_progress_bars()
-    diffusers.utils.logging.disable_progress_bar()
     options.output.mkdir(parents=True, exist_ok=True)
 
     def alarm(*_: object) -> None:
         raise HangError
 
-    signal.signal(signal.SIGALRM, alarm)
+    signal.signal(signal.SIGPROF, alarm)
     found: dict[str, int] = collections.Counter()
     counts: dict[str, int] = collections.Counter()
     with tempfile.TemporaryDirectory() as scratch:
+        names = options.targets or list(WEIGHTED)
         targets = Targets(Path(scratch))
+        targets.prepare(names)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, -1))
-        names = options.targets or [
-            "read",
-            "read",
-            "read",
-            "restore",
-            "archive",
-            "folder",
-            "weights",
-            "options",
-            "record",
-        ]
         end, number = time.monotonic() + 60 * options.minutes, 0
         while time.monotonic() < end:
             rng = random.Random(f"{options.seed} {number}")

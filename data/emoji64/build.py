@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Build the emoji64 data set (train.parquet, heldout.parquet, README.md) from three npm packages.
 
-    python data/emoji64/build.py                                  # fetches the packages with `npm pack` (152 MB)
-    python data/emoji64/build.py --tarballs ~/.cache/iptv2-src    # uses tarballs that are already there
+    python data/emoji64/build.py                                  # downloads the packages by `npm pack` (152 MB)
+    python data/emoji64/build.py --tarballs ~/.cache/iptv2-src    # uses tarballs that are already in this folder
 
-Every tarball is checked against its SHA-256 before it is opened, and the output depends on nothing but the tarballs:
-no clock, no random state. Steps: one picture per emoji and style → composite on white → 64×64 → lossless WebP →
-split by *family* of code points, so that one emoji in all its styles, skin tones and genders stands on one side.
+The script checks the SHA-256 of every tarball before it opens it. The output depends only on the tarballs, not on a
+clock or a random state. Steps: one image per emoji and style → composite on white → 64×64 → lossless WebP → split by
+*family* of code points. All styles, skin tones and genders of an emoji belong to one family and thus to one split.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 SIZE = 64
-HELDOUT_SHARE = 0.10  # of the code points of each class
+HELDOUT_SHARE = 0.10  # fraction of the code points of each class
 HERE = Path(__file__).resolve().parent
 
-# Unicode groups in Unicode's order; "Component" (bare skin-tone swatches) is dropped.
+# Unicode groups in Unicode's order. The group "Component" (skin-tone swatches) is excluded.
 CLASSES = {
     "Smileys & Emotion": "smileys_emotion",
     "People & Body": "people_body",
@@ -41,7 +41,7 @@ CLASSES = {
     "Symbols": "symbols",
     "Flags": "flags",
 }
-# All five tones name a family; only three are kept, and no couple of two tones, so that the set stays under 25 MB.
+# All five tones belong to a family. To stay below 25 MB, the data set has only three, and no couples of two tones.
 SKIN_TONES = {
     "1F3FB": "light",
     "1F3FC": "medium-light",
@@ -54,7 +54,7 @@ KEPT_TONES = ("light", "medium", "dark")
 
 @dataclass(frozen=True)
 class Source:
-    """One npm package: where its pictures lie and what may be done with them."""
+    """An npm package of emoji images, with the location and the licence of the images."""
 
     style: str
     package: str
@@ -67,7 +67,7 @@ class Source:
 
     @property
     def tarball(self) -> str:
-        """File name that `npm pack` gives the package."""
+        """File name of the package as `npm pack` writes it."""
         return f"{self.package.lstrip('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -117,12 +117,12 @@ FEATURES = Features(
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def obtain(source: Source, folder: Path) -> Path:
-    """Path of the source's verified tarball in `folder`; fetched with `npm pack` when it is not there."""
+    """Return the path of the verified tarball in `folder`. If it is missing, `npm pack` downloads it."""
     path = folder / source.tarball
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def obtain(source: Source, folder: Path) -> Path:
 
 
 def read_pictures(path: Path, source: Source) -> dict[str, bytes]:
-    """Picture bytes by normalised code point."""
+    """Read the image files of a tarball: normalised code point -> bytes."""
     with tarfile.open(path) as tar:
         return {
             normalise(Path(member.name).stem): tar.extractfile(member).read()
@@ -145,22 +145,22 @@ def read_pictures(path: Path, source: Source) -> dict[str, bytes]:
 
 
 def normalise(code_point: str) -> str:
-    """Upper case without variation selectors: the packages disagree on where FE0F stands."""
+    """Convert to upper case and remove variation selectors (FE0F), whose position differs between the packages."""
     return "-".join(part for part in code_point.upper().split("-") if part != "FE0F")
 
 
 def family(code_point: str) -> str:
-    """What a code point shares with its near-duplicates: skin tone, gender and direction removed."""
+    """Return the code point without skin tone, gender and direction, which all near-duplicates share."""
     person = {"1F468": "1F9D1", "1F469": "1F9D1"}  # man, woman → person
     parts = [person.get(part, part) for part in normalise(code_point).split("-")]
-    # skin tones; ZWJ; female and male sign; right arrow (direction variants)
+    # Skin tones, zero-width joiner, female and male sign, right arrow (direction variants)
     ignored = {*SKIN_TONES, "200D", "2640", "2642", "27A1"}
     kept = [part for part in parts if part not in ignored]
     return "-".join(kept or parts)
 
 
 def to_webp(data: bytes) -> bytes:
-    """Composite on white, bring to SIZE×SIZE, encode without loss."""
+    """Composite an image on white, resize it to SIZE×SIZE and encode it as lossless WebP."""
     with PILImage.open(io.BytesIO(data)) as image:
         rgba = image.convert("RGBA")
     flat = PILImage.new("RGBA", rgba.size, "white")
@@ -174,7 +174,7 @@ def to_webp(data: bytes) -> bytes:
 
 
 def list_emoji(google_tarball: Path) -> list[dict]:
-    """Every emoji and kept skin tone, in Unicode's order: code_point, name, label, skin_tone ("" for the base)."""
+    """List all emoji with their kept skin tones, in Unicode's order. `skin_tone` is "" for the base emoji."""
     with tarfile.open(google_tarball) as tar:
         entries = json.load(tar.extractfile("package/emoji.json"))
     rows = []
@@ -190,7 +190,7 @@ def list_emoji(google_tarball: Path) -> list[dict]:
 
 
 def heldout_families(rows: list[dict]) -> set[str]:
-    """Families to hold out: in each class, in the order of their hashes, until HELDOUT_SHARE of its code points."""
+    """Select the held-out families: in each class, in the order of hashes, until HELDOUT_SHARE of its code points."""
     sizes: dict[str, Counter] = defaultdict(Counter)  # label → family → base code points
     for row in rows:
         if not row["skin_tone"]:
@@ -199,7 +199,7 @@ def heldout_families(rows: list[dict]) -> set[str]:
     for families in sizes.values():
         wanted, taken = HELDOUT_SHARE * families.total(), 0
         for name in sorted(families, key=lambda f: hashlib.sha256(f.encode()).hexdigest()):
-            # A family that would overshoot (all "person with …" couples are one) is left to the train side.
+            # A family that would exceed the share goes to the training split. All couples, for example, are one family.
             if taken + families[name] <= wanted + 1:
                 held.add(name)
                 taken += families[name]
@@ -207,7 +207,7 @@ def heldout_families(rows: list[dict]) -> set[str]:
 
 
 def build(tarballs: Path, output: Path) -> dict[str, list[dict]]:
-    """Write both parquet files; returns their rows (without pictures) by split."""
+    """Write both parquet files and return their rows by split."""
     paths = {source.style: obtain(source, tarballs) for source in SOURCES}
     emoji = list_emoji(paths["noto"])
     held = heldout_families(emoji)
@@ -218,7 +218,7 @@ def build(tarballs: Path, output: Path) -> dict[str, list[dict]]:
             data = pictures.get(normalise(row["code_point"]))
             is_held = family(row["code_point"]) in held
             if data is None or (is_held and row["skin_tone"]):
-                continue  # not drawn in this style; or a held-out emoji's skin tone, which would say nothing new
+                continue  # the style lacks this emoji, or it is a skin tone, of which the held-out split has none
             splits["heldout" if is_held else "train"].append(
                 {"image": {"bytes": to_webp(data), "path": None}, "style": source.style, **row}
             )
@@ -295,7 +295,7 @@ above), `fluent3d` MIT. `build.py` and this card: Apache-2.0.
 
 
 def counts_table(splits: dict[str, list[dict]]) -> str:
-    """Markdown: per class, the base images of each style and split, then the skin tones and the code points."""
+    """Format a Markdown table with the number of base images, skin tones and code points of each class."""
     styles = [source.style for source in SOURCES]
     head = ["class", *(f"train {s}" for s in styles), "+ skin tones", *(f"heldout {s}" for s in styles)]
     head += ["code points train / heldout"]
@@ -319,7 +319,7 @@ def counts_table(splits: dict[str, list[dict]]) -> str:
 
 
 def write_card(splits: dict[str, list[dict]], output: Path) -> None:
-    """README.md beside the parquet files, with every figure counted from what was written."""
+    """Write README.md beside the parquet files, with the counts of this build."""
     total = sum(map(len, splits.values()))
     files = [output / f"{split}.parquet" for split in splits]
     card = CARD.format(
@@ -336,7 +336,7 @@ def write_card(splits: dict[str, list[dict]], output: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Build the data set and write its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--tarballs", type=Path, default=Path.home() / ".cache/iptv2-src", help="folder of the tarballs"

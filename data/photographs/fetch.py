@@ -1,10 +1,11 @@
-"""Fetch the photographs that the restorers are trained on, from Debian and PyPI packages, into a folder of PNG files.
+"""Download the training photographs of the restorers from Debian and PyPI packages and write them as PNG files.
 
     python data/photographs/fetch.py                 # -> ~/.cache/iptv2-diffusion/photographs/{train,heldout}/*.png
 
-Needs `apt-get` (after `apt-get update`), `dpkg-deb` and `pip`, no rights. Photographs of more than one megapixel are
-halved by a 2×2 box, which also removes what JPEG left; the others stay as they are. The list, with licences, is in
-README.md beside this file. None of them is a test image of `eval/restoration_benchmark.py`.
+The script needs `apt-get` (after `apt-get update`), `dpkg-deb` and `pip`, but no root rights. Photographs of more than
+one megapixel are reduced to half their size by averaging 2×2 pixels, which also removes JPEG artefacts. The others do
+not change. README.md beside this file lists the photographs and their licences. None of them is a test image of
+`eval/restoration_benchmark.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from iptv2_diffusion.files import atomic
 CACHE = Path("~/.cache/iptv2-diffusion/photographs").expanduser()
 HALVE_ABOVE = 1_000_000  # pixels
 
-# Debian package -> photographs, by the last parts of their paths
+# Debian package -> last parts of the paths of its photographs
 DEBIAN = {
     "lomiri-wallpapers-16.04": [
         "Bridge_by_Sander_Klootwijk.jpg",
@@ -90,7 +91,7 @@ DEBIAN = {
     ],
 }
 PYPI = "mvtb-data==1.6.1"
-CAMPUS_HOLDOUT = (1070492, 1070502, 1070508, 1070511, 1070513)  # in a folder of their own there
+CAMPUS_HOLDOUT = (1070492, 1070502, 1070508, 1070511, 1070513)  # the package has these in a separate folder
 PYPI_PHOTOGRAPHS = [
     *(f"campus/P{n}.png" for n in range(1070491, 1070516) if n not in CAMPUS_HOLDOUT),
     *(f"campus/holdout/P{n}.png" for n in CAMPUS_HOLDOUT),
@@ -98,12 +99,12 @@ PYPI_PHOTOGRAPHS = [
     *("building2-3.png", "church.png", "eiffel-2.png", "notre-dame.png", "parks.png", "road.png", "rocks2-l.png"),
     *("roof.png", "tomato_54.png", "walls-l.png"),
 ]
-# Kept for validation: which recipe learns best is decided on these, never on the test images.
+# Photographs for validation: recipes are compared on these, never on the test images.
 HELDOUT = {"notre-dame", "rocks2-l", "flowers4", "TwoWings", "Kite", "tomato_54", "friends_by_Aitzol_Berasategi"}
 
 
 def main() -> int:
-    """Download, unpack, halve, write; what is there already stays."""
+    """Download, unpack, reduce and write the missing photographs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=CACHE, help=f"folder to fill [{CACHE}]")
     output = parser.parse_args().output
@@ -130,7 +131,7 @@ def main() -> int:
 
 
 def target(output: Path, name: str) -> Path:
-    """Where a photograph goes: train or heldout, named by its file, or by its folder where files are called alike."""
+    """Return the path to write a photograph to. Its name is that of the file, or of the folder for 2560x1600.jpg."""
     path = Path(name)
     stem = path.parts[0] if path.stem == "2560x1600" else path.stem
     return output / ("heldout" if stem in HELDOUT else "train") / f"{stem}.png"
@@ -146,7 +147,7 @@ def unpack_debian(package: str, scratch: Path) -> list[Path]:
 
 
 def write(source: object, path: Path) -> None:
-    """Read a photograph, halve it if it is large, write it as PNG under its final name at once."""
+    """Read a photograph, reduce it if it is large, and write it as PNG atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(source) as image:
         image = image.convert("RGB")
@@ -157,6 +158,7 @@ def write(source: object, path: Path) -> None:
 
 
 def fail(message: str) -> int:
+    """Print an error and return the exit code 1."""
     print(f"error: {message}", file=sys.stderr)
     return 1
 
@@ -165,6 +167,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except FileNotFoundError as error:
-        sys.exit(fail(f"{error.filename} is not here: the photographs come by apt-get and dpkg-deb"))
+        sys.exit(fail(f"{error.filename} is not installed; the download needs apt-get and dpkg-deb"))
     except subprocess.CalledProcessError as error:
-        sys.exit(fail(f"`{' '.join(map(str, error.cmd))}` failed; after `apt-get update` the same command goes on"))
+        sys.exit(fail(f"`{' '.join(map(str, error.cmd))}` failed; run `apt-get update`, then this command again"))

@@ -7,19 +7,26 @@
 
 So a resumed run needs no random state, the loss curve does not depend on the number of processes, and gradient
 accumulation equals the large batch. The price is that each process draws the whole batch's noise: about 1 ms for 64
-latents of 16x16x4, 25 ms for 256 of 32x32x4, on a thread of its own.
+latents of 16x16x4, 25 ms for 256 of 32x32x4.
+
+A step is drawn once, by `RunDraws`. Sources that read ahead draw ahead, and hand each micro-batch out together with its
+pixels (`read_ahead`): nothing is derived a second time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import signal
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
@@ -95,7 +102,7 @@ class StepDraws:
         flips: mirror the image?, bool.
         timesteps: uniform numbers in [0, 1) for `DiffusionObjective.sample_timesteps`.
         label_drops: uniform numbers in [0, 1); a label is dropped where the number is below the drop probability.
-        noise: standard normal (B, C, H, W), the diffusion noise.
+        noise: standard normal (B, C, H, W), the diffusion noise; None where nothing is diffused.
         posterior_noise: likewise, to sample the VAE's posterior; None where it has no spread.
         crops: uniform numbers in [0, 1) that choose among the crops of an image, where there are several.
     """
@@ -104,7 +111,7 @@ class StepDraws:
     flips: Tensor
     timesteps: Tensor
     label_drops: Tensor
-    noise: Tensor
+    noise: Tensor | None
     posterior_noise: Tensor | None
     crops: Tensor
 
@@ -133,13 +140,21 @@ def draw_step(
     batch_size: int,
     latent_shape: Sequence[int],
     *,
+    diffusion: bool = True,
     posterior: bool = True,
     stratified: bool = True,
 ) -> StepDraws:
     """Everything random at optimiser step `step` (from 0), for the whole global batch.
 
-    `stratified`: the batch's timestep numbers fall one into each of B equal strata, in random order: each is still
-    uniform, but the mean loss of a small batch scatters much less. `latent_shape` is (C, H, W).
+    Args:
+        order: which items the batches are made of; it holds the run's seed.
+        step: the optimiser step.
+        batch_size: B.
+        latent_shape: (C, H, W) of the noise.
+        diffusion: draw the diffusion noise. Without it the other numbers are the same.
+        posterior: draw the noise of the VAE's posterior.
+        stratified: the batch's timestep numbers fall one into each of B equal strata, in random order: each is still
+            uniform, but the mean loss of a small batch scatters much less.
     """
     generator = generator_for(order.seed, "step", step)
     flips = torch.rand(batch_size, generator=generator) < 0.5
@@ -148,11 +163,27 @@ def draw_step(
     if stratified:  # clamped because (B - 1 + 0.99999997) / B rounds to 1 in float32
         timesteps = ((strata + timesteps) / batch_size).clamp(max=1 - 2**-24)
     label_drops = torch.rand(batch_size, generator=generator)
-    noise = torch.randn(batch_size, *latent_shape, generator=generator)
-    posterior_noise = torch.randn(batch_size, *latent_shape, generator=generator) if posterior else None
+    shape, noise, posterior_noise = (batch_size, *latent_shape), None, None
+    if diffusion:
+        noise = torch.randn(shape, generator=generator)
+    elif posterior:
+        _pass_over_normals(math.prod(shape), generator)
+    if posterior:
+        posterior_noise = torch.randn(shape, generator=generator)
     items = order.items(step * batch_size, batch_size)
     crops = torch.rand(batch_size, generator=generator_for(order.seed, "crop", step))
     return StepDraws(items, flips, timesteps, label_drops, noise, posterior_noise, crops)
+
+
+def _pass_over_normals(count: int, generator: torch.Generator) -> None:
+    """Bring the generator to where it is after `torch.randn(count)`, without the normal numbers.
+
+    From 16 on, torch makes each from one uniform number, and the last 16 anew where 16 does not divide the count.
+    """
+    if count < 16:
+        torch.randn(count, generator=generator)
+    else:
+        torch.rand(count + (16 if count % 16 else 0), generator=generator)
 
 
 def own_slices(batch_size: int, num_processes: int, process: int, micro_batches: int = 1) -> list[slice]:
@@ -167,34 +198,70 @@ def own_slices(batch_size: int, num_processes: int, process: int, micro_batches:
     return [slice((first + i) * size, (first + i + 1) * size) for i in range(micro_batches)]
 
 
+@dataclass(frozen=True)
+class RunDraws:
+    """What is random in a run, as one process sees it: its micro-batches of every step.
+
+    Attributes:
+        order: which items the batches are made of; it holds the run's seed.
+        batch_size: B, of an optimiser step over all processes.
+        latent_shape: (C, H, W) of the noise.
+        slices: this process's parts of the global batch, one a micro-batch (see `own_slices`).
+        diffusion, posterior, stratified: as for `draw_step`.
+    """
+
+    order: Order
+    batch_size: int
+    latent_shape: Sequence[int]
+    slices: Sequence[slice]
+    diffusion: bool = True
+    posterior: bool = True
+    stratified: bool = True
+
+    def micro_batches(self, step: int) -> Iterator[StepDraws]:
+        """The draws of this process's micro-batches of a step."""
+        options = {"diffusion": self.diffusion, "posterior": self.posterior, "stratified": self.stratified}
+        draws = draw_step(self.order, step, self.batch_size, self.latent_shape, **options)
+        for part in self.slices:
+            yield draws[part]
+
+    def starting_at(self, step: int) -> Iterator[StepDraws]:
+        """The draws of every micro-batch from `step` on, without end."""
+        return itertools.chain.from_iterable(map(self.micro_batches, itertools.count(step)))
+
+
 class StepBatches:
     """A batch sampler: this process's [(item, view), ...] of each micro-batch from optimiser step `start` on.
 
     For a DataLoader over images (`batch_sampler=`), so that workers read ahead in the very order of the run. The view
     (see `StepDraws.views`) is 1 for a mirrored image and 0 for an upright one, unless there are several crops.
+
+    Attributes:
+        waiting: the draws whose pixels were asked for and have not arrived, oldest first.
     """
 
-    def __init__(
-        self,
-        order: DataOrder,
-        batch_size: int,
-        slices: Sequence[slice],
-        *,
-        start: int,
-        flip: bool,
-        crops: int = 1,
-    ) -> None:
-        self.order, self.batch_size, self.slices = order, batch_size, list(slices)
-        self.start, self.flip, self.crops = start, flip, crops
+    def __init__(self, draws: RunDraws, *, start: int, flip: bool, crops: int = 1) -> None:
+        self.draws, self.start, self.flip, self.crops = draws, start, flip, crops
+        self.waiting: deque[StepDraws] = deque()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step = self.start
-        while True:
-            draws = draw_step(self.order, step, self.batch_size, (0,), posterior=False)
+        for draws in self.draws.starting_at(self.start):
+            self.waiting.append(draws)
             views = draws.views(self.flip, self.crops)
-            for part in self.slices:
-                yield list(zip(draws.items[part].tolist(), views[part].tolist(), strict=True))
-            step += 1
+            yield list(zip(draws.items.tolist(), views.tolist(), strict=True))
+
+
+def read_ahead(
+    dataset: Dataset, draws: RunDraws, *, start: int, flip: bool, crops: int = 1, num_workers: int = 0
+) -> Iterator[tuple[Any, StepDraws]]:
+    """Each micro-batch of `dataset` from optimiser step `start` on, with the draws that it was read for.
+
+    `dataset` maps (item, view) to a sample; `num_workers` processes read ahead.
+    """
+    sampler = StepBatches(draws, start=start, flip=flip, crops=crops)
+    workers: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": leave_signals_to_parent}
+    loader = DataLoader(dataset, batch_sampler=sampler, **workers)  # which keeps the sampler's order
+    return ((batch, sampler.waiting.popleft()) for batch in iter(loader))
 
 
 def leave_signals_to_parent(worker: int) -> None:

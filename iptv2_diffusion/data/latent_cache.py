@@ -18,9 +18,9 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,8 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iptv2_diffusion.data.archives import file_of
-from iptv2_diffusion.data.draws import StepDraws, derive_seed
-from iptv2_diffusion.data.latent_encoding import Encoding, encode_shard
+from iptv2_diffusion.data.draws import RunDraws, StepDraws, derive_seed
+from iptv2_diffusion.data.latent_encoding import Encoding, LatentSource, encode_shard
 from iptv2_diffusion.files import atomic, is_left_behind, write_text
 
 if TYPE_CHECKING:
@@ -38,13 +38,6 @@ if TYPE_CHECKING:
     from iptv2_diffusion.latents import LatentCodec
 
 _FORMAT = 2
-
-
-class LatentSource(Protocol):
-    """Latents and labels for the draws of a micro-batch."""
-
-    def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) float32 in model units, labels (B,) int64; on the CPU or the codec's device."""
 
 
 class LatentCache:
@@ -91,6 +84,19 @@ class LatentCache:
         return out
 
 
+class CachedLatents(LatentSource):
+    """The latents of a run from a cache: any step at any time."""
+
+    def __init__(self, cache: LatentCache, draws: RunDraws) -> None:
+        super().__init__(draws)
+        self.cache = cache
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
+        """Latents drawn from the posterior, labels and draws."""
+        for draws in self.draws.micro_batches(step):
+            yield *self.cache.batch(draws), draws
+
+
 def cached_latents(
     images: ImageTensors,
     codec: LatentCodec,
@@ -128,7 +134,14 @@ def cached_latents(
     if not _is_whole(folder):
         parts = [range(first, min(first + shard_images, len(images))) for first in range(0, len(images), shard_images)]
         maker = _Maker(folder, images, codec, encoding, parts, batch_size=batch_size, num_workers=num_workers)
-        maker.make_share(*share)
+        try:
+            maker.make_share(*share)
+        except KeyboardInterrupt:
+            whole = sum(_is_shard(path) for path in maker.paths)
+            raise KeyboardInterrupt(
+                f"stopped: {whole} of {len(maker.paths)} shards of latents are in {folder}, whole; the same command "
+                "encodes the rest"
+            ) from None
         if share[0] == 0:
             maker.finish(description, say)
     while not _is_whole(folder):  # not a barrier: those time out, and a large set takes hours
@@ -248,9 +261,15 @@ def _unreadable(path: Path) -> list[str]:
 
 
 def _is_shard(path: Path) -> bool:
-    """Whether a whole shard lies there: safetensors checks the file's length against its header."""
+    """Whether a whole shard lies there: safetensors checks the file's length against its header.
+
+    Raises ValueError for a whole file of somebody else's, which is neither used nor overwritten.
+    """
     try:
-        with safe_open(path, framework="pt"):
-            return True
+        with safe_open(path, framework="pt") as shard:
+            ours = "unreadable" in (shard.metadata() or {}) and {"mean", "class_labels", "items"} <= set(shard.keys())
     except (OSError, SafetensorError):
         return False
+    if not ours:
+        raise ValueError(f"{path} holds no latents that were made here; move it away, or choose another cache_dir")
+    return True

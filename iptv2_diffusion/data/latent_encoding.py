@@ -7,15 +7,16 @@ are cut from the shard, not from the run. So any number of processes makes the s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iptv2_diffusion.data.draws import DataOrder, StepBatches, StepDraws, leave_signals_to_parent
+from iptv2_diffusion.data.draws import DataOrder, RunDraws, StepDraws, read_ahead
 
 if TYPE_CHECKING:
     from iptv2_diffusion.data.images import ImageTensors
@@ -100,49 +101,80 @@ def moments(codec: LatentCodec, pixels: Tensor, precision: str) -> tuple[Tensor,
         return codec.encode_moments(pixels)
 
 
-class EncodedLatents:
+class LatentSource(ABC):
+    """Where the latents of a run come from: each micro-batch together with the draws that it was made by.
+
+    Attributes:
+        draws: of the run; they fix which images come when.
+    """
+
+    def __init__(self, draws: RunDraws) -> None:
+        self.draws = draws
+
+    @property
+    def images(self) -> int | None:
+        """Number of images; None for a stream."""
+        return self.draws.order.num_items if isinstance(self.draws.order, DataOrder) else None
+
+    @abstractmethod
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
+        """Latents (b, C, h, w) float32 in model units, labels (b,) int64 and draws of each micro-batch of a step.
+
+        On the CPU or the codec's device. Sources that read ahead take the steps in their order only.
+        """
+
+    def position(self, step: int) -> Mapping[str, Any] | None:
+        """Where this process is in the data at the start of `step` (as JSON); None if the step's number says it."""
+        return None
+
+
+class EncodedLatents(LatentSource):
     """Latents encoded when they are needed: no disk, a new encoding of every image every epoch.
 
-    Micro-batches must be asked for in the order of the run, beginning with optimiser step `start`: workers read ahead.
+    Steps must be asked for in the order of the run, beginning with optimiser step `start`: workers read ahead.
 
     Args:
         images, codec, num_workers: as for `cached_latents`. All images are decoded once beforehand, to find corrupt
             ones.
-        encoding: its flips, crops and precision count.
-        order, batch_size, slices: the run's data order, global batch and this process's parts of it.
+        draws: of the run.
         start: the first optimiser step.
+        encoding: its flips, crops and precision count.
     """
 
     def __init__(
         self,
         images: ImageTensors,
         codec: LatentCodec,
+        draws: RunDraws,
         *,
-        order: DataOrder,
-        batch_size: int,
-        slices: Sequence[slice],
         start: int,
         encoding: Encoding = Encoding(),
         num_workers: int = 0,
     ) -> None:
-        self._images, self._codec, self._precision = images, codec, encoding.precision
-        sampler = StepBatches(order, batch_size, slices, start=start, flip=encoding.flips, crops=encoding.crops)
+        super().__init__(draws)
+        self._codec, self._precision, self._next_step = codec, encoding.precision, start
         single = _Single(images, images.valid_indices(), encoding.flips)
-        workers = {"num_workers": num_workers, "worker_init_fn": leave_signals_to_parent}
-        self._batches = iter(DataLoader(single, batch_sampler=sampler, **workers))
+        views: dict[str, Any] = {"flip": encoding.flips, "crops": encoding.crops}
+        self._pixels = read_ahead(single, draws, start=start, num_workers=num_workers, **views)
 
-    def __len__(self) -> int:
-        return len(self._images.valid_indices())
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
+        """Latents drawn from the posterior, labels and draws. RuntimeError for any step but the next."""
+        self._next_step = expect_step(step, self._next_step)
+        for _ in self.draws.slices:
+            (pixels, labels), draws = next(self._pixels)
+            yield sample_posterior(*moments(self._codec, pixels, self._precision), draws), labels, draws
 
-    def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Latents drawn from the posterior with `draws.posterior_noise`, and labels."""
-        pixels, labels, items = next(self._batches)
-        if not torch.equal(items, draws.items):
-            raise RuntimeError("micro-batches were asked for in another order than the run's")
-        mean, std = moments(self._codec, pixels, self._precision)
-        if draws.posterior_noise is not None:
-            mean = mean + std * draws.posterior_noise.to(mean.device)
-        return mean, labels
+
+def expect_step(step: int, expected: int) -> int:
+    """The step after `step`; RuntimeError if this is not the `expected` one."""
+    if step != expected:
+        raise RuntimeError(f"step {step} was asked for in another order than the run's: the next is {expected}")
+    return step + 1
+
+
+def sample_posterior(mean: Tensor, std: Tensor, draws: StepDraws) -> Tensor:
+    """mean + std * `draws.posterior_noise`; the mean where that is None."""
+    return mean if draws.posterior_noise is None else mean + std * draws.posterior_noise.to(mean.device)
 
 
 class _Views(Dataset):
@@ -172,16 +204,16 @@ class _Views(Dataset):
 
 
 class _Single(Dataset):
-    """One view of an image by (item, view); items count the readable images."""
+    """Pixels and label of one view of an image by (item, view); items count the readable images."""
 
     def __init__(self, images: ImageTensors, readable: Sequence[int], flips: bool) -> None:
         self.images, self.readable, self.flips = images, readable, flips
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         item, view = key
         crop, flip = divmod(view, 2) if self.flips else (view, 0)
         sample = self.images.get(self.readable[item], flip=bool(flip), crop=crop)
-        return sample["pixel_values"], sample["class_labels"], item
+        return sample["pixel_values"], sample["class_labels"]
 
 
 def _collate(samples: list[tuple[Tensor, int, int] | str]) -> tuple[Tensor, Tensor, Tensor, list[str]]:

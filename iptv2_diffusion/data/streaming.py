@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from iptv2_diffusion.data.archives import first_line
-from iptv2_diffusion.data.draws import StepDraws, draw_step, generator_for
+from iptv2_diffusion.data.draws import RunDraws, StepDraws, generator_for
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
 from iptv2_diffusion.data.images import decode_image, path_of, view_of
-from iptv2_diffusion.data.latent_encoding import Encoding, moments
+from iptv2_diffusion.data.latent_encoding import Encoding, LatentSource, expect_step, moments, sample_posterior
 
 if TYPE_CHECKING:
     from iptv2_diffusion.latents import LatentCodec
@@ -153,17 +153,15 @@ def count_lanes(shards: int, batch_size: int) -> int:
     return max(n for n in range(1, min(shards, batch_size, MAX_LANES) + 1) if batch_size % n == 0)
 
 
-class StreamedLatents:
-    """A `LatentSource` over a stream: images are read, decoded and encoded when they are needed.
+class StreamedLatents(LatentSource):
+    """Latents of a stream: images are read, decoded and encoded when they are needed.
 
-    Micro-batches must be asked for in the order of the run, beginning with step `start`; they are read ahead.
+    Steps must be asked for in the order of the run, beginning with step `start`; they are read ahead.
 
     Args:
         images: the stream.
         codec: on the device that encodes.
-        batch_size: B, of an optimiser step over all processes.
-        slices: this process's parts of it.
-        seed: of the run.
+        draws: of the run, in the order of a `StreamOrder`.
         start: the first optimiser step.
         position: `join_positions` of what `position` gave at that step, in whatever number of processes. Without it, or
             with that of another layout, the stream is read through up to `start`.
@@ -177,10 +175,8 @@ class StreamedLatents:
         self,
         images: ImageStream,
         codec: LatentCodec,
+        draws: RunDraws,
         *,
-        batch_size: int,
-        slices: Sequence[slice],
-        seed: int,
         start: int,
         position: Mapping[str, Any] | None = None,
         encoding: Encoding = Encoding(),  # noqa: B008  (frozen)
@@ -188,11 +184,12 @@ class StreamedLatents:
         num_classes: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
+        super().__init__(draws)
         self._images, self._codec, self._encoding, self._say = images, codec, encoding, say
-        self._batch_size, self._slices, self._seed, self._num_classes = batch_size, list(slices), seed, num_classes
+        self._batch_size, self._num_classes = draws.batch_size, num_classes
         shards = images.dataset.num_shards
-        self.lanes = count_lanes(shards, batch_size)
-        self._share = batch_size // self.lanes  # places of a batch that a lane fills
+        self.lanes = count_lanes(shards, draws.batch_size)
+        self._share = draws.batch_size // self.lanes  # places of a batch that a lane fills
         block_size = max(1, images.block // self.lanes)
         self._block_size = block_size
         self._layout = {"lanes": self.lanes, "share": self._share, "block_size": block_size, "shards": shards}
@@ -200,13 +197,13 @@ class StreamedLatents:
             if start:
                 say(f"no position of this stream was saved: reading all that came before step {start}")
             position = {"lanes": {}, "skipped": 0}
-        own = {place // self._share for part in self._slices for place in range(part.start, part.stop)}
+        own = {place // self._share for part in draws.slices for place in range(part.start, part.stop)}
         self._lanes = {
             number: Lane(
                 images.dataset,
                 number,
                 self.lanes,
-                seed=seed,
+                seed=draws.order.seed,
                 block_size=block_size,
                 start=position["lanes"].get(str(number)),
             )
@@ -214,28 +211,25 @@ class StreamedLatents:
         }
         self._skipped_earlier: int = position["skipped"]
         self.skipped = 0  # unreadable images of this process since `start`
+        self._next_step = start
         self._served = (start, 0)  # the step asked for last, and how many were skipped before it
-        self._wanted = self._plan(start)
+        self._wanted = draws.starting_at(start)
         self._pool = ThreadPoolExecutor(num_workers) if num_workers else None
         self._reader = ThreadPoolExecutor(1) if num_workers else None
         self._ahead: deque[Future] = deque()
 
-    def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Latents drawn from the posterior with `draws.posterior_noise`, and labels (0 where there are none).
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
+        """Latents drawn from the posterior, labels (0 where there are none) and draws.
 
-        Raises ValueError or OSError for what cannot be read at all.
+        Raises RuntimeError for any step but the next, ValueError or OSError for what cannot be read at all.
         """
-        step = int(draws.items[0]) // self._batch_size
-        if step != self._served[0]:
-            self._served = (step, self.skipped)
-        pixels, labels, items, errors = self._next()
-        if not torch.equal(items, draws.items):
-            raise RuntimeError("micro-batches were asked for in another order than the run's")
-        self._count(errors)
-        mean, std = moments(self._codec, pixels, self._encoding.precision)
-        if draws.posterior_noise is not None:
-            mean = mean + std * draws.posterior_noise.to(mean.device)
-        return mean, labels
+        self._next_step = expect_step(step, self._next_step)
+        self._served = (step, self.skipped)
+        for _ in self.draws.slices:
+            pixels, labels, draws, errors = self._next()
+            self._count(errors)
+            mean, std = moments(self._codec, pixels, self._encoding.precision)
+            yield sample_posterior(mean, std, draws), labels, draws
 
     def position(self, step: int) -> dict[str, Any]:
         """Where this process's lanes are at the start of `step`, which was asked for last or comes next (as JSON)."""
@@ -258,35 +252,26 @@ class StreamedLatents:
     def _block_of(self, step: int) -> int:
         return step * self._share // self._block_size
 
-    def _plan(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(places in the stream, views) of each micro-batch of this process from `step` on."""
-        order = StreamOrder(self._seed)
-        while True:
-            draws = draw_step(order, step, self._batch_size, (0,), posterior=False)
-            views = draws.views(self._encoding.flips, self._encoding.crops)
-            for part in self._slices:
-                yield draws.items[part], views[part]
-            step += 1
-
-    def _next(self) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    def _next(self) -> tuple[Tensor, Tensor, StepDraws, list[str]]:
         if self._reader is None:
-            return self._load(*next(self._wanted))
+            return self._load(next(self._wanted))
         while len(self._ahead) <= AHEAD:
-            self._ahead.append(self._reader.submit(self._load, *next(self._wanted)))
+            self._ahead.append(self._reader.submit(self._load, next(self._wanted)))
         return self._ahead.popleft().result()
 
-    def _load(self, items: Tensor, views: Tensor) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        """Pixels (b, 3, H, W), labels (b,), items (b,) of places in the stream; what was wrong with replaced images."""
+    def _load(self, draws: StepDraws) -> tuple[Tensor, Tensor, StepDraws, list[str]]:
+        """Pixels (b, 3, H, W) and labels (b,) of a micro-batch, its draws, what was wrong with replaced images."""
+        views = draws.views(self._encoding.flips, self._encoding.crops)
         jobs = []
         for lane in self._lanes.values():
             lane.forget_before(self._block_of(self._served[0]))
-        for item, view in zip(items.tolist(), views.tolist(), strict=True):
+        for item, view in zip(draws.items.tolist(), views.tolist(), strict=True):
             step, place = divmod(item, self._batch_size)
             block, first = divmod(step * self._share + place % self._share, self._block_size)
             jobs.append((self._lanes[place // self._share].block(block), first, item, view))
         done = list((self._pool.map if self._pool else map)(self._decode, jobs))
         pixels, labels, errors = zip(*done, strict=True)
-        return torch.stack(pixels), torch.tensor(labels), items, [e for some in errors for e in some]
+        return torch.stack(pixels), torch.tensor(labels), draws, [e for some in errors for e in some]
 
     def _decode(self, job: tuple[list[Any], int, int, int]) -> tuple[Tensor, int, list[str]]:
         """An image of a block; the first of those after it that can be read (the same in any run) if it cannot."""

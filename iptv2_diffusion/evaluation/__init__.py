@@ -1,1 +1,1 @@
-"""What eval/ and the recipes measure and draw by: metrics, references, folders of samples, peers, speed."""
+"""Evaluation tools of `eval/` and the recipes: metrics, references, sample folders, third-party denoisers, speed."""

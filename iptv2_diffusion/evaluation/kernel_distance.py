@@ -1,4 +1,4 @@
-"""KID of the averaged weights during training, drawn and encoded by all processes together."""
+"""KID of the exponential moving average during training, with sampling and encoding shared by all processes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from torch import Tensor
 from iptv2_diffusion.data.draws import DataOrder, derive_seed
 from iptv2_diffusion.data.images import ImageTensors
 from iptv2_diffusion.evaluation.generation_metrics import FeatureExtractor, half_sample_error, kid, mean_kernel
+from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.signals import no_interruption
 
-BATCH_SIZE = 32  # images that a process draws or encodes together
+BATCH_SIZE = 32  # images that a process samples or encodes together
 
 
 class KernelDistance:
-    """KID (Bińkowski et al. 2018) of samples to held-out images, with its standard error over the samples.
+    """KID (Bińkowski et al. 2018) between samples and held-out images, with its standard error over the samples.
 
-    Sample i has its own seed and the class of a held-out image, so that classes are as frequent as among those; the
-    figures depend on the number of processes by rounding alone. KID, since it is unbiased: a Fréchet distance of some
-    hundred images is mostly bias.
+    KID is unbiased, whereas a Fréchet distance of a few hundred images is mostly bias. Sample i has its own seed and
+    the class of a held-out image, so that the class frequencies agree. The result depends on the number of processes
+    only by rounding.
 
     Args:
-        images: held-out images, to which the distance is.
-        extractor: an encoder of `evaluation/generation_metrics.py`.
-        count: how many samples, at least 4.
-        seed: of labels and noise.
-        labelled: whether samples have classes.
+        images: held-out images.
+        extractor: encoder of `evaluation/generation_metrics.py`.
+        accelerator: accelerator of the training.
+        count: number of samples, at least 4.
+        seed: seed of the labels and the noise.
+        labelled: whether the model is class-conditional.
     """
 
     def __init__(
@@ -52,9 +54,12 @@ class KernelDistance:
     def __call__(
         self, pipeline: Any, interrupt: Callable[[], None] = no_interruption, **sampling: Any
     ) -> dict[str, float]:
-        """{"kid": …, "kid_error": …} of samples of `pipeline`, the same on every process; `sampling` goes to it.
+        """Sample from `pipeline` and return {"kid": …, "kid_error": …}, equal on every process.
 
-        `interrupt` is called before every batch, equally often on each process.
+        Args:
+            pipeline: pipeline of the model to evaluate.
+            interrupt: function that is called before every batch, equally often on each process.
+            **sampling: arguments of the pipeline's call.
         """
         if self._reference is None:
             indices = self._indices
@@ -65,11 +70,14 @@ class KernelDistance:
 
         def draw(items: list[int]) -> Tensor:
             seeds = [torch.Generator().manual_seed(derive_seed(self.seed, "kid", i)) for i in items]
-            if self._labels is None:
-                images = pipeline(num_images_per_label=len(items), generator=seeds, output_type="pt", **sampling).images
-            else:
-                labels = [self._labels[i] for i in items]
-                images = pipeline(labels, generator=seeds, output_type="pt", **sampling).images
+            given = {"num_images_per_label": len(items)}
+            if self._labels is not None:
+                given = {"class_labels": [self._labels[i] for i in items]}
+            try:
+                images = pipeline(**given, generator=seeds, output_type="pt", **sampling).images
+            except NonFiniteImageError as error:  # they count as the gray pictures that they are nearest to
+                print(f"KID: {error}", flush=True)
+                images = error.images
             return images.mul(255).round().to(torch.uint8)
 
         pipeline.set_progress_bar_config(disable=True)
@@ -78,9 +86,10 @@ class KernelDistance:
         return {"kid": kid(samples, reference, within), "kid_error": error}
 
     def _gather(self, count: int, images: Callable[[list[int]], Tensor], interrupt: Callable[[], None]) -> Tensor:
-        """Features (count, D) of `images(items)`, shared by the processes.
+        """Encode `images(items)` for all items, distributed over the processes: (count, D) on every process.
 
-        All call `images` equally often, as a sharded model needs: what lies beyond the end repeats and is dropped.
+        A sharded model requires that all processes call `images` equally often. Processes without a batch of their own
+        repeat one, and its result is dropped.
         """
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
         batches = [range(start, min(start + BATCH_SIZE, count)) for start in range(0, count, BATCH_SIZE)]

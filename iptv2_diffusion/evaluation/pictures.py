@@ -1,4 +1,4 @@
-"""Sheets of pictures: rows with a name at the left; crops of one picture side by side."""
+"""Image grids: rows of images with names, and crops of several versions of one image side by side."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def picture_sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, gap: int = 2) -> Image.Image:
-    """Rows of equally large pictures on white, each row's name (if given) in a column at the left.
+    """Arrange rows of equally large images on white, with optional names of the rows at the left.
 
-    Small pictures are enlarged by a whole factor, without smoothing, so that the sheet stays readable.
+    Small images are enlarged by an integer factor without smoothing.
+
+    Args:
+        rows: rows of images.
+        names: names of the rows, or of the first rows.
+        gap: pixels between images.
     """
     width, height = rows[0][0].size
     factor = max(1, 64 // max(width, height))
@@ -30,7 +35,12 @@ def picture_sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = 
 
 
 def side_by_side(shown: dict[str, np.ndarray], size: int = 192) -> Image.Image:
-    """Crops from the middle of (H, W, C) arrays on 0–255, twice enlarged, a name above each."""
+    """Arrange crops from the middle of (H, W, C) arrays in 0–255 in a row, enlarged twice, with a name above each.
+
+    Args:
+        shown: name -> array.
+        size: side of a crop in pixels.
+    """
     sheet = Image.new("RGB", (len(shown) * (2 * size + 4), 2 * size + 20), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (name, image) in enumerate(shown.items()):

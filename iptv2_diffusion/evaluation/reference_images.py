@@ -1,4 +1,4 @@
-"""The real images that generated ones are compared with: any data set, or a file of ADM's with its statistics."""
+"""Reference images for FID and other distances: any data set, or ADM's .npz file with its stored statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
 from iptv2_diffusion.evaluation.generation_metrics import Statistics
-from iptv2_diffusion.files import file_sha256
+from iptv2_diffusion.files import file_sha256, user_path
 
 __all__ = ["ReferenceImages"]
 
@@ -22,30 +22,30 @@ _ADM_STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 class ReferenceImages:
-    """Real images, and Inception's statistics of a larger set where a file stores them.
+    """Real images and, if the file stores them, Inception's statistics of a larger set.
 
-    ADM's `VIRTUAL_imagenet256_labeled.npz` holds 10,000 images and the statistics of the whole training set: FID and
-    sFID are then against all of it, precision, recall and KID against the images.
+    ADM's `VIRTUAL_imagenet256_labeled.npz` contains 10,000 images and the statistics of the whole training set. FID and
+    sFID then use the stored statistics; precision, recall and KID use the images.
 
     Args:
-        source: what `load_image_dataset` takes, or an .npz file with arr_0 (N, H, W, 3) uint8.
-        split: of a data set.
-        size: a data set's images are cropped to it as by ADM.
+        source: source of `load_image_dataset`, or an .npz file with arr_0 (N, H, W, 3) uint8.
+        split: split of a data set.
+        size: size of ADM's centre crop, which a data set's images receive.
 
     Attributes:
-        count: N.
-        stored: statistics by head of `inception_v3`: "pool", "spatial"; empty for a data set.
-        preparation: what was done to the images, in words.
+        count: number N of images.
+        stored: statistics by output of `inception_v3` ("pool", "spatial"); empty for a data set.
+        preparation: description of the preprocessing.
 
     Raises:
-        FileNotFoundError, ValueError: no such source, or no images in it.
+        FileNotFoundError, ValueError: the source does not exist or contains no images.
     """
 
     def __init__(self, source: str, *, split: str = "train", size: int = 256) -> None:
         self.source, self.stored = source, {}
         self._array: np.ndarray | None = None
         if source.endswith(".npz"):
-            self._open_npz(Path(source))
+            self._open_npz(user_path(source))
             self.count, self.preparation = len(self._array), "as stored"
         else:
             self._images = ImageTensors(load_image_dataset(source, split=split), size=size)
@@ -71,7 +71,7 @@ class ReferenceImages:
             raise ValueError(f"{path}: arr_0 is {self._array.dtype} {self._array.shape}, not uint8 (N, H, W, 3)")
 
     def batches(self, size: int = 64) -> Iterator[Tensor]:
-        """All images: (N, 3, H, W) uint8."""
+        """Iterate over all images in batches of (size, 3, H, W) uint8; the last batch may be smaller."""
         for start in range(0, self.count, size):
             stop = min(start + size, self.count)
             if self._array is not None:
@@ -80,9 +80,9 @@ class ReferenceImages:
                 yield self._images.pixels(self._indices[start:stop])
 
     def sha256(self) -> str:
-        """Of the .npz file, or of the cropped pixels of a data set."""
+        """SHA-256 of the .npz file, or of the cropped pixels of a data set."""
         if self._array is not None:
-            return file_sha256(self.source)
+            return file_sha256(user_path(self.source))
         digest = hashlib.sha256()
         for batch in self.batches():
             digest.update(batch.numpy().tobytes())

@@ -1,6 +1,7 @@
-"""PSNR, SSIM and LPIPS of restored images, with the protocol stated: colour or luma, border, clipping, rounding.
+"""PSNR, SSIM and LPIPS of restored images with an explicit protocol: colour or luma, border, clipping, rounding.
 
-PSNR and SSIM in float64 (torchmetrics' own PSNR rounds to float32); `tests/evaluation/` holds all to independent code.
+PSNR and SSIM are computed in float64; torchmetrics' PSNR rounds to float32. `tests/evaluation/` compares all three with
+independent code.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ LPIPS_NETWORKS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """How two images are made ready to be compared.
+    """Preprocessing of two images before they are compared.
 
     Attributes:
-        channels: "rgb" compares all channels, "y" the luma of ITU-R BT.601. Deraining papers' figures are "y" with
-            `round`: MATLAB's rgb2ycbcr takes and gives 8 bits.
-        crop: pixels left out at each border.
-        clip: clip the restored image to [0, 1].
-        round: quantise both to 8 bits.
+        channels: "rgb" compares all channels, "y" compares the luma of ITU-R BT.601. Deraining papers report "y" with
+            `round`, because MATLAB's rgb2ycbcr takes and returns 8 bits.
+        crop: number of pixels excluded at each border.
+        clip: whether to clip the images to [0, 1].
+        round: whether to quantise both images to 8 bits.
     """
 
     channels: str = "rgb"
@@ -46,7 +47,11 @@ class Protocol:
             raise ValueError(f"crop is {self.crop}; it must not be negative")
 
     def prepare(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) on [0, 1] -> what is compared, float64."""
+        """Preprocess images (B, C, H, W) in [0, 1] -> (B, C or 1, H - 2·crop, W - 2·crop) float64.
+
+        Raises:
+            ValueError: `crop` leaves no pixels.
+        """
         image = image.double()
         if self.clip:
             image = image.clamp(0, 1)
@@ -65,16 +70,22 @@ class Protocol:
 
 
 def psnr(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Tensor:
-    """PSNR of each image (B, C, H, W) on [0, 1] in dB, over all channels together: (B,) of float64; inf if equal."""
+    """Peak signal-to-noise ratio of each image (B, C, H, W) in [0, 1], over all channels: (B,) float64 in dB.
+
+    Equal images give infinity.
+    """
     error = protocol.prepare(restored) - protocol.prepare(clean)
     return -10 * error.square().flatten(1).mean(dim=1).log10()
 
 
 def ssim(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Tensor:
-    """SSIM of each image (Wang et al. 2004): Gaussian window of 11 pixels, σ 1.5; mean over the channels: (B,).
+    """Structural similarity of each image (B, C, H, W) in [0, 1] (Wang et al. 2004): (B,) float64.
 
-    Only windows inside the image count, as in the original and in restoration papers; torchmetrics alone would count
-    those over its mirrored border too.
+    The window is Gaussian with 11 pixels and σ = 1.5. The result is the mean over the channels. As in the paper and in
+    restoration papers, only windows inside the image count; torchmetrics also counts windows over its mirrored border.
+
+    Raises:
+        ValueError: the images are smaller than the window.
     """
     a, b = protocol.prepare(restored), protocol.prepare(clean)
     if min(a.shape[-2:]) < 11:
@@ -84,16 +95,16 @@ def ssim(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Te
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018) of restored and clean images (B, 3, H, W): (B,), 0 if equal.
+    """Learned perceptual image patch similarity (Zhang et al. 2018): (B, 3, H, W) pairs -> (B,), 0 for equal images.
 
-    torchmetrics brings the weights that compare features; those of the network that makes them must lie where
-    torch.hub keeps its downloads. Nothing is downloaded here.
+    torchmetrics contains the weights of the linear layers. The weights of the feature network must be in the cache of
+    torch.hub. This class downloads nothing.
 
     Args:
-        network: "alex", which papers report, "vgg" or "squeeze".
+        network: feature network: "alex" (which papers report), "vgg" or "squeeze".
 
     Raises:
-        FileNotFoundError: its weights are not there; the message names the file and where to get it.
+        FileNotFoundError: the weights are not in the cache. The message names the file and its URL.
     """
 
     def __init__(self, network: Literal["alex", "vgg", "squeeze"] = "alex") -> None:
@@ -104,17 +115,20 @@ class LPIPS(nn.Module):
         url = get_weight(f"{LPIPS_NETWORKS[network]}.DEFAULT").url
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
         if not path.is_file():
-            raise FileNotFoundError(f"LPIPS needs {path}, which can be had at {url}")
-        torch.load(path, map_location="cpu", weights_only=True)  # torchvision would unpickle whatever lies there
+            raise FileNotFoundError(f"LPIPS needs {path}; download it from {url}")
+        torch.load(path, map_location="cpu", weights_only=True)  # torchvision would unpickle any file
         self.metric = LearnedPerceptualImagePatchSimilarity(network, normalize=True)
 
     def forward(self, restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Tensor:
-        """`protocol` crops and rounds; it must be in colour, and always clips."""
+        """Compare restored and clean images (B, 3, H, W) in [0, 1] -> (B,).
+
+        The protocol must compare RGB. Images are always clipped.
+        """
         pairs = zip(protocol.prepare(restored).clamp(0, 1).float(), protocol.prepare(clean).float(), strict=True)
         return torch.stack([self.metric(a[None], b[None]) for a, b in pairs])
 
 
 def luma(image: Tensor) -> Tensor:
-    """Luma of an RGB image (B, 3, H, W) on [0, 1] by rgb2ycbcr's weights: (B, 1, H, W) on [16/255, 235/255]."""
+    """Luma (ITU-R BT.601, as MATLAB's rgb2ycbcr): RGB (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [16/255, 235/255]."""
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=image.dtype, device=image.device) / 255
     return (image * weights[:, None, None]).sum(dim=1, keepdim=True) + 16 / 255

@@ -1,4 +1,4 @@
-"""What a run leaves: folders that appear whole, weights in another precision."""
+"""Output of a run: atomic replacement of folders, and casting of weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import nn
 
 from iptv2_diffusion.data.own_folder import OwnFolder
 
-# What we write into such folders: of a folder without a record these are replaced, all else is kept
+# Suffixes of the files that we write. In a folder without a record, these files are replaced and all others are kept.
 _OURS = {".safetensors", ".json", ".yaml", ".bin", ".md"}
 
 
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` once all is written; what was there stays till then.
+    """Context manager that yields a temporary folder and replaces `folder` with it on success.
 
-    Files in it that were not written here are kept: they move into the new one, unless it has a file of their name.
+    Until then `folder` does not change. Files in `folder` that a user added are kept: they are copied to the new folder
+    unless it has a file of the same name.
     """
     temporary, old = (folder.with_name(f".tmp-{part}{folder.name}") for part in ("", "old-"))
     shutil.rmtree(temporary, ignore_errors=True)
@@ -35,13 +36,13 @@ def replaced(folder: Path) -> Iterator[Path]:
             record.record(f"{folder.name}/{name}", (temporary / name).stat().st_size)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        folder.replace(old)  # two renames, so that a kill costs neither
+        folder.replace(old)  # with two renames, a killed process loses neither folder
     temporary.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def foreign_files(folder: Path, record: OwnFolder, names: set[str]) -> list[str]:
-    """Files of a folder, by name inside it, that neither the record nor `names` knows as ours."""
+    """Return the files of a folder, by relative name, that are neither in the record nor in `names`."""
     found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     known = any(f"{folder.name}/{name}" in record.files for name in found)
     ours = (
@@ -51,9 +52,9 @@ def foreign_files(folder: Path, record: OwnFolder, names: set[str]) -> list[str]
 
 
 def cast(model: nn.Module, dtype: str) -> nn.Module:
-    """The model's parameters in another dtype, but for the parts that it wants in float32.
+    """Cast the parameters of a model in place, except those of `_keep_in_fp32_modules`, and return the model.
 
-    (diffusers' `to` casts those too, and warns of it.)
+    diffusers' `to` would cast these as well, with a warning.
     """
     kept = getattr(model, "_keep_in_fp32_modules", None) or []
     for name, parameter in model.named_parameters():

@@ -1,9 +1,9 @@
-"""Folders of generated images: the same bytes on any number of processes, and after any kill.
+"""Reproducible folders of generated images: the same bytes for any number of processes, and after an interruption.
 
-Image i has label and noise from (seed, i) alone. The networks take images in groups whose members are fixed (group g is
-images g·G to g·G + G - 1), because a matrix product of another shape rounds differently: each group is drawn whole by
-one process, so that the bytes depend on neither the number of processes nor, on a CPU, the batch size. An image is
-written beside its place and moved there: a killed run leaves whole images only, and the same command draws the rest.
+The label and the noise of image i depend only on (seed, i). The networks process images in fixed groups (group g has
+images g·G to g·G + G - 1), because a matrix product of another shape rounds differently. One process samples a whole
+group, so the bytes do not depend on the number of processes or, on a CPU, on the batch size. Images are written
+atomically: an interrupted run leaves only complete images, and the same command samples the rest.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.files import file_sha256
 from iptv2_diffusion.models.presets import count_macs, count_parameters
 from iptv2_diffusion.non_finite import NonFiniteImageError
+from iptv2_diffusion.training.accelerator import PROCESS_TIMEOUT, set_threads
 from iptv2_diffusion.training.checkpoint import differing_fields
 from iptv2_diffusion.training.errors import ConfigError, LocalError, UserError, loading, user_errors
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.loop import PROCESS_TIMEOUT, set_threads
 from iptv2_diffusion.training.options import Config, frozen_fields, option
 
 CPU_GROUP_SIZE = 8
@@ -46,7 +46,7 @@ RECIPE = "generation.json"
 IMAGES = "images"
 KIND = "generated images"
 _TEMPORARY = re.compile(r"\.tmp-(\d{6}|([0-9a-f]{8}-)?\d+-[0-9a-f]{8})\.png")  # of this version and of earlier ones
-_PNG_END = b"IEND\xaeB`\x82"  # the last chunk of a whole PNG file
+_PNG_END = b"IEND\xaeB`\x82"  # last chunk of a complete PNG file
 
 NOISE_SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -61,7 +61,7 @@ FLOW_SCHEDULERS = {"flow-euler": "FlowMatchEulerDiscreteScheduler", "flow-heun":
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig(Config):
-    """What decides the images."""
+    """Options that determine the generated images."""
 
     pipeline: str = option(
         "assets/iptv2-emoji64", "folder or Hub name of an IPT-V2 or DiT pipeline", group="images", free=True
@@ -116,6 +116,7 @@ class GenerationConfig(Config):
     overwrite: bool = option(False, "delete the images in output_dir and start again", group="results", free=True)
 
     def validate(self) -> None:
+        """Raise a `ConfigError` that names the options if two of them contradict each other."""
         if self.class_counts is not None and self.labels != "balanced":
             raise ConfigError(f"class_counts goes with balanced labels, but labels is {self.labels}; leave one out")
         start, stop = self.guidance_interval
@@ -124,7 +125,7 @@ class GenerationConfig(Config):
 
 
 def start_accelerator(num_threads: int) -> Accelerator:
-    """The accelerator of a sampling run: nothing is trained, so autocast is not its business."""
+    """Create the accelerator of a sampling run. `load_pipeline` handles autocast instead."""
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)])
     set_threads(num_threads, accelerator)
     return accelerator
@@ -135,12 +136,19 @@ def start_accelerator(num_threads: int) -> Accelerator:
 
 
 def load_pipeline(config: GenerationConfig, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, ready to sample, and what it is: the files' hashes, the scheduler, the versions.
+    """Load the pipeline and put it on the device, fused, with the scheduler and the precision of `config`.
 
-    diffusers' `DiTPipeline` becomes ours around the same components: its ancestral noise comes from no seed of an
-    image's own, and it knows no guidance interval.
+    The components of diffusers' `DiTPipeline` are put into an `IPTV2Pipeline`, because `DiTPipeline` does not support
+    one seed per image for ancestral noise, or a guidance interval.
+
+    Returns:
+        The pipeline and its description: SHA-256 of the files, scheduler, number of classes, parameters, GMACs.
+
+    Raises:
+        ConfigError: the pipeline has another class, or the scheduler does not fit.
+        UserError: the pipeline cannot be loaded.
     """
-    from iptv2_diffusion import IPTV2Pipeline  # late: diffusers' pipelines take seconds to import
+    from iptv2_diffusion import IPTV2Pipeline  # imported late because diffusers' pipelines take seconds
 
     diffusers.utils.logging.disable_progress_bar()
     with loading(config.pipeline):
@@ -172,7 +180,11 @@ def load_pipeline(config: GenerationConfig, device: torch.device) -> tuple[Any, 
 
 
 def change_scheduler(pipeline: Any, name: str) -> Any:
-    """Another scheduler of the same kind, for the target that the denoiser was trained on."""
+    """Create another scheduler for the denoiser's training target (noise or flow matching).
+
+    Raises:
+        ConfigError: the scheduler is for the other target.
+    """
     flow = type(pipeline.scheduler).__name__ in FLOW_SCHEDULERS.values()
     fitting = FLOW_SCHEDULERS if flow else NOISE_SCHEDULERS
     if name not in fitting:
@@ -180,7 +192,7 @@ def change_scheduler(pipeline: Any, name: str) -> Any:
         raise ConfigError(f"scheduler {name} does not fit a denoiser of {target}; use one of {', '.join(fitting)}")
     scheduler_class, options = getattr(diffusers, fitting[name]), {}
     if scheduler_class in (DDPMScheduler, DDIMScheduler):
-        options["clip_sample"] = False  # their default, for pixels in [-1, 1]
+        options["clip_sample"] = False  # the default True is for pixels in [-1, 1]
     if scheduler_class is DDPMScheduler:
         learned = pipeline.transformer.config.out_channels == 2 * pipeline.transformer.config.in_channels
         options["variance_type"] = "learned_range" if learned else "fixed_small"
@@ -192,14 +204,15 @@ def change_scheduler(pipeline: Any, name: str) -> Any:
 
 
 class SampleFolder:
-    """A folder with images/000000.png …, generation.json (what decided them) and seconds-*.jsonl (how long it took).
+    """Folder with images/000000.png …, generation.json (the recipe) and seconds-*.jsonl (the sampling times).
 
-    It has a record of the images that were drawn (`own_folder.py`): others are neither counted nor deleted.
+    The folder has a record of its images (`own_folder.py`). Files that are not in the record are neither counted nor
+    deleted.
 
     Args:
-        folder: the folder.
-        process: number of this process of those that draw.
-        size: (height, width) that the images must have; None: whatever they have.
+        folder: path of the folder.
+        process: index of this process.
+        size: (height, width) that the images must have; None to accept any size.
     """
 
     def __init__(self, folder: str | Path, process: int = 0, size: tuple[int, int] | None = None) -> None:
@@ -207,20 +220,20 @@ class SampleFolder:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the records of all processes anew."""
+        """Read the records of all processes again."""
         self.own = OwnFolder(self.folder, KIND, self.process)
 
     @staticmethod
     def name(index: int) -> str:
-        """Name of image `index` inside the folder."""
+        """Return the relative name of image `index`."""
         return f"{IMAGES}/{index:06d}.png"
 
     def path(self, index: int) -> Path:
-        """Where image `index` lies."""
+        """Return the path of image `index`."""
         return self.folder / self.name(index)
 
     def has(self, index: int) -> bool:
-        """Whether the image was drawn, is there and whole (a crash of the machine, unlike a kill, may cut a file)."""
+        """Return whether image `index` is recorded and its file is complete (a machine crash can truncate it)."""
         if not self.own.holds(self.name(index)):
             return False
         try:
@@ -233,7 +246,11 @@ class SampleFolder:
         return whole and self.size in (None, (height, width))
 
     def about(self) -> dict[str, Any]:
-        """generation.json: pipeline, versions, and the recipe, which must not change; empty if there is none."""
+        """Read generation.json: pipeline, versions and recipe; empty if the file does not exist.
+
+        Raises:
+            UserError: the file is not JSON, or not ours.
+        """
         try:
             about = json.loads((self.folder / RECIPE).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -241,23 +258,24 @@ class SampleFolder:
         except ValueError as error:
             raise UserError(f"{self.folder / RECIPE} is not JSON: delete it, or use --overwrite") from error
         if not isinstance(about, dict) or not isinstance(about.get("recipe"), dict):
-            raise UserError(f"{self.folder / RECIPE} was not written here: delete it, or choose another folder")
+            raise UserError(f"{self.folder / RECIPE} is not from this script: delete it, or choose another folder")
         return about
 
     def check(self, recipe: dict[str, Any]) -> None:
-        """Refuse to add to images that were made otherwise."""
+        """Raise a `ConfigError` if the folder has images of another recipe."""
         saved = self.about()
         changed = differing_fields(saved["recipe"], recipe) if saved else []
         if changed:
             changes = "; ".join(changed)
             raise ConfigError(
-                f"{self.folder} holds images made otherwise: {changes}; use another folder, or --overwrite"
+                f"{self.folder} has images of another recipe: {changes}; use another folder, or --overwrite"
             )
 
     def prepare(self, about: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder, remove what a kill left half-written, write generation.json.
+        """Create the folder, remove temporary files of an interrupted run, and write generation.json.
 
-        Raises `ForeignFolderError`, a ValueError, for a folder with other things in it.
+        Raises:
+            ForeignFolderError: a ValueError; the folder has files of something else.
         """
         self.own = OwnFolder.claim(self.folder, KIND, process=self.process, earlier=_made_before_records)
         (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
@@ -270,31 +288,34 @@ class SampleFolder:
             temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     def write(self, index: int, image: np.ndarray) -> None:
-        """(H, W, 3) uint8 to its place, whole or not at all."""
+        """Write an image (H, W, 3) uint8 atomically."""
         with self.own.writing(self.name(index), durable=False) as temporary:  # `has` finds those that a crash cut
             Image.fromarray(image).save(temporary, format="PNG")
 
     def note_seconds(self, process: int, images: int, seconds: float) -> None:
-        """Append how long a group took."""
+        """Append the sampling time of a group of images."""
         self.own.record(f"seconds-{process}.jsonl", None)
         with (self.folder / f"seconds-{process}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"images": images, "seconds": round(seconds, 4)}) + "\n")
 
     def seconds_per_image(self) -> float | None:
-        """Of one process, over all groups drawn so far; None before the first."""
+        """Return the mean seconds per image of one process over all groups so far; None before the first group."""
         rows = [row for path in self.folder.glob("seconds-*.jsonl") for row in read_metrics(path)]
         images = sum(row["images"] for row in rows)
         return sum(row["seconds"] for row in rows) / images if images else None
 
     def batches(self, count: int, batch_size: int = 64) -> Iterator[Tensor]:
-        """The first `count` images: (N, 3, H, W) uint8."""
+        """Iterate over the first `count` images in batches (N, 3, H, W) uint8."""
         for start in range(0, count, batch_size):
             with user_errors(OSError):
                 images = [np.asarray(Image.open(self.path(i))) for i in range(start, min(start + batch_size, count))]
             yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
     def write_npz(self, labels: list[int] | None, count: int) -> Path:
-        """ADM's file: arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels, image by image, so that N does not matter."""
+        """Write ADM's .npz file: arr_0 (N, H, W, 3) uint8 and arr_1 (N,) int64 labels.
+
+        Images are written one by one, so that memory does not grow with N.
+        """
         height, width = np.asarray(Image.open(self.path(0))).shape[:2]
         path = self.folder / f"samples_{count}x{height}x{width}x3.npz"
         with (
@@ -317,7 +338,7 @@ class SampleFolder:
 
 
 def _made_before_records(folder: Path) -> list[str] | None:
-    """Files of a folder that a version without records made; None for a folder of something else."""
+    """Return the files of a folder that a version without records made; None if the folder is something else."""
     try:
         about = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
         if not {"recipe", "pipeline", "versions"} <= set(about):
@@ -334,7 +355,7 @@ def _made_before_records(folder: Path) -> list[str] | None:
 
 
 def label_of(config: GenerationConfig, index: int, num_classes: int | None) -> int | None:
-    """Class of image `index`; None without classes."""
+    """Return the class of image `index`; None for the null label or an unconditional pipeline."""
     if config.labels == "none" or num_classes is None:
         return None
     if config.labels == "random":
@@ -347,7 +368,10 @@ def label_of(config: GenerationConfig, index: int, num_classes: int | None) -> i
 
 @functools.cache
 def spread_labels(class_counts: tuple[int, ...]) -> list[int]:
-    """Class k `class_counts[k]` times at equal distances, so that the first n labels have about these shares."""
+    """Spread each class k evenly over a list that has it `class_counts[k]` times.
+
+    The first n labels of the list then have approximately the same class frequencies.
+    """
     places = [((i + 0.5) / count, label) for label, count in enumerate(class_counts) for i in range(count)]
     return [label for _, label in sorted(places)]
 
@@ -355,7 +379,11 @@ def spread_labels(class_counts: tuple[int, ...]) -> list[int]:
 def draw(
     pipeline: Any, config: GenerationConfig, indices: list[int]
 ) -> tuple[np.ndarray, dict[int, NonFiniteImageError]]:
-    """The images of these numbers, (N, H, W, 3) uint8, and for those that are not finite why, by number."""
+    """Sample the images with these indices.
+
+    Returns:
+        The images (N, H, W, 3) uint8, and the errors of the images with NaN or infinity, by index.
+    """
     labels = [label_of(config, index, pipeline.num_classes) for index in indices]
     spoilt: dict[int, NonFiniteImageError] = {}
     try:
@@ -370,13 +398,19 @@ def draw(
         ).images
     except NonFiniteImageError as error:
         images, spoilt = error.images, {indices[place]: error for place in error.indices}
-    except ValueError as error:  # such as a scheduler that does not fit
+    except ValueError as error:  # for example a scheduler that does not fit
         raise UserError(str(error)) from error
     return (images.nan_to_num(0.0) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), spoilt
 
 
 def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str | Path) -> SampleFolder:
-    """Draw what is missing of `num_samples` images into `output_dir`, on all processes together."""
+    """Sample the missing images of `config.num_samples` into `output_dir`, on all processes together.
+
+    Raises:
+        ConfigError: the options do not fit the pipeline or the images in the folder.
+        UserError: a file cannot be written.
+        KeyboardInterrupt: the run was interrupted. The message gives the number of complete images.
+    """
     pipeline, made_by = load_pipeline(config, accelerator.device)
     if config.class_counts is not None and len(config.class_counts) != pipeline.num_classes:
         raise ConfigError(
@@ -391,7 +425,7 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
         folder.check(recipe)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     about = {"pipeline": config.pipeline, "versions": versions, "recipe": recipe}
-    accelerator.wait_for_everyone()  # before the first writes what all have just read
+    accelerator.wait_for_everyone()  # the main process writes the file that all processes have read above
     missing: list[Any] = [None]
     if accelerator.is_main_process:
         with user_errors(OSError, ValueError):
@@ -399,13 +433,14 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
         groups = range(-(-config.num_samples // size))
         missing = [[g for g in groups if any(not folder.has(i) for i in members(g, size, config.num_samples))]]
     (missing,) = broadcast_object_list(missing)
+    folder.refresh()  # with what the main process took over of an earlier version
     try:
         draw_groups(pipeline, config, accelerator, folder, missing, size)
     except KeyboardInterrupt:
         folder.refresh()
         there = sum(folder.has(index) for index in range(config.num_samples))
-        raise UserError(
-            f"stopped: {there} of {config.num_samples} images are in {output_dir}, whole; the same command goes on"
+        raise KeyboardInterrupt(
+            f"stopped: {output_dir} has {there} of {config.num_samples} images; run the same command to continue"
         ) from None
     accelerator.wait_for_everyone()
     folder.refresh()
@@ -417,7 +452,7 @@ def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
 
 
 def members(group: int, size: int, count: int) -> range:
-    """Numbers of the images of a group that are wanted."""
+    """Return the indices below `count` of the images of a group."""
     return range(group * size, min(group * size + size, count))
 
 
@@ -429,7 +464,11 @@ def draw_groups(
     missing: list[int],
     size: int,
 ) -> None:
-    """This process's share of the missing groups."""
+    """Sample this process's share of the missing groups.
+
+    Raises:
+        LocalError: some images have NaN or infinity. All others are written.
+    """
     processes = accelerator.num_processes
     absent = sum(len(members(g, size, config.num_samples)) for g in missing)
     bar = tqdm(
@@ -451,7 +490,7 @@ def draw_groups(
                 if index not in spoilt and not folder.has(index):
                     folder.write(index, image)
         failed |= {index: error for index, error in spoilt.items() if index in indices}
-        bar.update(min(len(indices) * processes, bar.total - bar.n))  # the others are about as far
+        bar.update(min(len(indices) * processes, bar.total - bar.n))  # the other processes progress equally fast
     bar.close()
     if failed:
         first = min(failed)
@@ -459,6 +498,6 @@ def draw_groups(
             "" if config.mixed_precision == "no" else f" (with --mixed_precision {config.mixed_precision}: try no)"
         )
         raise LocalError(
-            f"{len(failed)} images are left out, such as {first}: {failed[first]}{precision}; the others are in "
+            f"{len(failed)} images are missing, for example {first}: {failed[first]}{precision}; the others are in "
             f"{folder.folder}"
         )

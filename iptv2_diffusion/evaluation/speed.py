@@ -1,6 +1,6 @@
-"""Seconds, memory and operators of a function, and the tables and plots made of them.
+"""Timing, peak memory and operator profile of functions, with tables and plots.
 
-Functions that are compared take turns in one process, so that a machine that others use too slows all of them alike.
+Functions under comparison take turns in one process, so that other load on the machine slows all of them equally.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Step = Callable[[], Any]
 Row = dict[str, Any]
 
-# Kinds of operators by what an ATen name contains; the first match counts.
+# Kinds of operators, by substrings of ATen names; the first match applies.
 OPERATOR_KINDS = {
     "attention": ("scaled_dot_product", "flash_attention"),
     "convolutions": ("convolution", "conv2d"),
@@ -41,9 +41,16 @@ OPERATOR_KINDS = {
 def time_interleaved(
     steps: dict[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each counted round, after one round of warm-up; the functions take turns.
+    """Time functions that take turns, for a number of rounds after one warm-up round.
 
-    `time.process_time` as `clock` counts the CPU's seconds, of all threads together: for a core shared with others.
+    Args:
+        steps: name -> function.
+        rounds: number of timed rounds.
+        clock: function that returns seconds. On a shared core, use `time.process_time`: it counts CPU time, summed over
+            all threads.
+
+    Returns:
+        name -> seconds in each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
@@ -56,12 +63,12 @@ def time_interleaved(
 
 
 def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> float:
-    """Median over the rounds of the seconds of one to those of another."""
+    """Return the median over the rounds of the ratio of the times of `name` and `reference`."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
 
 
 def summary(values: Sequence[float]) -> Row:
-    """Median, least and greatest."""
+    """Return the median, the minimum and the maximum of times in seconds."""
     return {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
 
 
@@ -71,9 +78,10 @@ def matmul_rate(
     clock: Callable[[], float] = time.perf_counter,
     device: str = "cpu",
 ) -> float:
-    """GFLOP/s of matrix products, the best of the rounds: the machine's limit.
+    """Measure the machine's peak rate of matrix products in GFLOP/s, the best of the rounds.
 
-    2048×1024 by 1024×1024; on a GPU, which would mostly start kernels then, 8192×8192 by 8192×8192.
+    The product is 2048×1024 by 1024×1024 on a CPU. It is 8192×8192 by 8192×8192 on a GPU, where kernel launches would
+    dominate a small product.
     """
     rows, inner = (2048, 1024) if device == "cpu" else (8192, 8192)
     a, b = (torch.randn(size, inner, device=device, dtype=getattr(torch, precision)) for size in (rows, inner))
@@ -82,9 +90,12 @@ def matmul_rate(
 
 
 class PeakMemory:
-    """The most resident memory of this process inside a `with`, above what it had before, in bytes.
+    """Context manager that measures the peak resident memory inside it, relative to the memory before it.
 
-    What was freed before is handed back to the system first (glibc), else it would be used again and not be counted.
+    On entry, freed memory returns to the system (glibc only). Otherwise its reuse would not be counted.
+
+    Attributes:
+        bytes: the increase, available after the context ends.
     """
 
     def __enter__(self) -> PeakMemory:
@@ -104,12 +115,12 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._peak = max(self._peak, self._process.memory_info().rss)  # on a busy machine the thread may not have run
+        self._peak = max(self._peak, self._process.memory_info().rss)  # on a busy machine the thread may not run
         self.bytes = max(0, self._peak - self._before)
 
 
 def describe_machine() -> dict[str, str]:
-    """Processor, Python and torch, for what stands beside a figure."""
+    """Describe the processor and the versions of Python and torch, to state beside a result."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -118,7 +129,7 @@ def describe_machine() -> dict[str, str]:
 
 
 class OperatorClock(TorchDispatchMode):
-    """Adds up the seconds of operators by kind."""
+    """Dispatch mode that sums the seconds of operators by kind."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__()
@@ -134,9 +145,10 @@ class OperatorClock(TorchDispatchMode):
 
 
 def operator_times(step: Step, rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Seconds of one call by kind of operator, after a warm-up; time between operators (Python, autograd) is not in it.
+    """Measure the seconds of one call by kind of operator, after a warm-up.
 
-    torch.profiler knows no clock but the wall's, which on a shared core counts others' work.
+    Time between operators (Python, autograd) is excluded. torch.profiler offers only wall time, which includes the work
+    of other processes on a shared core.
     """
     step()
     with OperatorClock(clock) as counter:
@@ -150,19 +162,19 @@ def operator_times(step: Step, rounds: int, clock: Callable[[], float] = time.pe
 
 
 def format_cell(value: Any) -> str:
-    """A number to three or four figures; nothing for None."""
+    """Format a table cell: floats with four significant digits, None as an empty string."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def to_markdown(rows: Iterable[Row], columns: Sequence[str]) -> str:
-    """A Markdown table of these columns."""
+    """Format rows as a Markdown table with these columns."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(format_cell(row.get(column)) for column in columns)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def save_rows(rows: Sequence[Row], folder: Path) -> None:
-    """rows.csv and rows.md, with every column that any row has."""
+    """Write rows.csv and rows.md with the union of all columns."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -172,14 +184,14 @@ def save_rows(rows: Sequence[Row], folder: Path) -> None:
 
 
 def save_plot(rows: Sequence[Row], x: str, y: str, labels: tuple[str, str], path: Path) -> None:
-    """One line per model and whatever else tells rows apart: `y` over `x`, both logarithmic."""
+    """Plot `y` over `x` on logarithmic axes, with one line per model and setting."""
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.get(x) and row.get(y):
-            told_apart = ("model", "what", "form", "precision", "threads", "batch", "tile")
-            name = ", ".join(str(row[key]) for key in told_apart if key in row and (key != "batch" or x != "gmacs"))
+            settings = ("model", "what", "form", "precision", "threads", "batch", "tile")
+            name = ", ".join(str(row[key]) for key in settings if key in row and (key != "batch" or x != "gmacs"))
             lines.setdefault(name, []).append((row[x], row[y]))
     if not lines:
         return

@@ -1,4 +1,4 @@
-"""Fresh models, and single steps of theirs on random inputs, to time (`eval/throughput.py`)."""
+"""Models and single steps on random inputs for timing (`eval/throughput.py`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iptv2_diffusion.training.errors import user_errors
 
 
 def make_model(spec: str, sample_size: int | None = None, device: str = "cpu") -> nn.Module:
-    """A fresh model of a name such as `iptv2-s` or `iptv2-s:conditioning_dim=64:window_size=4`, channels-last."""
+    """Build a new channels-last model from a name such as `iptv2-s` or `iptv2-s:conditioning_dim=64:window_size=4`."""
     name, *arguments = spec.split(":")
     overrides = {key: yaml.safe_load(value) for key, _, value in (argument.partition("=") for argument in arguments)}
     overrides |= {} if sample_size is None else {"sample_size": sample_size}
@@ -27,7 +27,7 @@ def make_model(spec: str, sample_size: int | None = None, device: str = "cpu") -
 
 
 def make_unet(**overrides: Any) -> nn.Module:
-    """diffusers' class-conditional UNet with attention at the two lower resolutions."""
+    """Build diffusers' class-conditional UNet with attention at the two lower resolutions."""
     config = {
         "sample_size": 32,
         "in_channels": 4,
@@ -43,8 +43,7 @@ def make_unet(**overrides: Any) -> nn.Module:
 
 
 def deploy(model: nn.Module, form: str) -> nn.Module:
-    """The model as it is used for inference, in one of the forms fused, unfused, compiled (fused, by
-    `torch.compile`)."""
+    """Prepare a model for inference. `form` is "fused", "unfused" or "compiled" (fused, then `torch.compile`)."""
     if form != "unfused" and hasattr(model, "fuse"):
         model = model.fuse()
     model = model.eval().requires_grad_(False)
@@ -52,14 +51,14 @@ def deploy(model: nn.Module, form: str) -> nn.Module:
 
 
 class Autocast(nn.Module):
-    """A model under autocast, where a trainer's `Accelerator.prepare` puts it: around the forward, not the backward."""
+    """Model with autocast around its forward but not its backward, as `Accelerator.prepare` does in training."""
 
     def __init__(self, model: nn.Module, device: str, precision: str) -> None:
         super().__init__()
         self.model, self.device, self.precision = model, device, precision
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs."""
+        """Call the model under autocast."""
         with torch.autocast(self.device, getattr(torch, self.precision), enabled=self.precision != "float32"):
             return self.model(*args, **kwargs)
 
@@ -67,7 +66,15 @@ class Autocast(nn.Module):
 def make_step(
     model: nn.Module, batch_size: int, precision: str, training: bool, graphs: bool = False
 ) -> Callable[[], None]:
-    """A function that runs one forward, or one forward and backward, on fixed random inputs, on the model's device."""
+    """Return a function that runs one forward, or one forward and backward, on fixed random inputs.
+
+    Args:
+        model: denoiser; the inputs are on its device.
+        batch_size: number of samples.
+        precision: autocast dtype, such as "bfloat16"; "float32" disables autocast.
+        training: whether to run the backward too.
+        graphs: whether to record and replay a CUDA graph.
+    """
     size, labels = model.config.sample_size, null_label(model)
     with model.device:
         latents = torch.randn(batch_size, model.config.in_channels, size, size)

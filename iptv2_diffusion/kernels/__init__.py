@@ -1,21 +1,23 @@
-"""Fast forms of a few inner products, beneath the models that use them.
+"""Faster implementations ("fast forms") of a few operators that the models use.
 
-`models/` holds the plain formula of every operator, as the paper writes it, and marks it with `@operator`. A file here
-holds a faster form of one of them for one kind of device. `registry.py` chooses between the two at each call. Nothing
-here knows a model: these files import torch alone.
+`models/` holds the plain formula of every operator, as the paper writes it, and marks it with `@operator`. Each file
+here holds a fast form of one operator for one type of device. `registry.py` chooses between the two at each call.
+These files import only torch and depend on no model.
 
-| file | operator | why PyTorch's own is not used there |
+| file | operator | cost of PyTorch's own version |
 |---|---|---|
-| `cpu_attention.py` | `focal_attention`, `grid_attention` | autograd makes three times as many passes |
-| `cpu_depthwise.py` | `depthwise_conv2d` | oneDNN has no fast weight gradient for five columns |
-| `cpu_linear.py` | `linear` | `F.linear` copies the bias first; GELU is one more pass |
-| `cpu_scale_add.py` | `scale_add` | the backward of `torch.addcmul` makes two passes more |
+| `cpu_attention.py` | `focal_attention`, `grid_attention` | autograd makes three times as many passes over memory |
+| `cpu_depthwise.py` | `depthwise_conv2d` | oneDNN has no fast weight gradient for kernels of five columns |
+| `cpu_linear.py` | `linear` | `F.linear` copies the bias before the product; GELU is a separate pass |
+| `cpu_scale_add.py` | `scale_add` | the backward of `torch.addcmul` makes two extra passes |
+| `triton_fcsa.py` | `focal_attention` | on a GPU: window copies, and four passes over maps of 3C channels |
 
-docs/performance.md says what each form buys. `IPTV2_KERNELS=off`, or `use_fast_forms(False)`, runs the plain formulas
-everywhere.
+docs/performance.md gives the speed-up of each form. Set `IPTV2_KERNELS=off`, or call `use_fast_forms(False)`, to run
+the plain formulas everywhere.
 """
 
-from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add  # noqa: F401  (each adds its forms to the registry)
+# Each adds its forms to the registry.
+from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add, triton_fcsa  # noqa: F401
 from .registry import fast_forms_in_use, operator, upcast, use_fast_forms, without_autocast
 
 __all__ = ["fast_forms_in_use", "operator", "upcast", "use_fast_forms", "without_autocast"]

@@ -1,12 +1,12 @@
-"""FCSA and GGSA on CPUs: the plain formulas of models/attention.py in fewer passes over the feature maps.
+"""FCSA and GGSA on CPUs: the formulas of models/attention.py with fewer passes over the feature maps.
 
-A CPU spends the attentions' time on passes over maps, and autograd makes about three times as many as are needed. So
-each step below is an `autograd.Function` whose backward is written out. None of them assumes a layout of its inputs or
-of the gradients that it is given: nothing is written in place but into tensors made in the same function, and only
-through views of them (`view`, `permute`, slices), never through `reshape` or `flatten`, which may copy.
+On a CPU, passes over the maps dominate the time of the attentions, and autograd makes about three times as many as
+necessary. Each step below is therefore an `autograd.Function` with an explicit backward. No step assumes a layout of
+its inputs or of the incoming gradients. In-place writes go only into tensors made in the same function, and only
+through views (`view`, `permute`, slices). `reshape` and `flatten` may copy and are not used for this.
 
 Shape letters: G groups (windows or grid offsets, times batch), h heads, N positions or T tokens of a group, d channels
-of a head. Norms, logits and softmax are float32 at least, whatever the inputs and whatever autocast says.
+of a head. Norms, logits and softmax are at least float32 for every input dtype and under autocast.
 """
 
 import math
@@ -54,11 +54,14 @@ def focal_attention_cpu(
 
 
 def merge_branches(base: Tensor, inner: Tensor, merge_logits: Tensor, window: int) -> Tensor:
-    """base + s₂/(s₁ + s₂)·(inner - base) inside, base in the border of w/2: (B, H, W, C) and (B, H-w, W-w, C)."""
+    """Merge the two sets of windows: base + s₂/(s₁ + s₂)·(inner - base) in the interior, base in the border of w/2.
+
+    base is (B, H, W, C), inner is (B, H-w, W-w, C); returns (B, H, W, C).
+    """
     _, height, width, channels = inner.shape
     num_heads, start = merge_logits.shape[1], window // 2
     logits = upcast(merge_logits).unflatten(-1, (window, window)).permute(0, 2, 3, 1)  # (2, w, w, h)
-    # The interior's first position is that of (w/2, w/2) in a base window.
+    # The interior starts at position (w/2, w/2) of a base window.
     share = (logits[1] - logits[0].roll((-start, -start), dims=(0, 1))).sigmoid().to(base.dtype)
     share = share.repeat(height // window, width // window, 1)[..., None]  # (H-w, W-w, h, 1)
     border = (0, 0, 0, 0, start, window - start, start, window - start)
@@ -68,10 +71,9 @@ def merge_branches(base: Tensor, inner: Tensor, merge_logits: Tensor, window: in
 
 
 def partition_windows(qkv: Tensor, num_heads: int, window: int, shifted: bool) -> list[Tensor]:
-    """q, k, v of every window of a map (B, H, W, 3C), each (G, h, N, d); then those of the shifted windows.
+    """Cut q, k, v of a map (B, H, W, 3C) into windows, each (G, h, N, d); if `shifted`, also into shifted windows.
 
-    The shifted windows are those of the interior that is left when w/2 rows and columns are cut at the top and left,
-    and w - w/2 at the bottom and right.
+    The shifted windows tile the interior: the map without the first w/2 and the last w - w/2 rows and columns.
     """
     if wants_gradient(qkv):
         return list(PartitionWindows.apply(qkv, num_heads, window, shifted))
@@ -81,7 +83,7 @@ def partition_windows(qkv: Tensor, num_heads: int, window: int, shifted: bool) -
 
 
 def planes(qkv: Tensor, num_heads: int, window: int, shifted: bool) -> tuple[Tensor, ...]:
-    """The same as views (B, rows, columns, h, w, w, d) of the map."""
+    """Return the windows of `partition_windows` as views (B, rows, columns, h, w, w, d) of the map."""
     base = window_views(qkv, num_heads, window)
     if not shifted:
         return base
@@ -91,7 +93,7 @@ def planes(qkv: Tensor, num_heads: int, window: int, shifted: bool) -> tuple[Ten
 
 
 class PartitionWindows(torch.autograd.Function):
-    """`partition_windows`, whose backward writes all gradients into one map, without stacking or padding them first."""
+    """`partition_windows` with a backward that writes all gradients directly into one map."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, num_heads: int, window: int, shifted: bool) -> tuple[Tensor, ...]:
@@ -105,7 +107,7 @@ class PartitionWindows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         shape, num_heads, window, shifted = ctx.geometry
-        grad = grads[0].new_empty(shape)  # contiguous, and covered by the base windows
+        grad = grads[0].new_empty(shape)  # contiguous; the base windows cover it entirely
         for i, plane in enumerate(planes(grad, num_heads, window, shifted)):
             part = grads[i].reshape(plane.shape)
             plane.copy_(part) if i < 3 else plane.add_(part)
@@ -115,7 +117,7 @@ class PartitionWindows(torch.autograd.Function):
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, affine: Tensor, temperature: Tensor) -> Tensor:
     """v Aᵀ with A = softmax(τ q̂ᵀ k̂), q̂ = normalise_N(a·q), k̂ = normalise_N(a·k) (model.md §3).
 
-    Neither q̂ nor k̂ is ever formed: with S = qᵀ diag(a²) k, the norms divide the d×d matrix S instead.
+    q̂ and k̂ are never formed. With S = qᵀ diag(a²) k, the norms divide the d×d matrix S instead.
 
     Args:
         q, k, v: (G, h, N, d).
@@ -133,7 +135,7 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, affine: Tensor, temperatu
 
 
 def channel_attention_map(q: Tensor, k: Tensor, affine: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A (G, h, d, d), and 1/‖a·q‖ and 1/‖a·k‖ of every channel, (G, h, 1, d)."""
+    """Return A (G, h, d, d), and 1/‖a·q‖ and 1/‖a·k‖ of every channel, each (G, h, 1, d)."""
     weight = upcast(affine).square()  # a², (h, N)
     inverse_q = inverse_norm(weight[:, None] @ q.square())  # (G, h, 1, d)
     inverse_k = inverse_norm(weight[:, None] @ k.square())
@@ -147,14 +149,14 @@ def inverse_norm(squared: Tensor) -> Tensor:
 
 
 def norm_decay(energy: Tensor, inverse: Tensor) -> Tensor:
-    """What the norm takes from a gradient, E·inverse²; nothing where the norm is EPSILON instead of the vector's."""
+    """Factor E·inverse² of the term that a norm subtracts from a gradient; 0 where the norm is clamped to EPSILON."""
     return (energy * inverse.square()).masked_fill(inverse >= 1 / EPSILON, 0)
 
 
 class ChannelAttention(torch.autograd.Function):
-    """`channel_attention` with L = τ·S·inverse_q·inverse_k, A = softmax(L), out = v Aᵀ.
+    """`channel_attention` with an explicit backward: L = τ·S·inverse_q·inverse_k, A = softmax(L), out = v Aᵀ.
 
-    With E = dL∘L, whose row and column sums are the gradients of the logarithms of the norms:
+    The row and column sums of E = dL∘L are the gradients of the logarithms of the inverse norms:
 
         dS = τ·dL·inverse_q·inverse_k       dq = a²·(k dSᵀ - q·inverse_q²·E 1)
         da = Σ_{G,d} (q·dq + k·dk) / a      dk = a²·(q dS - k·inverse_k²·1ᵀ E)
@@ -176,14 +178,14 @@ class ChannelAttention(torch.autograd.Function):
             grad_attention = upcast(grad.transpose(-2, -1) @ v)  # (G, h, d, d)
             grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
             q, k, weight = upcast(q), upcast(k), upcast(affine).square()[..., None]  # a², (h, N, 1)
-            # S again: d×d, cheaper to make than to keep; then L without τ.
+            # S is d×d and cheaper to recompute than to keep. The cosines are L without τ.
             cosines = (q.transpose(-2, -1) @ (k * weight)) * inverse_q.transpose(-2, -1) * inverse_k
             energy = grad_logits * cosines  # E / τ
             grad_temperature = energy.sum(dim=(0, 2, 3))
             grad_products = grad_logits * (inverse_q.transpose(-2, -1) * tau) * inverse_k  # dS
             decay_q = norm_decay(energy.sum(dim=-1).unsqueeze(-2) * tau, inverse_q)  # (G, h, 1, d)
             decay_k = norm_decay(energy.sum(dim=-2).unsqueeze(-2) * tau, inverse_k)
-            # A product is a new tensor, so adding to it in place loses nothing, whatever the layout of q and k.
+            # A product is a new tensor, so in-place addition is safe for any layout of q and k.
             grad_q = (k @ grad_products.transpose(-2, -1)).addcmul_(q, decay_q, value=-1)
             grad_k = (q @ grad_products).addcmul_(k, decay_k, value=-1)
             grad_affine = torch.addcmul(q * grad_q, k, grad_k).sum(dim=0).sum(dim=-1)  # Σ (q·dq + k·dk) / a²
@@ -214,9 +216,9 @@ def grid_attention_cpu(qkv: Tensor, scale: Tensor, num_heads: int, stride: tuple
 def attend_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ) v for (…, T, d); `mask` is True at the keys that take part.
 
-    With gradients in half precision the products are written out, since the backward of PyTorch's kernel is slow
-    there: 87 ms against 13 ms (bfloat16, 256 groups, 2 heads, 64 tokens, d = 32; one core of an Intel Xeon). Logits
-    are made in float32: rounded to bfloat16, one of 10 may be off by 0.03.
+    In half precision with gradients, the products are explicit because the backward of PyTorch's kernel is slow: 87 ms
+    against 13 ms (bfloat16, 256 groups, 2 heads, 64 tokens, d = 32; one core of an Intel Xeon). The logits are
+    float32: rounding a logit of 10 to bfloat16 can change it by 0.03.
     """
     if v.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
         with without_autocast(q):
@@ -227,17 +229,17 @@ def attend_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 
 def rotate_normalised(tokens: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """s · rope(q/‖q‖), rope(k/‖k‖) and v: q and k of unit norm, turned by their token's position (model.md §4).
+    """Return s · rope(q/‖q‖), rope(k/‖k‖) and v: unit-norm q and k, rotated by their token's position (model.md §4).
 
     Args:
-        tokens: (G, T, 3, h, d): q, k and v of a token beside each other.
+        tokens: q, k and v of each token, stacked: (G, T, 3, h, d).
         scale: s, (h,).
-        cos, sin: (T, d/2) of the angle of each pair of adjacent channels.
+        cos, sin: cosine and sine of the angle of each pair of adjacent channels, (T, d/2).
 
     Returns:
         Three (G, T, h, d) in the tokens' dtype.
     """
-    scale = torch.stack((scale, torch.ones_like(scale)))[..., None]  # (2, h, 1): q's, and 1 for k
+    scale = torch.stack((scale, torch.ones_like(scale)))[..., None]  # (2, h, 1): s for q, 1 for k
     if wants_gradient(tokens, scale):
         return RotateNormalised.apply(tokens, scale, cos, sin)
     qk, v = tokens.split((2, 1), dim=2)
@@ -250,19 +252,20 @@ def token_norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of adjacent channels of x (G, T, 2, h, d) by its angle; cos and sin are (T, d/2).
+    """Rotate each pair of adjacent channels of x (G, T, 2, h, d) by its angle; cos and sin are (T, d/2).
 
-    As a product of complex numbers: one pass over x, into a new tensor.
+    The rotation is a product of complex numbers: one pass over x, into a new tensor.
     """
-    pairs = x.unflatten(-1, (-1, 2)).contiguous()  # complex numbers need their parts side by side
-    turn = torch.complex(cos, sin)[:, None, None].expand(pairs.shape[1:-1]).contiguous()  # long rows: a faster product
+    pairs = x.unflatten(-1, (-1, 2)).contiguous()  # view_as_complex needs adjacent real and imaginary parts
+    turn = torch.complex(cos, sin)[:, None, None].expand(pairs.shape[1:-1]).contiguous()  # faster than broadcasting
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
 
 
 class RotateNormalised(torch.autograd.Function):
-    """`rotate_normalised`; with u = x/‖x‖ and g the gradient turned back: dx = s/‖x‖·(g - u·(u·g)), ds = Σ u·g.
+    """`rotate_normalised` with an explicit backward.
 
-    The gradients of q, k and v go into one tensor, without stacking or adding.
+    With u = x/‖x‖ and g the gradient rotated back: dx = s/‖x‖·(g - u·(u·g)), ds = Σ u·g. The gradients of q, k and v
+    are written directly into one tensor.
     """
 
     @staticmethod
@@ -280,7 +283,7 @@ class RotateNormalised(torch.autograd.Function):
         qk = upcast(tokens[:, :, :2])
         turned = rotate(upcast(torch.stack((grad_q, grad_k), dim=2)), cos, -sin)
         aligned = (turned * qk).sum(dim=-1, keepdim=True) / norm  # u·g, (G, T, 2, h, 1)
-        along = (aligned / norm).masked_fill(norm <= EPSILON, 0)  # a norm that is EPSILON does not follow its vector
+        along = (aligned / norm).masked_fill(norm <= EPSILON, 0)  # a clamped norm does not depend on its vector
         grad = tokens.new_empty(tokens.shape)
         grad[:, :, :2] = torch.addcmul(turned, qk, along, value=-1).mul_(scale / norm)
         grad[:, :, 2] = grad_v

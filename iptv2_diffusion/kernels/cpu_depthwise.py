@@ -1,11 +1,11 @@
-"""Depthwise 5×5 convolution on CPUs, with a weight gradient that is not slow.
+"""Depthwise 5×5 convolution on CPUs, with a fast weight gradient.
 
-Own code because the library's is missing there: oneDNN has a fast weight gradient for depthwise kernels of at most
-three columns. The 25 taps come from two 5×3 gradients without a copy: of the map as it is, columns -1, 0 and 1; of the
-same memory read as pairs of pixels, 2C channels at half the width, columns -2, 0 and 2. Over (64, 256, 16, 16) in
-float32 the library's gradient needs 37 ms, these two 10 ms (one core of an Intel Xeon with AVX-512, torch 2.14.1).
+oneDNN has a fast weight gradient only for depthwise kernels of at most three columns. Here the 25 taps come from two
+5×3 gradients, without a copy. The map itself gives columns -1, 0 and 1. The same memory read as pairs of pixels (2C
+channels at half the width) gives columns -2, 0 and 2. For a (64, 256, 16, 16) map in float32, oneDNN's 5×5 gradient
+takes 37 ms and the two 5×3 gradients take 10 ms (one core of an Intel Xeon with AVX-512, torch 2.14.1).
 
-The map and its gradient may have any layout. Those that are not channels-last are copied.
+The map and its gradient may have any layout. A layout that is not channels-last costs a copy.
 """
 
 import torch
@@ -30,7 +30,7 @@ def depthwise_5x5_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Depthwise5x5(torch.autograd.Function):
-    """5×5 depthwise convolution whose weight gradient is put together from two of 5×3 taps."""
+    """5×5 depthwise convolution whose weight gradient is assembled from two gradients of 5×3 taps."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +47,7 @@ class Depthwise5x5(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = convolution_backward(grad, x, weight, padding=(2, 2), wanted=0)
         if ctx.needs_input_grad[1]:
-            # in the weight's own layout: DDP complains of a gradient whose strides are not its parameter's
+            # The gradient has the weight's own strides, because DDP warns if they differ.
             grad_weight = torch.empty_like(weight).copy_(weight_gradient(grad, x))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=(0, 2, 3))
@@ -55,7 +55,7 @@ class Depthwise5x5(torch.autograd.Function):
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient (C, 1, 5, 5) of a depthwise convolution from its input and its output's gradient, both (B, C, H, W)."""
+    """Weight gradient (C, 1, 5, 5) of a depthwise convolution from its output's gradient and its input (B, C, H, W)."""
     _, channels, height, width = x.shape
     if width % 2:  # a column of zeros adds nothing
         x, grad = F.pad(x, (0, 1)), F.pad(grad, (0, 1))
@@ -72,7 +72,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def pixel_pairs(x: Tensor) -> Tensor:
-    """A channels-last (B, C, H, W) map as (B, 2C, H, W/2), without a copy."""
+    """View a channels-last (B, C, H, W) map as (B, 2C, H, W/2): two neighbouring pixels become one."""
     return x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).flatten(3).permute(0, 3, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""base + scale · x on CPUs: adaLN's modulation and the gated residual, with a backward of fewer passes."""
+"""base + scale · x on CPUs (adaLN's modulation and the gated residual), with fewer passes in the backward."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def scale_add_cpu(x: Tensor, scale: Tensor, base: Tensor) -> Tensor:
 
 
 class ScaleAdd(torch.autograd.Function):
-    """`torch.addcmul`, whose own backward also multiplies two maps by its `value` of 1."""
+    """`torch.addcmul` without the two products by its argument `value` = 1 that PyTorch's backward computes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, base: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Where positions go: maps cut into windows or grid groups and put together again, and the angles of the rotation.
+"""Partition of feature maps into windows and grid groups, its inverse, and the angles of the rotary embedding.
 
-Maps are (B, H, W, C) here, the free view of a channels-last (B, C, H, W). Every function returns a view or a new tensor
-and writes into none. Shape letters: h heads, d channels of a head, w window, N = w² positions of a window, p stride of
-a grid, T tokens of a grid group.
+Feature maps are (B, H, W, C) here: the free view of a channels-last (B, C, H, W) map. Every function returns a view or
+a new tensor and never writes into its arguments. Shape letters: h heads, d channels of a head, w window size, N = w²
+positions of a window, p stride of a grid, T tokens of a grid group.
 """
 
 import torch
@@ -29,27 +29,27 @@ def pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def window_partition(qkv: Tensor, num_heads: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of every window: (B, H, W, 3C) -> three (B·H/w·W/w, h, N, d); H and W are multiples of w."""
+    """Cut q, k and v into windows: (B, H, W, 3C) -> three (B·H/w·W/w, h, N, d). H and W are multiples of w."""
     q, k, v = (view.flatten(4, 5).flatten(0, 2) for view in window_views(qkv, num_heads, window))
     return q, k, v
 
 
 def window_views(qkv: Tensor, num_heads: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as views (B, H/w, W/w, h, w, w, d) of the map."""
+    """Return the windows of `window_partition` as views (B, H/w, W/w, h, w, w, d) of the map."""
     batch, height, width, channels = qkv.shape
     shape = (batch, height // window, window, width // window, window, 3, num_heads, channels // (3 * num_heads))
     return qkv.view(shape).permute(5, 0, 1, 3, 6, 2, 4, 7).unbind(0)
 
 
 def window_merge(x: Tensor, window: int, height: int, width: int) -> Tensor:
-    """(B·H/w·W/w, h, N, d) -> (B, H, W, C), the inverse of `window_partition` for one of q, k, v."""
+    """Join windows into a map: (B·H/w·W/w, h, N, d) -> (B, H, W, C). Inverse of `window_partition` for one tensor."""
     _, num_heads, _, head_dim = x.shape
     x = x.reshape(-1, height // window, width // window, num_heads, window, window, head_dim)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, num_heads * head_dim)
 
 
 def grid_partition(x: Tensor, stride: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) -> (B·p·p, H/p·W/p, C): tokens at one offset of every p×p cell form a group. No copy if p is 1."""
+    """Group the tokens at the same offset in every p×p cell: (B, H, W, C) -> (B·p·p, H/p·W/p, C). No copy if p is 1."""
     batch, height, width, channels = x.shape
     rows, columns = height // stride[0], width // stride[1]
     x = x.view(batch, rows, stride[0], columns, stride[1], channels).permute(0, 2, 4, 1, 3, 5)
@@ -57,16 +57,16 @@ def grid_partition(x: Tensor, stride: tuple[int, int]) -> Tensor:
 
 
 def grid_merge(x: Tensor, stride: tuple[int, int], height: int, width: int) -> Tensor:
-    """(B·p·p, H/p·W/p, C) -> (B, H, W, C), the inverse of `grid_partition`."""
+    """Put grid groups back in place: (B·p·p, H/p·W/p, C) -> (B, H, W, C). Inverse of `grid_partition`."""
     rows, columns = height // stride[0], width // stride[1]
     x = x.reshape(-1, *stride, rows, columns, x.shape[-1]).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(-1, height, width, x.shape[-1])
 
 
 def key_mask(height: int, width: int, stride: tuple[int, int], device: torch.device) -> Tensor | None:
-    """Which keys of each group are real: (p·p, 1, 1, T) of bool for an H×W map padded to multiples of the stride.
+    """Return the mask of real (not padded) keys in each group of a padded H×W map, (p·p, 1, 1, T) bool.
 
-    None if the stride divides the map, so that all are.
+    Returns None if the stride divides the map: then no key is padded.
     """
     if height % stride[0] == 0 and width % stride[1] == 0:
         return None
@@ -77,9 +77,10 @@ def key_mask(height: int, width: int, stride: tuple[int, int], device: torch.dev
 def rotary_embedding(
     rows: int, columns: int, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the 2-D rotary angles, each (T, d/2), T = rows·columns in row-major order (model.md §4).
+    """Cosine and sine of the 2-D rotary angles, each (T, d/2), for T = rows·columns tokens in row-major order.
 
-    Channel pair 2i turns by column·10000^(-4i/d), pair 2i+1 by row·10000^(-4i/d): integer indices inside the group.
+    Channel pair 2i turns by the angle column·10000^(-4i/d) and pair 2i+1 by row·10000^(-4i/d). Rows and columns are
+    integer indices inside the group (model.md §4) [lineage].
     """
     frequency = 10000.0 ** (-torch.arange(0, head_dim, 4, dtype=dtype, device=device) / head_dim)  # (d/4,)
     row = torch.arange(rows, dtype=dtype, device=device)[:, None, None] * frequency  # (rows, 1, d/4)

@@ -1,11 +1,11 @@
-"""One place that decides, call by call, whether a plain formula or a faster form of it runs.
+"""Dispatch between the plain formula of an operator and its fast forms, decided at each call.
 
-A model writes the formula and marks it; a kernel names the formula that it replaces and the device it is for:
+A model defines the formula and marks it. A kernel names the formula that it replaces and the device that it runs on:
 
     @operator                                         @fast_form("focal_attention", device="cpu")
     def focal_attention(qkv, …): …                    def focal_attention_cpu(qkv, …): …
 
-The tests in tests/kernels hold each pair together: values and gradients, over layouts, sizes and dtypes.
+The tests in tests/kernels compare the values and gradients of each pair over layouts, sizes and dtypes.
 """
 
 import functools
@@ -26,13 +26,13 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 @dataclass(frozen=True)
 class FastForm:
-    """A faster form of an operator.
+    """A faster implementation of an operator for one type of device.
 
     Attributes:
-        run: takes the operator's arguments and returns its value.
-        device: type of device that it is for.
-        compiles: whether `torch.compile` can trace it; if not, compiled code gets the plain formula.
-        takes: whether it takes these arguments; it sees what `run` would get.
+        run: function with the arguments and the result of the operator.
+        device: type of device that `run` supports, such as "cpu".
+        compiles: whether `torch.compile` can trace `run`. If not, compiled code uses the plain formula.
+        takes: predicate with the arguments of `run`; returns whether `run` supports them.
     """
 
     run: Callable[..., Any]
@@ -46,7 +46,11 @@ _off: set[str] = {"all"} if os.environ.get("IPTV2_KERNELS", "auto") == "off" els
 
 
 def operator(plain: Callable[P, R]) -> Callable[P, R]:
-    """Let fast forms stand in for a plain formula, whose first argument is a tensor; `.plain` stays the formula."""
+    """Decorate a plain formula so that fast forms can replace it at a call.
+
+    The first argument of the formula must be a tensor, because its device selects the form. The attribute `plain` of
+    the decorated function is the formula itself.
+    """
     name = plain.__name__
 
     @functools.wraps(plain)
@@ -63,7 +67,7 @@ def operator(plain: Callable[P, R]) -> Callable[P, R]:
 def fast_form(
     name: str, device: str, compiles: bool = False, takes: Callable[..., bool] = lambda *args, **kwargs: True
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register a function as the fast form of the operator `name` on one type of device, see `FastForm`."""
+    """Register the decorated function as a fast form of the operator `name`. See `FastForm` for the arguments."""
 
     def register(run: Callable[P, R]) -> Callable[P, R]:
         _FORMS[name].append(FastForm(run, device, compiles, takes))
@@ -79,17 +83,24 @@ def is_usable(form: FastForm, name: str, x: Tensor) -> bool:
 
 
 def fast_forms_in_use(name: str | None = None) -> bool:
-    """Whether fast forms may be chosen, in general or for one operator."""
+    """Return whether fast forms are enabled, in general or for the operator `name`."""
     return "all" not in _off and name not in _off
 
 
 @contextmanager
 def use_fast_forms(enabled: bool, *names: str) -> Iterator[None]:
-    """Turn fast forms on or off inside a `with` statement: those of the named operators, or all of them.
+    """Enable or disable fast forms inside a `with` statement, for the named operators or for all of them.
 
-    With all off, every model computes its plain formulas; results agree to rounding. The environment variable
-    `IPTV2_KERNELS=off` does the same for a whole process. Beside the operators' names there is "merged_weights": linear
-    layers of a feed-forward that `models/layers.py` merges while training.
+    With all forms disabled, every model computes its plain formulas. The results agree up to rounding. The environment
+    variable `IPTV2_KERNELS=off` disables all forms for a whole process.
+
+    Args:
+        enabled: whether the forms may run.
+        *names: names of operators; none means all of them. "merged_weights" stands for the layers whose weights
+            `models/layers.py` merges during training.
+
+    Raises:
+        ValueError: a name is neither an operator's nor "merged_weights".
     """
     global _off
     before, changed = _off, set(names or ("all",))
@@ -103,20 +114,20 @@ def use_fast_forms(enabled: bool, *names: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What plain formulas and fast forms share
+# Helpers that plain formulas and fast forms share
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient of any of these."""
+    """Return whether autograd records operations on any of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in float32 if it is in half precision, else x itself: the precision of norms, logits and softmax."""
+    """Cast x to float32 if it is in half precision. Norms, logits and softmax are computed in this precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Autocast off on x's device; devices without autocast (meta) have none to turn off."""
+    """Return a context manager that disables autocast on x's device; a null context on devices without autocast."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -1,1 +1,1 @@
-"""The networks: attention and feed-forward → FG block → backbone → denoiser. Floor 1: torch and diffusers only."""
+"""The networks: layers, attention and feed-forward → FG block → backbone → denoiser and restorer."""

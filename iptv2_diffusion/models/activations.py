@@ -1,6 +1,6 @@
-"""How much memory the activations of a forward pass take, found without running it.
+"""Estimate of the activation memory of a forward pass, without running it.
 
-The model's operations run on fake tensors, which have sizes but no contents; followed is which storages are alive.
+The model runs on fake tensors, which have sizes but no data, and a dispatch mode counts the storages that are alive.
 """
 
 import json
@@ -20,7 +20,12 @@ __all__ = ["LiveStorages", "activation_bytes_per_pixel"]
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of storages that operations made inside this mode and that are still alive."""
+    """Dispatch mode that counts the bytes of the live storages allocated inside it.
+
+    Attributes:
+        bytes: size of the storages that are alive now.
+        peak: largest value of `bytes` so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +33,7 @@ class LiveStorages(TorchDispatchMode):
         self._known: set[int] = set()
 
     def ignore(self, tensors: Any) -> None:
-        """Leave these tensors' storages out."""
+        """Exclude the storages of these tensors."""
         self._known.update(t.untyped_storage()._cdata for t in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,10 +57,11 @@ class LiveStorages(TorchDispatchMode):
 
 
 def activation_bytes_per_pixel(model: IPTV2RestorationModel) -> float:
-    """The most bytes alive at once in a forward without gradients, input and output too, per pixel of an image.
+    """Return the peak activation memory of a forward pass without gradients, in bytes per pixel of the image.
 
-    Of a square of four windows' reach (4 · `granularity`) at batch 1 and the model's dtype; larger images take up to
-    3 % more. Found once per configuration, in half a second.
+    The figure includes the input and the output. It is measured on a square image of side 4 · `granularity` at batch
+    size 1 in the model's dtype; larger images need up to 3 % more per pixel. The first call for a configuration takes
+    half a second, and the result is cached.
     """
     return _bytes_per_pixel(type(model), model.to_json_string(), next(model.parameters()).dtype, 4 * model.granularity)
 

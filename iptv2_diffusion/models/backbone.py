@@ -1,4 +1,4 @@
-"""The U of IPT-V2, shared by the denoiser and the restorer (model.md §1)."""
+"""The U-shaped backbone of IPT-V2, shared by the denoiser and the restorer (model.md §1)."""
 
 import math
 from collections.abc import Sequence
@@ -14,22 +14,30 @@ __all__ = ["IPTV2Backbone"]
 
 
 class IPTV2Backbone(nn.Module):
-    """U-shaped encoder–decoder of FG blocks: (B, C, H, W) -> (B, 2C, H, W), or C if L is 1; any H and W.
+    """U-shaped encoder–decoder of FG blocks: (B, C, H, W) -> (B, 2C, H, W), any H and W [paper; details lineage].
 
-    With L levels there are 2L-1 stages: L-1 of the encoder, the bottleneck, L-1 of the decoder, of widths
-    C, 2C, …, 2^(L-1)·C, …, 2C, and 2C again: the last decoder stage keeps both halves of its skip concatenation
-    [lineage]. After a skip, the up-sampled map comes first, then the encoder's; a 1×1 convolution mixes them.
+    A U of L levels has 2L-1 stages: L-1 in the encoder, the bottleneck, and L-1 in the decoder. For L = 3:
+
+        level     0    1    2    1    0
+        width     C    2C   4C   2C   2C
+        map       H    H/2  H/4  H/2  H
+
+    The last stage keeps the width 2C of its skip concatenation [lineage]. With one level the output has C channels.
 
     Args:
         channels: C, even.
-        layers_per_stage: FG blocks of each stage, 2L-1 numbers.
-        num_attention_heads: one number, or one per stage.
-        block: what every block has in common; at each level its window is no larger than the level's map at
-            `sample_size`.
+        layers_per_stage: number of FG blocks of each stage, 2L-1 numbers.
+        num_attention_heads: number of attention heads, one number or one per stage.
+        block: settings that all blocks share. `window_size` is an upper limit: the window of a level is at most as
+            large as its map at `sample_size`. The backbone sets `shifted`, `grid_stride` and `conditioning_dim` of
+            each stage itself and ignores those of `block`.
         grid_stride: stride of GGSA, one number or one per level; None if `block.grid_size` is given.
-        conditioning_dim: D: one number for one vector that feeds all stages, one per level for a vector per level,
-            None for an unconditional U.
-        sample_size: (height, width) of the map that windows are fitted to; None for no particular size.
+        conditioning_dim: D. One number means one conditioning vector for all stages, one number per level means one
+            vector per level, and None means an unconditional backbone.
+        sample_size: (height, width) of the map that the windows are fitted to; None to fit no size.
+
+    Raises:
+        ValueError: a sequence has the wrong number of entries, or a block refuses its settings.
     """
 
     def __init__(
@@ -53,15 +61,15 @@ class IPTV2Backbone(nn.Module):
         heads = per_item("num_attention_heads", num_attention_heads, stages)
         strides = per_item("grid_stride", grid_stride, levels)
         dims = per_item("conditioning_dim", conditioning_dim, levels)
-        resolutions = [min(stage, stages - 1 - stage) for stage in range(stages)]  # 0 1 2 1 0 with three levels
-        self.width_levels = [*range(levels), *(max(level, 1) for level in resolutions[levels:])]  # 0 1 2 1 1
+        stage_levels = [min(stage, stages - 1 - stage) for stage in range(stages)]  # 0 1 2 1 0 with three levels
+        self.width_levels = [*range(levels), *(max(level, 1) for level in stage_levels[levels:])]  # 0 1 2 1 1
         widths = [channels * 2**level for level in self.width_levels]
         self.levels = levels
         self.out_channels = widths[-1]
         self.gradient_checkpointing = False  # ModelMixin.enable_gradient_checkpointing sets it and the function
 
         def make_stage(stage: int) -> nn.ModuleList:
-            level = resolutions[stage]
+            level = stage_levels[stage]
             window, shifted = fit_window(block.window_size, level, levels, sample_size)
             config = replace(
                 block,
@@ -79,25 +87,28 @@ class IPTV2Backbone(nn.Module):
         self.bottleneck = make_stage(levels - 1)
         self.upsamples = nn.ModuleList(Upsample(widths[stage - 1]) for stage in decoder)
         self.skips = nn.ModuleList(
-            SkipConnection(widths[stage - 1] // 2, widths[resolutions[stage]], widths[stage]) for stage in decoder
+            SkipConnection(widths[stage - 1] // 2, widths[stage_levels[stage]], widths[stage]) for stage in decoder
         )
         self.decoder = nn.ModuleList(make_stage(stage) for stage in decoder)
 
     def forward(self, x: Tensor, conditioning: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """x (B, C, H, W); conditioning (B, D), or one such per level, or None -> (B, out_channels, H, W)."""
+        """Run the U: x (B, C, H, W), conditioning (B, D), one (B, D) per level, or None -> (B, out_channels, H, W)."""
         height, width = x.shape[-2:]
         x = pad_replicate(x, multiple=2 ** (self.levels - 1)).contiguous(memory_format=torch.channels_last)
         vectors = conditioning if isinstance(conditioning, (tuple, list)) else [conditioning] * self.levels
-        vectors = [vectors[level] for level in self.width_levels]  # one per stage
+        vectors = [vectors[level] for level in self.width_levels]  # one per stage, that of the stage's width
 
+        # Encoder, level l: (B, 2^l·C, H/2^l, W/2^l) -> (B, 2^(l+1)·C, H/2^(l+1), W/2^(l+1))
         encoded = []
         for stage, downsample, vector in zip(self.encoder, self.downsamples, vectors, strict=False):
             x = self.run_stage(stage, x, vector)
             encoded.append(x)
             x = downsample(x)
 
+        # Bottleneck: (B, 2^(L-1)·C, H/2^(L-1), W/2^(L-1))
         x = self.run_stage(self.bottleneck, x, vectors[self.levels - 1])
 
+        # Decoder, level l: (B, 2^(l+1)·C, H/2^(l+1), W/2^(l+1)) -> (B, 2^l·C, H/2^l, W/2^l); 2C channels at level 0
         for upsample, skip, stage, vector in zip(
             self.upsamples, self.skips, self.decoder, vectors[self.levels :], strict=True
         ):
@@ -106,6 +117,7 @@ class IPTV2Backbone(nn.Module):
         return x[..., :height, :width]
 
     def run_stage(self, stage: nn.ModuleList, x: Tensor, conditioning: Tensor | None) -> Tensor:
+        """Apply the FG blocks of a stage, with gradient checkpointing if it is enabled."""
         for block in stage:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, conditioning)
@@ -115,7 +127,7 @@ class IPTV2Backbone(nn.Module):
 
 
 def pad_replicate(x: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column of a (B, C, H, W) map until both sides are multiples of `multiple`."""
+    """Repeat the last row and column of a (B, C, H, W) map until H and W are multiples of `multiple`."""
     height, width = x.shape[-2:]
     if height % multiple == 0 and width % multiple == 0:
         return x
@@ -123,9 +135,9 @@ def pad_replicate(x: Tensor, multiple: int) -> Tensor:
 
 
 def fit_window(window_size: int, level: int, levels: int, sample_size: tuple[int, int] | None) -> tuple[int, bool]:
-    """Window of a level, no larger than its map at `sample_size`, and whether shifted windows exist there.
+    """Return the window size of a level, at most its map's size at `sample_size`, and whether shifted windows fit.
 
-    That map is the one of `sample_size` padded to a multiple of 2^(L-1), as `forward` does.
+    The map includes the padding to a multiple of 2^(L-1) that `forward` adds.
     """
     if sample_size is None:
         return window_size, True
@@ -136,7 +148,7 @@ def fit_window(window_size: int, level: int, levels: int, sample_size: tuple[int
 
 
 def per_item(name: str, value: int | Sequence[int] | None, count: int) -> Sequence[int | None]:
-    """`value` for each of `count` stages or levels: one number is repeated, a sequence must have `count` entries."""
+    """Expand `value` to `count` stages or levels: one number is repeated, a sequence must have `count` entries."""
     if value is None or isinstance(value, int):
         return [value] * count
     if len(value) != count:

@@ -1,4 +1,4 @@
-"""What the U is made of: adaptive norm, the FG block, down- and up-sampling, the skip (model.md §1, §2)."""
+"""Blocks of the U: adaptive norm, FG block, down- and up-sampling, skip connection (model.md §1, §2)."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,16 @@ __all__ = ["AdaLayerNormZero2d", "Downsample", "FGBlock", "FGBlockConfig", "Skip
 
 
 class AdaLayerNormZero2d(nn.Module):
-    """adaLN-Zero (Peebles & Xie 2023): shift, scale and gate from the conditioning vector, zero at initialisation.
+    """Adaptive layer norm (adaLN-Zero, Peebles & Xie 2023): the conditioning vector determines its parameters.
+
+        shift, scale, gate = Linear(SiLU(conditioning)),   y = norm(x)·(1 + scale) + shift
+
+    The linear map starts at zero, so that a residual branch scaled by `gate` starts as zero.
 
     Args:
         channels: C.
         conditioning_dim: D, the width of the conditioning vector.
-        gate: without one, this is the norm before an output layer.
+        gate: whether to compute a gate. The norm before an output layer has none.
     """
 
     def __init__(self, channels: int, conditioning_dim: int, gate: bool = True):
@@ -31,24 +35,29 @@ class AdaLayerNormZero2d(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W), conditioning (B, D) -> the modulated map and the residual's gate (B, C, 1, 1) or None."""
-        shift, scale, *gate = self.linear(F.silu(conditioning))[:, :, None, None].chunk(3 if self.gate else 2, dim=1)
-        return scale_add(self.norm(x), 1 + scale, shift), gate[0] if gate else None
+        """Normalise x (B, C, H, W) by conditioning (B, D); returns y (B, C, H, W) and the gate (B, C, 1, 1) or None."""
+        parameters = self.linear(F.silu(conditioning))[:, :, None, None]  # (B, 3C, 1, 1), or 2C without a gate
+        shift, scale, *gate = parameters.chunk(3 if self.gate else 2, dim=1)  # (B, C, 1, 1) each
+        y = scale_add(self.norm(x), 1 + scale, shift)  # norm(x)·(1 + scale) + shift
+        return y, gate[0] if gate else None
 
 
 @dataclass(frozen=True)
 class FGBlockConfig:
-    """What one FG block is, beside its width and heads.
+    """Configuration of an FG block, except its width and its number of heads.
 
     Attributes:
-        attention_pattern: the attentions in order, each "focal" or "grid", a feed-forward after each [ours: the order].
-        window_size, shifted, temperature_init: of FCSA, see `FocalContextAttention`.
-        grid_stride, grid_size: of GGSA, exactly one is not None, see `GlobalGridAttention`.
-        feed_forward: "rep-leffn", or "plain" for one without depthwise convolutions (an ablation).
-        ffn_ratio: r of the feed-forward.
-        conditioning_dim: D; None makes an unconditional block with plain norms.
-        norm_bias: bias of the plain norms.
-        fused: build Rep-LeFFN in its deployed form.
+        attention_pattern: attentions in order, each "focal" or "grid". A feed-forward follows each [ours: the order].
+        window_size: window size w of FCSA.
+        shifted: whether FCSA has shifted windows.
+        temperature_init: initial temperature of FCSA.
+        grid_stride: stride p of GGSA; None if `grid_size` is given.
+        grid_size: grid size G of GGSA; None if `grid_stride` is given.
+        feed_forward: "rep-leffn", or "plain" for a feed-forward without depthwise convolutions (an ablation).
+        ffn_ratio: expansion ratio r of the feed-forward.
+        conditioning_dim: width D of the conditioning vector; None builds an unconditional block with plain norms.
+        norm_bias: whether the plain norms have a bias.
+        fused: whether to build Rep-LeFFN in its deployed form.
     """
 
     attention_pattern: tuple[str, ...] = ("focal", "grid")
@@ -65,12 +74,18 @@ class FGBlockConfig:
 
 
 class FGBlock(nn.Module):
-    """Focal + Global block: `x → FCSA → Rep-LeFFN → GGSA → Rep-LeFFN`, each with its norm and residual [paper].
+    """Focal–global block: x → FCSA → Rep-LeFFN → GGSA → Rep-LeFFN, each with its norm and residual [paper; order ours].
+
+        x = x + gate · layer(norm(x))     conditional; norm and gate come from the conditioning vector
+        x = x + layer(norm(x))            unconditional
 
     Args:
         channels: C.
-        num_heads: heads of every attention.
-        config: the rest.
+        num_heads: number of heads of every attention.
+        config: all other settings.
+
+    Raises:
+        ValueError: `config` names an unknown attention or feed-forward, or settings that these refuse.
     """
 
     def __init__(self, channels: int, num_heads: int, config: FGBlockConfig = FGBlockConfig()):
@@ -83,10 +98,10 @@ class FGBlock(nn.Module):
             self.layers.extend((make_attention(kind, channels, num_heads, config), make_feed_forward(channels, config)))
 
     def forward(self, x: Tensor, conditioning: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), conditioning (B, D) if the block is conditional -> (B, C, H, W)."""
-        for norm, layer in zip(self.norms, self.layers, strict=True):
+        """Apply the block: x (B, C, H, W), conditioning (B, D) or None if unconditional -> (B, C, H, W)."""
+        for norm, layer in zip(self.norms, self.layers, strict=True):  # attention, feed-forward, attention, …
             if self.conditional:
-                normed, gate = norm(x, conditioning)
+                normed, gate = norm(x, conditioning)  # (B, C, H, W), (B, C, 1, 1)
                 x = scale_add(layer(normed), gate, x)  # x + gate · layer(norm(x))
             else:
                 x = x + layer(norm(x))
@@ -118,7 +133,10 @@ def make_feed_forward(channels: int, config: FGBlockConfig) -> nn.Module:
 
 
 class Downsample(nn.Module):
-    """3×3 convolution C → C/2, then pixel-unshuffle: (B, C, H, W) -> (B, 2C, H/2, W/2) for even H and W [paper]."""
+    """Down-sampling by a 3×3 convolution C→C/2 and pixel-unshuffle: (B, C, H, W) -> (B, 2C, H/2, W/2) [paper].
+
+    H and W must be even.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -131,7 +149,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """3×3 convolution C → 2C, then pixel-shuffle: (B, C, H, W) -> (B, C/2, 2H, 2W) [paper]."""
+    """Up-sampling by a 3×3 convolution C→2C and pixel-shuffle: (B, C, H, W) -> (B, C/2, 2H, 2W) [paper]."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -142,7 +160,10 @@ class Upsample(nn.Module):
 
 
 class SkipConnection(nn.Module):
-    """Concatenation of the up-sampled map and the encoder's, in this order, then a 1×1 convolution [paper]."""
+    """Skip connection: concatenate the up-sampled map and the encoder's, then mix them by a 1×1 convolution [paper].
+
+    The up-sampled map comes first [lineage].
+    """
 
     def __init__(self, upsampled_channels: int, encoder_channels: int, out_channels: int):
         super().__init__()
@@ -150,4 +171,4 @@ class SkipConnection(nn.Module):
 
     def forward(self, upsampled: Tensor, encoded: Tensor) -> Tensor:
         x = torch.cat((upsampled, encoded), dim=1)  # (B, C₁ + C₂, H, W)
-        return self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, out_channels, H, W)

@@ -1,4 +1,4 @@
-"""Backbone exchange: the U of a trained denoiser in a restorer, or the other way round."""
+"""Transfer of backbone weights from a trained denoiser to a restorer, or from a restorer to a denoiser."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ __all__ = ["BackboneReport", "load_backbone"]
 
 @dataclass(frozen=True)
 class BackboneReport:
-    """What of a backbone found its place in another.
+    """Result of `load_backbone`.
 
     Attributes:
-        matched: names of tensors that were copied.
-        missing: names that the target has and the source has not; these keep their values.
-        unexpected: names that the source has and the target has not.
-        mismatched: name -> (shape in the source, shape in the target), of the same name and another shape.
-        parameters: numbers of values copied, and of values in the target's backbone.
+        matched: names of the tensors that were copied.
+        missing: names that only the target has. These tensors keep their values.
+        unexpected: names that only the source has.
+        mismatched: name -> (shape in the source, shape in the target) of tensors whose shapes differ.
+        parameters: number of values copied, and number of values in the target's backbone.
     """
 
     matched: tuple[str, ...]
@@ -28,7 +28,7 @@ class BackboneReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor of either side found its partner."""
+        """Whether every tensor of both backbones was matched."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
@@ -49,12 +49,16 @@ def load_backbone(target: nn.Module, source: nn.Module, strict: bool = False) ->
     """Copy the weights of `source.backbone` into `target.backbone` where names and shapes agree.
 
     Args:
-        target, source: an `IPTV2Transformer2DModel` or `IPTV2RestorationModel` each. Where one is fused and the other
-            is not, the source is converted to what the target is (`fuse()`, `unfuse()`).
-        strict: change nothing and raise unless every tensor has its partner.
+        target: model to copy into, an `IPTV2Transformer2DModel` or `IPTV2RestorationModel`.
+        source: model to copy from, of either class. If only one of the two models is fused, `fuse()` or `unfuse()`
+            first converts the source to the target's form.
+        strict: whether to raise, and copy nothing, unless every tensor matches.
+
+    Returns:
+        Report of the tensors that were and were not copied.
 
     Raises:
-        ValueError: `strict` and the backbones differ, nothing matches, or a fused source cannot be taken apart.
+        ValueError: no tensor matches, the backbones differ and `strict` is set, or a fused source cannot be unfused.
     """
     if source.config.fused != target.config.fused:
         source = source.fuse() if target.config.fused else source.unfuse()

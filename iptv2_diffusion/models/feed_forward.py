@@ -1,4 +1,4 @@
-"""Rep-LeFFN, the re-parameterised, locally-enhanced feed-forward of an FG block (model.md §5), and the plain one."""
+"""Feed-forwards of an FG block: Rep-LeFFN, re-parameterised and locally enhanced (model.md §5), and a plain one."""
 
 import copy
 
@@ -11,24 +11,24 @@ __all__ = ["FeedForward", "RepLeFFN"]
 
 
 class RepLeFFN(nn.Module):
-    """Feed-forward with a depthwise convolution inside, over-parameterised in training [paper; details lineage].
+    """Feed-forward with a depthwise convolution, over-parameterised in training [paper; details lineage].
 
-    The parameters of training, with r = `ratio`, no batch norm and no activation inside a pair:
+    The trainable form, with r = `ratio` and neither batch norm nor an activation inside a pair of 1×1 convolutions:
 
         x → 1×1 (C→rC/2) → 1×1 (rC/2→rC) → GELU → DW5×5 + DW3×3 + DW1×1 + identity → 1×1 (rC→rC/2) → 1×1 (rC/2→C)
 
-    Everything between x and GELU, and after it, is linear, so the same function is
+    All steps before GELU are linear, and so are all steps after it. The same function is therefore
 
-        x → 1×1 (W = W₂W₁, b = W₂b₁ + b₂) → GELU → DW5×5 (K₅ + pad K₃ + pad K₁ + δ) → 1×1 (likewise)
+        x → 1×1 (W = W₂W₁, b = W₂b₁ + b₂) → GELU → DW5×5 (K₅ + pad K₃ + pad K₁ + δ) → 1×1 (merged in the same way)
 
-    Training computes this second form too, from weights that it merges at every step: the same function, fewer
-    multiplications [ours]. `fuse()` stores the merged weights in a new module for deployment.
+    Training also computes this second form, with weights that it merges at every step. This needs fewer multiplications
+    [ours]. `fuse()` stores the merged weights in a new module for deployment.
 
     Args:
         channels: C.
         ratio: r.
-        fused: build the deployed form, which has only the merged kernels.
-        bias: biases everywhere.
+        fused: whether to build the deployed form, which has only the merged weights.
+        bias: whether all layers have biases.
     """
 
     def __init__(self, channels: int, ratio: float = 2.0, fused: bool = False, bias: bool = True):
@@ -51,23 +51,25 @@ class RepLeFFN(nn.Module):
             self.project_out = Linear(middle, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Apply the feed-forward: (B, C, H, W) -> (B, C, H, W)."""
         x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
         if self.fused:
-            x = linear_gelu(x, self.expand).permute(0, 3, 1, 2)  # (B, rC, H, W)
-            x = self.depthwise(x).permute(0, 2, 3, 1)
-            x = self.project(x)
+            x = linear_gelu(x, self.expand).permute(0, 3, 1, 2)  # GELU(W x + b): (B, rC, H, W)
+            x = self.depthwise(x).permute(0, 2, 3, 1)  # (B, H, W, rC)
+            x = self.project(x)  # (B, H, W, C)
         else:
-            x = linear_pair(x, self.expand_in, self.expand_out, gelu=True).permute(0, 3, 1, 2)  # (B, rC, H, W)
+            # GELU(W₂(W₁x + b₁) + b₂): (B, rC, H, W)
+            x = linear_pair(x, self.expand_in, self.expand_out, gelu=True).permute(0, 3, 1, 2)
+            # x + DW5×5(x) + DW3×3(x) + DW1×1(x): (B, H, W, rC)
             x = add_depthwise(x, self.depthwise_5x5, self.depthwise_3x3, self.depthwise_1x1).permute(0, 2, 3, 1)
-            x = linear_pair(x, self.project_in, self.project_out)
-        return x.permute(0, 3, 1, 2)
+            x = linear_pair(x, self.project_in, self.project_out)  # (B, H, W, C)
+        return x.permute(0, 3, 1, 2)  # (B, C, H, W)
 
     @torch.no_grad()
     def fuse(self) -> "RepLeFFN":
-        """A new, deployed module of the same function, merged in float32; this one is left as it is.
+        """Return a new module in the deployed form that computes the same function. This module does not change.
 
-        A fused module gives a copy.
+        The weights are merged in float32. A fused module returns a copy of itself.
         """
         source = copy.deepcopy(self)
         if self.fused:
@@ -88,19 +90,20 @@ class RepLeFFN(nn.Module):
 
     @torch.no_grad()
     def unfuse(self) -> "RepLeFFN":
-        """A new, trainable module of the same function as this fused one; one that is not fused gives a copy.
+        """Return a new module in the trainable form that computes the same function, to continue training [ours].
 
-        Not the branches that were merged, which are lost, but a plain start for training on [ours]: of each pair of 1×1
-        one is the identity, the 5×5 is the merged kernel less δ, the 3×3 and the 1×1 are zero.
+        The merge cannot be inverted, so the branches are not those that were fused. One 1×1 of each pair is the
+        identity, the 5×5 is the merged kernel minus δ, and the 3×3 and the 1×1 are zero. A module that is not fused
+        returns a copy of itself.
 
         Raises:
-            ValueError: `ratio` is below 2, so that a pair's middle is narrower than C and holds no identity.
+            ValueError: `ratio` is below 2. The middle of a pair is then narrower than C and cannot be the identity.
         """
         if not self.fused:
             return copy.deepcopy(self)
         trainable = RepLeFFN(self.channels, self.ratio, bias=self.bias)
         if trainable.expand_in.out_features < self.channels:
-            raise ValueError(f"a feed-forward of ratio {self.ratio:g} cannot be taken apart; 2 or more is needed")
+            raise ValueError(f"a feed-forward of ratio {self.ratio:g} cannot be unfused; the ratio must be at least 2")
         for parameter in trainable.parameters():
             parameter.zero_()
         nn.init.eye_(trainable.expand_in.weight)
@@ -117,7 +120,7 @@ class RepLeFFN(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The plain feed-forward, to see what Rep-LeFFN adds [ours: an ablation]: 1×1 (C→rC) → GELU → 1×1 (rC→C)."""
+    """Plain feed-forward without depthwise convolutions: 1×1 (C→rC) → GELU → 1×1 (rC→C) [ours, for ablations]."""
 
     def __init__(self, channels: int, ratio: float = 2.0):
         super().__init__()
@@ -125,5 +128,6 @@ class FeedForward(nn.Module):
         self.project = Linear(int(channels * ratio), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return self.project(linear_gelu(x.permute(0, 2, 3, 1), self.expand)).permute(0, 3, 1, 2)
+        """Apply the feed-forward: (B, C, H, W) -> (B, C, H, W)."""
+        x = linear_gelu(x.permute(0, 2, 3, 1), self.expand)  # (B, H, W, rC)
+        return self.project(x).permute(0, 3, 1, 2)  # (B, C, H, W)

@@ -1,4 +1,4 @@
-"""Explicit re-parameterisation of a whole model: what a trainable model and its deployed form are to each other."""
+"""Conversion of a whole model between its trainable form and its deployed, re-parameterised form (model.md §5)."""
 
 from typing import TypeVar
 
@@ -13,29 +13,32 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class FusibleModelMixin:
-    """For diffusers models whose `__init__` takes `fused` and whose feed-forwards are `RepLeFFN` (model.md §5).
+    """Mixin that adds `fuse()` and `unfuse()` to a diffusers model of `RepLeFFN` feed-forwards (model.md §5).
 
-    `fuse()` never changes the model it is called on and does not depend on train() or eval().
+    The model's `__init__` must take the argument `fused`. Both methods return a new model, never change the one they
+    are called on, and do not depend on `train()` or `eval()`.
     """
 
     @torch.no_grad()
     def fuse(self: Model) -> Model:
-        """A new model of the same function with merged feed-forwards, for inference only; a fused model gives a copy.
+        """Return a new model that computes the same function with merged feed-forwards, for inference only.
 
-        Saved and loaded like any other; `config.fused` tells it from a trainable one.
+        The new model can be saved and loaded, and its `config.fused` is True. A fused model returns a copy of itself.
 
         Raises:
-            RuntimeError: a layer carries an adapter or an offloading or casting hook, whose part would be lost.
+            RuntimeError: a layer has an adapter, or a hook for offloading or casting, whose effect would be lost.
         """
         return self._converted(True).requires_grad_(False)
 
     @torch.no_grad()
     def unfuse(self: Model) -> Model:
-        """A new, trainable model of the same function, to train a deployed one on; an unfused model gives a copy.
+        """Return a new, trainable model that computes the same function, to continue training from a deployed model.
+
+        An unfused model returns a copy of itself.
 
         Raises:
-            RuntimeError: as `fuse()`.
-            ValueError: `ffn_ratio` is below 2, see `RepLeFFN.unfuse`.
+            RuntimeError: as in `fuse()`.
+            ValueError: `ffn_ratio` is below 2; see `RepLeFFN.unfuse`.
         """
         return self._converted(False)
 
@@ -54,6 +57,7 @@ class FusibleModelMixin:
         return model
 
     def check_weights_are_plain(self) -> None:
+        """Raise a RuntimeError if a layer has an adapter or a hook for offloading or casting."""
         for name, module in self.named_modules():
             if hasattr(module, "base_layer"):  # PEFT's wrapper
                 raise RuntimeError(
@@ -68,11 +72,12 @@ class FusibleModelMixin:
                 )
 
     def finish_fused_init(self) -> None:
-        """Last line of a model's `__init__`: a fused model starts, and stays, in inference mode."""
+        """Put a fused model in inference mode. The last line of the model's `__init__` calls this method."""
         if self.config.fused:
             self.requires_grad_(False).eval()
 
     def train(self: Model, mode: bool = True) -> Model:
+        """As `nn.Module.train`. Raises a RuntimeError if a fused model would enter training mode."""
         if mode and self.config.fused:
             raise RuntimeError(
                 f"this {type(self).__name__} is fused for inference and cannot train; train the unfused model and "
@@ -82,5 +87,5 @@ class FusibleModelMixin:
 
 
 def trainable(model: Module) -> Module:
-    """The model itself, or where it is fused, its trainable form (`unfuse()`)."""
+    """Return the model itself, or `model.unfuse()` if it is fused."""
     return model.unfuse() if getattr(model.config, "fused", False) else model

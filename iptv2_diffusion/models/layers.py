@@ -1,7 +1,8 @@
-"""The layers that everything else is made of: linear, depthwise convolution, layer norm, scale and add.
+"""Basic layers of all models: linear, depthwise convolution, layer norm, scale and add.
 
-Feature maps are (B, C, H, W) in channels-last memory, so that `permute(0, 2, 3, 1)` is a free view on which a 1×1
-convolution is one `nn.Linear`. Functions marked `@operator` are plain formulas that `kernels/` may do faster.
+Feature maps are (B, C, H, W) in channels-last memory. `permute(0, 2, 3, 1)` is then a free view, on which a 1×1
+convolution is one `nn.Linear`. Functions marked `@operator` are plain formulas that `kernels/` can replace with faster
+implementations.
 """
 
 from functools import reduce
@@ -30,32 +31,32 @@ __all__ = [
 
 @operator
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """x Wᵀ + b, or GELU (the exact form) of it: (…, in) by (out, in) -> (…, out)."""
+    """x Wᵀ + b, or GELU(x Wᵀ + b) in the exact (erf) form: x (…, in), W (out, in) -> (…, out)."""
     x = F.linear(x, weight, bias)
     return F.gelu(x) if gelu else x
 
 
 @operator
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolution of each channel by itself: (B, C, H, W) by (C, 1, k, k), k odd, zero-padded to the same size."""
+    """Depthwise convolution with zero padding: x (B, C, H, W), weight (C, 1, k, k), k odd -> (B, C, H, W)."""
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
 @operator
 def scale_add(x: Tensor, scale: Tensor, base: Tensor) -> Tensor:
-    """base + scale · x for a map x (B, C, H, W), scale (B, C, 1, 1), and a base of either shape."""
+    """base + scale · x: x (B, C, H, W), scale (B, C, 1, 1), base of either shape -> (B, C, H, W)."""
     return torch.addcmul(base, scale, x)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` over the last dimension of x."""
+    """`nn.Linear` that runs as the operator `linear`: (…, in) -> (…, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` with one group a channel and "same" padding: (B, C, H, W) -> (B, C, H, W)."""
+    """`nn.Conv2d` with one group per channel and "same" padding: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, kernel_size: int, bias: bool = True):
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
@@ -65,32 +66,34 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a (B, C, H, W) map, in float32.
+    """LayerNorm over the channels of a (B, C, H, W) map, with float32 statistics.
 
-    `bias=False` is the bias-free norm of denoisers (Restormer's finding; ours keeps LayerNorm's centring).
+    `bias=False` gives the bias-free norm of denoisers, as Restormer recommends. Unlike Restormer's, it still subtracts
+    the mean [ours].
     """
 
     def __init__(self, channels: int, eps: float = 1e-6, elementwise_affine: bool = True, bias: bool = True):
         super().__init__(channels, eps=eps, elementwise_affine=elementwise_affine, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # PyTorch's layer_norm accumulates in float32 whatever the input, so no cast is written here.
+        # PyTorch's layer_norm accumulates in float32 for every input dtype, so no cast is needed.
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Linear layers in a row, and side by side, as one [ours: the merging while training]
+# Consecutive and parallel linear layers, merged into one [ours: the merge during training]
 
 
 def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    """GELU(layer(x)) of a (B, H, W, C) map."""
+    """GELU(layer(x)): (B, H, W, in) -> (B, H, W, out)."""
     return linear(x, layer.weight, layer.bias, gelu=True) if may_merge(layer) else F.gelu(layer(x))
 
 
 def linear_pair(x: Tensor, first: nn.Linear, second: nn.Linear, gelu: bool = False) -> Tensor:
-    """second(first(x)) of a (B, H, W, C) map, or GELU of it, in the order of fewer multiplications.
+    """second(first(x)), or GELU(second(first(x))), in the cheaper order: (B, H, W, in) -> (B, H, W, out).
 
-    Merging the two costs in·middle·out once and saves middle·(in + out) - in·out at each position.
+    Merging the two weights costs in·middle·out multiplications once and saves middle·(in + out) - in·out at each
+    position.
     """
     inner, middle, outer = first.in_features, first.out_features, second.out_features
     saved = x.numel() // inner * (middle * (inner + outer) - inner * outer)
@@ -103,16 +106,16 @@ def linear_pair(x: Tensor, first: nn.Linear, second: nn.Linear, gelu: bool = Fal
 
 
 def add_depthwise(x: Tensor, *branches: nn.Conv2d) -> Tensor:
-    """x + Σ branch(x) of a (B, C, H, W) map, as one convolution."""
+    """x + Σ branch(x), computed as one convolution where the weights can be merged: (B, C, H, W) -> (B, C, H, W)."""
     if may_merge(*branches):
         return depthwise_conv2d(x, *merge_depthwise(*branches))
     return sum((branch(x) for branch in branches), x)
 
 
 def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight W₂W₁ and bias W₂b₁ + b₂ of `second ∘ first`.
+    """Return the weight W₂W₁ and the bias W₂b₁ + b₂ of `second ∘ first`.
 
-    Autocast is off here: in half precision the rounding of W₂W₁ would add to that of the product with x.
+    Autocast is disabled because rounding W₂W₁ to half precision would add to the rounding of the product with x.
     """
     with without_autocast(first.weight):
         bias = None if first.bias is None else second.weight @ first.bias + second.bias
@@ -120,22 +123,22 @@ def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | No
 
 
 def merge_depthwise(*branches: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """5×5 kernel (C, 1, 5, 5) and bias of x + Σ branch(x): Σ pad(K) + δ; biases add. Branches are at most 5×5."""
+    """Return the 5×5 kernel Σ pad(K) + δ, (C, 1, 5, 5), and the bias Σ b of x + Σ branch(x), branches up to 5×5."""
     delta = F.pad(branches[0].weight.new_ones(1, 1, 1, 1), (2, 2, 2, 2))
     kernel = sum((F.pad(b.weight, ((5 - b.weight.shape[-1]) // 2,) * 4) for b in branches), delta)
     return kernel, None if branches[0].bias is None else reduce(torch.add, (branch.bias for branch in branches))
 
 
 def may_merge(*layers: nn.Module) -> bool:
-    """Whether weights may be read, and merged, instead of calling the layers.
+    """Return whether the layers' weights may be read and merged instead of calling the layers.
 
-    Not so for a layer that an adapter wraps (LoRA), or that a hook gives its weights only during its forward; nor
-    where the plain formulas are asked for.
+    A layer inside an adapter (LoRA), or one whose weights a hook loads only during its forward, must be called.
+    `use_fast_forms(False)` also disables merging.
     """
     plain = all(type(layer) in (Linear, DepthwiseConv2d) and not is_hooked(layer) for layer in layers)
     return plain and fast_forms_in_use("merged_weights")
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether accelerate (sequential offload) or diffusers (layerwise casting, group offload) hooks into a module."""
+    """Return whether accelerate (sequential offload) or diffusers (layerwise casting, group offload) hooks a module."""
     return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")

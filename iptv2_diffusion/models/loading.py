@@ -1,4 +1,4 @@
-"""Weights that are loaded whole, or refused, and that compute what the saved ones did, to the last bit."""
+"""Strict loading of weights: complete weights or an error, and bit-identical results after loading."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 __all__ = ["AlignedLoadingMixin", "align_weights", "check_complete", "load_whole"]
 
-ALIGNMENT = 64  # bytes; where torch itself puts a tensor
-SHOWN = 3  # names of weights in a message
-# What a file seems to be, by a pattern that one of its keys matches
+ALIGNMENT = 64  # bytes; alignment of the tensors that torch allocates
+SHOWN = 3  # number of weights that an error names
+# Probable content of a file, by a pattern that matches one of its keys
 SIGNS = (
     (
         r"\.lora_[AB]\.|\.lora\.(up|down)\.|lora_(up|down)",
@@ -27,7 +27,7 @@ SIGNS = (
         "the weights of a VAE (AutoencoderKL)",
     ),
     (r"^transformer_blocks\.\d+\.norm1\.emb\.", "the weights of a DiT (DiTTransformer2DModel)"),
-    (r"^(down|up)_blocks\.\d+\.(attentions|resnets)", "the weights of a U-Net (UNet2DModel or its kin)"),
+    (r"^(down|up)_blocks\.\d+\.(attentions|resnets)", "the weights of a U-Net (such as UNet2DModel)"),
     (r"^text_model\.|^vision_model\.", "the weights of a CLIP model"),
     (r"^(stem|head)\.", "the weights of an IPTV2RestorationModel"),
     (r"^(conv_in|time_embed|class_embedder|conditioning)\b.*", "the weights of another denoiser"),
@@ -35,10 +35,10 @@ SIGNS = (
 
 
 def align_weights(model: nn.Module) -> None:
-    """Copy, in place, the CPU weights that do not start where torch would have put them.
+    """Copy, in place, the CPU weights that are not aligned as torch aligns new tensors.
 
-    safetensors leaves loaded weights where they lie in the file, and there some vector kernels sum in another order:
-    the last bits of a result would differ from those of the model that was saved.
+    safetensors maps weights at their offset in the file. Some vector kernels sum in another order at an unaligned
+    address, so the last bits of a result would differ from those of the saved model.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and type(tensor.data) is Tensor and tensor.data_ptr() % ALIGNMENT:
@@ -46,7 +46,7 @@ def align_weights(model: nn.Module) -> None:
 
 
 def check_complete(model: nn.Module) -> None:
-    """Raise a ValueError, with names, if weights of a model were never given values (those left on the meta device)."""
+    """Raise a ValueError that names the weights without values, those that are still on the meta device."""
     empty = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
     if empty:
         raise ValueError(
@@ -56,14 +56,14 @@ def check_complete(model: nn.Module) -> None:
 
 
 def load_whole(model_class: type, *args: Any, **kwargs: Any) -> nn.Module:
-    """`model_class.from_pretrained(...)`, refusing weights that are missing, unexpected or misshapen.
+    """Call `model_class.from_pretrained(...)` and refuse weights that are missing, unexpected or misshapen.
 
     Raises:
-        ValueError: the names of such weights, and what the file seems to be instead.
-        OSError: no such folder, file or name on the Hub.
+        ValueError: such weights exist. The message names them and the probable content of the file.
+        OSError: the folder, the file or the name on the Hub does not exist.
     """
     name = _name_of(args, kwargs)
-    with _said_once(name, model_class.__name__):
+    with _short_shape_errors(name, model_class.__name__):
         model, info = model_class.from_pretrained(*args, **{**kwargs, "output_loading_info": True})
     check_loaded(model, name, info)
     return model
@@ -75,8 +75,13 @@ def _name_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _said_once(name: str, kind: str) -> Iterator[None]:
-    """Say of misshapen weights whose they are, and without diffusers' pages of names, which our errors shorten."""
+def _short_shape_errors(name: str, kind: str) -> Iterator[None]:
+    """Replace diffusers' errors about misshapen weights, which fill pages, with one line that names the file.
+
+    Args:
+        name: name of the file or folder.
+        kind: class of the model.
+    """
     log = logging.getLogger("diffusers.models.modeling_utils")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -116,7 +121,7 @@ def check_loaded(model: nn.Module, name: str, info: dict[str, Any]) -> None:
 
 
 def _resemblance(model: nn.Module, missing: Iterable[str], unexpected: list[str]) -> str:
-    """What the file seems to be instead, to be added to a message."""
+    """Return the end of an error message: the probable content of the file, or the probable cause."""
     for pattern, what in SIGNS:
         if any(re.search(pattern, key) for key in unexpected):
             return f"; the file seems to be {what}"
@@ -130,24 +135,23 @@ def _resemblance(model: nn.Module, missing: Iterable[str], unexpected: list[str]
 
 
 def _listed(names: list[str]) -> str:
-    """'3 weights (a, b, c) are', shortened."""
+    """Return '3 weights (a, b, c) are', with at most `SHOWN` names."""
     shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     return f"{len(names)} weight{'s' * (len(names) > 1)} ({shown}) {'are' if len(names) > 1 else 'is'}"
 
 
 class AlignedLoadingMixin:
-    """For diffusers models, before `ModelMixin` in the bases: what is saved is what is loaded, or it is refused."""
+    """Mixin that makes `from_pretrained` load complete, aligned weights or raise. It must precede `ModelMixin`."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `ModelMixin.from_pretrained`, of which it takes all arguments; whole weights only, and aligned.
+        """Load a model as `ModelMixin.from_pretrained` does, with all of its arguments.
 
         Raises:
-            ValueError: weights that are missing, unexpected or misshapen (with ignore_mismatched_sizes=True, the last
-                are allowed), by name.
+            ValueError: weights are missing, unexpected or misshapen. `ignore_mismatched_sizes=True` allows the last.
         """
         name = _name_of(args, kwargs)
-        with _said_once(name, cls.__name__):
+        with _short_shape_errors(name, cls.__name__):
             model, info = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
         lenient = {**info, "mismatched_keys": []} if kwargs.get("ignore_mismatched_sizes") else info
         check_loaded(model, name, lenient)

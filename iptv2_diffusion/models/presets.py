@@ -1,5 +1,6 @@
-"""Named sizes, with the parameters and GMACs each must have, and the one function that makes a model from a name."""
+"""Named model configurations with their parameters and GMACs, and `create_model`, which builds a model from a name."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,14 +26,14 @@ __all__ = ["PRESETS", "Preset", "count_macs", "count_parameters", "create_model"
 
 @dataclass(frozen=True)
 class Preset:
-    """A named configuration and what it costs; a test holds each to these figures.
+    """A named model configuration and its cost. A test checks every preset against these figures.
 
     Attributes:
         config: arguments of the model's `__init__` that differ from its defaults.
-        parameters: of the (fused) model with `config`, in millions.
-        gmacs: 10⁹ multiply–accumulates of one (fused) forward at batch 1 and `config["sample_size"]`; what papers
-            call GFLOPs.
-        model_class: the diffusers model class.
+        parameters: millions of parameters of the (fused) model.
+        gmacs: 10⁹ multiply–accumulates of one (fused) forward pass at batch size 1 and `config["sample_size"]`. Papers
+            call this figure GFLOPs.
+        model_class: diffusers model class.
     """
 
     config: dict[str, Any]
@@ -42,7 +43,7 @@ class Preset:
 
 
 def dit(heads: int, head_dim: int, layers: int, patch_size: int, parameters: float, gmacs: float) -> Preset:
-    """DiT (Peebles & Xie 2023) as diffusers has it: embedders in each block, so more parameters than the paper."""
+    """Preset of diffusers' DiT (Peebles & Xie 2023), whose embedders per block add parameters to the paper's."""
     config = {
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
@@ -55,8 +56,20 @@ def dit(heads: int, head_dim: int, layers: int, patch_size: int, parameters: flo
     return Preset(config, parameters, gmacs, DiTTransformer2DModel)
 
 
+def wide(channels: int, layers: tuple[int, int, int], head_dim: int, parameters: float, gmacs: float) -> Preset:
+    """Preset of a denoiser with patch size 2 and two levels of C and 2C channels; GGSA groups have 64 tokens."""
+    config = {
+        "patch_size": 2,
+        "channels": channels,
+        "layers_per_stage": layers,
+        "num_attention_heads": tuple(level * channels // head_dim for level in (1, 2, 2)),
+        "grid_stride": (2, 1),
+    }
+    return Preset(config, parameters, gmacs)
+
+
 def restorer(parameters: float, gmacs: float, **config: Any) -> Preset:
-    """A restorer for colour images; MACs at 128×128×3, as restoration papers count them, unless it says otherwise."""
+    """Preset of a restorer for colour images, with MACs at 128×128×3 unless `config` gives another `sample_size`."""
     return Preset({"sample_size": 128, **config}, parameters, gmacs, IPTV2RestorationModel)
 
 
@@ -73,7 +86,7 @@ RESTORATION_PRESETS: dict[str, Preset] = {
         window_size=4,
         grid_size=4,
     ),
-    "restoration-tiny-exchange": restorer(  # its backbone is that of "tiny", key for key
+    "restoration-tiny-exchange": restorer(  # has the same backbone keys and shapes as "tiny"
         0.106,
         0.0029,
         sample_size=8,
@@ -86,7 +99,7 @@ RESTORATION_PRESETS: dict[str, Preset] = {
         sigma_conditioning="vector",
         conditioning_dim=32,
     ),
-    "restoration-emoji64": restorer(  # its backbone is that of "emoji64", key for key: assets/iptv2-emoji64 fits in
+    "restoration-emoji64": restorer(  # has the backbone of "emoji64", so it can load that of assets/iptv2-emoji64
         9.22,
         0.269,
         sample_size=16,
@@ -98,7 +111,7 @@ RESTORATION_PRESETS: dict[str, Preset] = {
         sigma_conditioning="vector",
         conditioning_dim=128,
     ),
-    "restoration-nano": restorer(  # for CPUs; at 64×64; fewer parameters than FFDNet's 852 k
+    "restoration-nano": restorer(  # for CPUs; MACs at 64×64; fewer parameters than FFDNet's 852 k
         0.832,
         0.159,
         sample_size=64,
@@ -109,7 +122,7 @@ RESTORATION_PRESETS: dict[str, Preset] = {
         attention_pattern=("focal",),
         sigma_conditioning="map",
     ),
-    "restoration-xs": restorer(  # 2.7 times nano's MACs: wider at the top, two levels; at 64×64
+    "restoration-xs": restorer(  # two wider levels and 2.7 times the MACs of nano; MACs at 64×64
         0.834,
         0.425,
         sample_size=64,
@@ -136,8 +149,8 @@ RESTORATION_PRESETS: dict[str, Preset] = {
     ),
 }
 
-# The sizes match DiT-*/2 in GMACs (model.md §7); heads of 32 channels at S and B, of 64 at L and XL; GGSA strides 4, 2,
-# 1 make groups of 64 tokens at every level of a 32×32 latent [ours].
+# iptv2-s to iptv2-xl match the GMACs of DiT-*/2 (model.md §7). Heads have 32 channels at S and B, and 64 at L and XL.
+# GGSA strides 4, 2, 1 make groups of 64 tokens at every level of a 32×32 latent [ours].
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(  # for tests
         {
@@ -153,7 +166,7 @@ PRESETS: dict[str, Preset] = {
         parameters=0.126,
         gmacs=0.00354,
     ),
-    "emoji64-s": Preset(  # the demo: 16×16×4 latents; the shape that learned fastest, see docs/results.md
+    "emoji64-s": Preset(  # the demo on 16×16×4 latents; this shape learned fastest, see docs/results.md
         {
             "sample_size": 16,
             "patch_size": 2,
@@ -167,7 +180,7 @@ PRESETS: dict[str, Preset] = {
         parameters=2.21,
         gmacs=0.0685,
     ),
-    "dit-emoji64-s": Preset(  # the DiT of equal GMACs beside it
+    "dit-emoji64-s": Preset(  # DiT with the GMACs of emoji64-s
         {
             "num_attention_heads": 4,
             "attention_head_dim": 32,
@@ -195,7 +208,7 @@ PRESETS: dict[str, Preset] = {
         parameters=9.44,
         gmacs=0.307,
     ),
-    "dit-emoji64": Preset(  # the DiT of equal GMACs beside it
+    "dit-emoji64": Preset(  # DiT with about the GMACs of emoji64
         {
             "num_attention_heads": 5,
             "attention_head_dim": 64,
@@ -230,6 +243,13 @@ PRESETS: dict[str, Preset] = {
         parameters=775.2,
         gmacs=119.6,
     ),
+    # Patch size 2: with a quarter of the positions and wider maps, the same MACs move fewer bytes, which dominate the
+    # time on GPUs (docs/roofline.md). A third level of 4×4 positions would add many parameters and few MACs. The
+    # roofline determines the widths, with at least as many attentions as DiT [ours].
+    "iptv2-s-2": wide(288, (2, 3, 2), head_dim=32, parameters=51.0, gmacs=5.98),
+    "iptv2-b-2": wide(512, (2, 3, 3), head_dim=32, parameters=164.1, gmacs=23.0),
+    "iptv2-l-2": wide(768, (3, 6, 5), head_dim=64, parameters=576.4, gmacs=81.0),
+    "iptv2-xl-2": wide(896, (4, 8, 5), head_dim=64, parameters=902.2, gmacs=120.0),
     "dit-s-2": dit(6, 64, 12, patch_size=2, parameters=39.8, gmacs=6.06),
     "dit-b-2": dit(12, 64, 12, patch_size=2, parameters=147.4, gmacs=23.0),
     "dit-l-2": dit(16, 64, 24, patch_size=2, parameters=511.6, gmacs=80.7),
@@ -243,24 +263,29 @@ PRESETS: dict[str, Preset] = {
 
 
 def create_model(name: str, **overrides: Any) -> ModelMixin:
-    """Make a fresh model from a preset's name or a configuration file (JSON or YAML), or load one from a saved folder.
+    """Build a new model from a preset or a configuration file (JSON or YAML), or load a model from a saved folder.
 
     Args:
-        name: a key of `PRESETS`, the path of a `config.json` or YAML file, or a folder that `save_pretrained` wrote
-            (its weights are loaded, and overrides are refused unless they agree).
-        **overrides: configuration to replace. `num_class_embeds` is translated for DiT (`num_embeds_ada_norm`; None
-            becomes one class that every sample has).
+        name: key of `PRESETS`, path of a `config.json` or YAML file, or folder written by `save_pretrained`. The
+            weights of a folder are loaded, and overrides must agree with its configuration.
+        **overrides: arguments of the model that replace those of the configuration. For DiT, `num_class_embeds` becomes
+            `num_embeds_ada_norm`, and None becomes a single class.
+
+    Returns:
+        The model, on the CPU unless a `torch.device` context is active.
 
     Raises:
-        ValueError: no such preset, file or folder, one that is no model's, or a key that the model does not have.
+        ValueError: `name` is no preset, file or folder of a model, or an override is unknown, out of range or in
+            conflict with a saved model.
     """
+    name = os.path.expanduser(name)
     if name in PRESETS:
         model_class, config = PRESETS[name].model_class, dict(PRESETS[name].config)
     elif name and Path(name).exists():
         model_class, config = read_config(Path(name))
     else:
         near = get_close_matches(name, PRESETS, n=3, cutoff=0) or list(PRESETS)
-        raise ValueError(f"no preset, config.json or model folder called {name!r}; near it: {', '.join(near)}")
+        raise ValueError(f"no preset, config.json or model folder called {name!r}; did you mean {' or '.join(near)}?")
 
     overrides = translate_overrides(model_class, overrides)
     if name not in PRESETS and Path(name).is_dir():
@@ -277,14 +302,14 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
     return model
 
 
-LARGEST_SIZE = 1 << 20  # of any number in a configuration
+LARGEST_SIZE = 1 << 20  # largest number that a configuration may have
 MOST_LAYERS = 10_000
-# What scripts override for the data; all else is a user's own
+# Arguments that scripts set from the data. All other overrides come from the user.
 _OF_THE_DATA = {"sample_size", "in_channels", "out_channels", "num_class_embeds", "num_embeds_ada_norm", "num_tasks"}
 
 
 def _make(model_class: type[ModelMixin], config: dict[str, Any], overrides: dict[str, Any]) -> ModelMixin:
-    """A fresh model; a ValueError for values that no model can have, or that this machine cannot hold."""
+    """Build a new model. Raises a ValueError for impossible values and for models larger than this machine's memory."""
     values = {**config, **overrides}
     for name, value in values.items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
@@ -302,14 +327,14 @@ def _make(model_class: type[ModelMixin], config: dict[str, Any], overrides: dict
         return model_class.from_config(config, **overrides)
     except ValueError:
         raise
-    except Exception as error:  # of torch and diffusers, about whatever values the user gave
+    except Exception as error:  # torch and diffusers raise many types for bad values
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        told = ", ".join(f"{name}={value!r}" for name, value in (given or values).items() if name[0] != "_")[:200]
-        raise ValueError(f"a {model_class.__name__} cannot be made with {told}: {reason}") from error
+        shown = ", ".join(f"{name}={value!r}" for name, value in (given or values).items() if name[0] != "_")[:200]
+        raise ValueError(f"a {model_class.__name__} cannot be made with {shown}: {reason}") from error
 
 
 def _check_memory(model_class: type[ModelMixin], config: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """Raise a ValueError if the weights are more than this machine's memory: allocating them would end the process."""
+    """Raise a ValueError if the weights exceed this machine's memory; allocating them would kill the process."""
     with torch.device("meta"):
         needed = 4 * count_parameters(model_class.from_config(config, **overrides))
     available = psutil.virtual_memory().total
@@ -324,7 +349,11 @@ MODEL_CLASSES = {c.__name__: c for c in (IPTV2Transformer2DModel, IPTV2Restorati
 
 
 def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
-    """Class and configuration of a model from its JSON or YAML file, or from its folder."""
+    """Read the class and the configuration of a model from a JSON or YAML file, or from a saved folder.
+
+    Raises:
+        ValueError: the file cannot be read, names an unknown class, or has an argument that the class does not have.
+    """
     if path.is_dir():
         if not (path / "config.json").is_file():
             inside = [child.parent.name for child in sorted(path.glob("*/config.json"))]
@@ -334,8 +363,8 @@ def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
     try:
         config = read_yaml(path.read_text(encoding="utf-8"))  # JSON is YAML
     except StrictSyntaxError as error:
-        told = str(error)
-        joined = f"{path}, {told}" if told.startswith("line ") else f"{path} is neither JSON nor YAML: {told}"
+        reason = str(error)
+        joined = f"{path}, {reason}" if reason.startswith("line ") else f"{path} is neither JSON nor YAML: {reason}"
         raise ValueError(joined) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
@@ -350,16 +379,16 @@ def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
 
 
 def check_arguments(model_class: type[ModelMixin], names: Iterable[str]) -> None:
-    """An error for the first name that is no argument of the class; diffusers would only warn of it."""
+    """Raise a ValueError for the first name that is not an argument of the class. diffusers would only warn."""
     known = model_class._get_init_keys(model_class) - {"self"}
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3, cutoff=0)
-            raise ValueError(f"{model_class.__name__} has no argument {name!r}; near it: {', '.join(near)}")
+            raise ValueError(f"{model_class.__name__} has no argument {name!r}; did you mean {' or '.join(near)}?")
 
 
 def translate_overrides(model_class: type[ModelMixin], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Our names into DiT's, and an error for what the class does not have."""
+    """Translate our argument names to DiT's if needed, and raise a ValueError for an argument that the class lacks."""
     overrides = dict(overrides)
     if model_class is DiTTransformer2DModel:
         if "num_class_embeds" in overrides:
@@ -376,10 +405,11 @@ def translate_overrides(model_class: type[ModelMixin], overrides: dict[str, Any]
 
 
 def disable_label_dropout(model: nn.Module) -> None:
-    """Let the training loop alone drop labels.
+    """Disable the label dropout inside diffusers' DiT, so that only the training loop drops labels.
 
-    Every block of diffusers' DiT owns a label embedder that drops 10 % by itself when training, so that hardly any
-    sample is without its label in all blocks. Dropping is a matter of the forward pass; the null row stays.
+    Each block of diffusers' DiT has a label embedder that drops 10 % of the labels independently of the others. Hardly
+    any sample then has no label in all blocks, which classifier-free guidance needs. The embedding of the null label
+    remains.
     """
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
@@ -387,20 +417,25 @@ def disable_label_dropout(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, trainable or not."""
+    """Count all parameters of a model, trainable or not."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: ModelMixin, height: int | None = None, width: int | None = None, batch_size: int = 1) -> int:
-    """Multiply–accumulates of one forward per sample: matrix products, convolutions and attention.
+    """Count the multiply–accumulates per sample of a forward pass: matrix products, convolutions and attention.
 
-    Counted is a model of the same configuration on the meta device: on the CPU, PyTorch's counter takes attention as
-    free.
+    The function counts a model of the same configuration on the meta device, because PyTorch's counter ignores
+    attention on the CPU.
 
     Args:
-        model: a denoiser or restorer of this package or diffusers' DiT; pass `model.fuse()` to count the deployed form.
-        height, width: latent (or image) size, by default the model's `sample_size`.
-        batch_size: matters for an unfused model only, which merges weights once per batch.
+        model: denoiser or restorer of this package, or diffusers' DiT. Pass `model.fuse()` to count the deployed form.
+        height: height of the latent or image; by default that of the model's `sample_size`.
+        width: width of the latent or image; by default that of the model's `sample_size`.
+        batch_size: batch size of the forward pass. It affects only an unfused model, which merges its weights once per
+            batch.
+
+    Raises:
+        ValueError: the model has no `sample_size`, and `height` or `width` is missing.
     """
     size = model.config.sample_size
     if size is None and (height is None or width is None):

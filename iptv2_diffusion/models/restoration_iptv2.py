@@ -1,4 +1,4 @@
-"""The restorer: the same U as the denoiser's, between an image stem and a residual head (model.md §1, §7)."""
+"""The restorer: the denoiser's backbone between an image stem and a residual head (model.md §1, §7)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -21,12 +21,12 @@ __all__ = ["IPTV2RestorationModel"]
 
 
 def scale_sigma(sigma: Tensor) -> Tensor:
-    """The noise level for the network: 0 to 64 on the 0–255 scale becomes -1 to 1."""
+    """Scale noise levels for the network: [0, 64] on the 0–255 scale becomes [-1, 1]."""
     return sigma / 32 - 1
 
 
 class RestorationEmbedding(nn.Module):
-    """Conditioning vector of a restorer: an MLP of the noise level plus a row per task [ours]."""
+    """Conditioning vector of a restorer: an MLP of the noise level plus an embedding of the task [ours]."""
 
     def __init__(self, dim: int, takes_sigma: bool, num_tasks: int | None):
         super().__init__()
@@ -38,7 +38,7 @@ class RestorationEmbedding(nn.Module):
             nn.init.normal_(self.task_embedder.weight, std=0.02)
 
     def forward(self, sigma: Tensor | None, task: Tensor | None) -> Tensor:
-        """sigma (B,) as `scale_sigma` gives it, task (B,) int64 -> (B, D)."""
+        """Embed sigma (B,), scaled by `scale_sigma`, and task (B,) int64 -> (B, D)."""
         vectors = []
         if self.sigma_embedder is not None:
             vectors.append(self.sigma_embedder(sigma[:, None]))
@@ -54,25 +54,38 @@ class IPTV2RestorationModel(
 
         output = image + shuffle(conv3x3(U(conv3x3(unshuffle(4·image - 2)))))
 
-    The head starts at zero, so a fresh model returns its input.
+    The head starts at zero, so a new model returns its input.
 
     Args:
-        in_channels: 3 for colour, 1 for gray; as many come out.
-        unshuffle: pixel-unshuffle before the stem and pixel-shuffle after the head: 1 (full resolution), 2 or 4
-            [ours]. On CPUs narrow full-resolution maps run far below the machine's rate.
-        channels, layers_per_stage, num_attention_heads, attention_pattern, window_size, ffn_ratio, temperature_init:
-            of the U, see `IPTV2Backbone`.
-        grid_stride, grid_size: of GGSA, exactly one; a fixed grid costs the same per pixel at any image size.
-        norm_bias: bias of the plain norms: False for denoising, True for deblurring and deraining (Restormer).
-        sigma_conditioning: how the noise level enters: None (blind), "map" (a further constant input plane, as in
-            FFDNet) or "vector" (adaLN-Zero in every block, as the timestep of the denoiser).
-        num_tasks: number of tasks that one model serves, told apart by a conditioning vector; None for a single one.
-        conditioning_dim: width of the conditioning vector, where there is one.
-        sample_size: (height, width) of training patches that the windows are fitted to; None: any. Any size runs.
-        fused: deployed form; made by `fuse()`, cannot be trained.
+        in_channels: number of image channels: 3 for colour, 1 for gray. The output has as many.
+        unshuffle: factor of the pixel-unshuffle before the stem and of the pixel-shuffle after the head: 1, 2 or 4
+            [ours]. CPUs are inefficient on maps with few channels at full resolution (1).
+        channels: width C of the first level.
+        layers_per_stage: number of FG blocks in each encoder stage, the bottleneck and each decoder stage: 2L-1
+            numbers for L levels.
+        num_attention_heads: number of attention heads, one number or one per stage.
+        attention_pattern: attentions of an FG block in order, each "focal" or "grid".
+        window_size: window size w of FCSA.
+        grid_stride: stride p of GGSA, one number or one per level; None if `grid_size` is given.
+        grid_size: grid size G of GGSA; None if `grid_stride` is given. A fixed grid costs the same per pixel for every
+            image size.
+        ffn_ratio: expansion ratio r of the feed-forward.
+        norm_bias: whether the plain norms have a bias: False for denoising, True for deblurring and deraining
+            (Restormer).
+        sigma_conditioning: how the model receives the noise level: None (blind), "map" (a constant input plane, as in
+            FFDNet) or "vector" (adaLN-Zero in every block, like the denoiser's timestep).
+        num_tasks: number of tasks that the model serves, selected by a conditioning vector; None for a single task.
+        conditioning_dim: width of the conditioning vector, if the model has one.
+        temperature_init: initial temperature of FCSA.
+        sample_size: size of the training patches, one number or (height, width), that the windows are fitted to; None
+            to fit no size. The model accepts images of any size.
+        fused: whether to build the deployed form. `fuse()` makes it; it cannot be trained.
+
+    Raises:
+        ValueError: an argument is out of range, or a sequence has the wrong number of entries.
     """
 
-    __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
+    __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
     _supports_gradient_checkpointing = True
     _no_split_modules = ["FGBlock"]
     _repeated_blocks = ["FGBlock"]
@@ -136,7 +149,10 @@ class IPTV2RestorationModel(
 
     @property
     def granularity(self) -> int:
-        """Pixels by which an image may be shifted with all windows shifting alike: unshuffle · 2^(L-1) · window."""
+        """Period of the window grid in pixels, unshuffle · 2^(L-1) · window_size.
+
+        If an image is shifted by a multiple of it, the windows of every level shift with it.
+        """
         return self.config.unshuffle * 2 ** (self.backbone.levels - 1) * self.config.window_size
 
     def forward(
@@ -149,14 +165,17 @@ class IPTV2RestorationModel(
         """Restore degraded images.
 
         Args:
-            image: (B, in_channels, H, W) on [0, 1] (noise may go beyond), any H and W.
-            sigma: () or (B,), standard deviation of the noise on the 0–255 scale; only, and always, for models with
-                `sigma_conditioning`.
-            task: () or (B,), int in [0, num_tasks); only, and always, for models with `num_tasks`.
-            return_dict: return a `Transformer2DModelOutput` instead of a tuple.
+            image: degraded images, (B, in_channels, H, W) in [0, 1], any H and W. Noise may exceed this range.
+            sigma: standard deviation of the noise on the 0–255 scale, () or (B,). Models with `sigma_conditioning`
+                require it; others refuse it.
+            task: index of the task in [0, num_tasks), () or (B,). Models with `num_tasks` require it; others refuse it.
+            return_dict: whether to return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
-            `.sample` (B, in_channels, H, W), not clipped.
+            `Transformer2DModelOutput` with `sample` (B, in_channels, H, W), not clipped, or a tuple with this tensor.
+
+        Raises:
+            ValueError: `sigma` or `task` is missing, not supported or out of range.
         """
         batch, _, height, width = image.shape
         self.check_conditions(sigma, task)
@@ -164,21 +183,22 @@ class IPTV2RestorationModel(
             sigma = scale_sigma(torch.as_tensor(sigma, device=image.device)).to(image.dtype).expand(batch)
         if task is not None:
             task = torch.as_tensor(task, device=image.device).expand(batch)
-        vector = None if self.embedder is None else self.embedder(sigma, task)
+        vector = None if self.embedder is None else self.embedder(sigma, task)  # (B, D)
 
         factor = self.config.unshuffle
-        x = 4 * (image - 0.5)  # brings contrasts and noise near unit scale [ours, untested]
+        x = 4 * (image - 0.5)  # gives contrasts and noise a standard deviation near 1 [ours, untested]
         x = F.pixel_unshuffle(pad_replicate(x, factor), factor)  # (B, planes, H/factor, W/factor)
         if self.config.sigma_conditioning == "map":
+            # (B, planes + 1, H/factor, W/factor)
             x = torch.cat((x, sigma[:, None, None, None].expand(-1, 1, *x.shape[-2:])), dim=1)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, H/factor, W/factor)
         x = self.backbone(x, vector)  # (B, 2C, H/factor, W/factor), C if there is a single level
-        residual = F.pixel_shuffle(self.head(x), factor)[..., :height, :width]
+        residual = F.pixel_shuffle(self.head(x), factor)[..., :height, :width]  # (B, in_channels, H, W)
         sample = image + residual
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def check_conditions(self, sigma: Tensor | float | None, task: Tensor | int | None) -> None:
-        """Raise a ValueError for a condition that is missing, or that the model was not made for."""
+        """Raise a ValueError if a condition is missing, not supported or out of range."""
         for name, value, expected in (
             ("sigma", sigma, self.config.sigma_conditioning is not None),
             ("task", task, self.config.num_tasks is not None),

@@ -1,4 +1,4 @@
-"""The denoiser: IPT-V2 with timestep and class conditioning, called as diffusers' `DiTTransformer2DModel` is."""
+"""The denoiser: IPT-V2 with timestep and class conditioning and the interface of diffusers' `DiTTransformer2DModel`."""
 
 from collections.abc import Sequence
 
@@ -21,9 +21,10 @@ __all__ = ["IPTV2Transformer2DModel"]
 
 
 class TimestepClassEmbedding(nn.Module):
-    """Sinusoid of 256 → MLP of the timestep, plus a class embedding with one more row, the null label (model.md §6).
+    """Embedding of the timestep (256 sinusoids → MLP) plus embedding of the class (model.md §6).
 
-    Labels are not dropped here: the training loop drops them, once per sample.
+    The class embedding has one extra row for the null label. This module never drops labels: the training loop drops
+    them, once per sample.
     """
 
     def __init__(self, dim: int, num_classes: int | None):
@@ -37,9 +38,9 @@ class TimestepClassEmbedding(nn.Module):
             nn.init.normal_(self.class_embedder.weight, std=0.02)
 
     def forward(self, timestep: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """timestep (B,) in [0, 1000], class_labels (B,) or None -> (B, D) of `dtype`; the sinusoid is float32."""
+        """Embed timestep (B,) in [0, 1000] and class_labels (B,) or None -> (B, D) in `dtype`."""
         vector = self.timestep_proj(timestep).to(self.timestep_embedder.linear_1.weight.dtype)  # (B, 256)
-        vector = self.timestep_embedder(vector).to(dtype)
+        vector = self.timestep_embedder(vector).to(dtype)  # (B, D)
         if self.class_embedder is not None:
             vector = vector + self.class_embedder(class_labels).to(dtype)
         return vector
@@ -50,29 +51,39 @@ class IPTV2Transformer2DModel(
 ):
     """U-shaped latent denoiser with hierarchical attentions (IPT-V2, arXiv 2404.00633; model.md §1–§7).
 
+        latent → 3×3 → U(timestep, class) → 3×3 → adaLN → 3×3 → noise, velocity or flow
+
+    The last convolution starts at zero, so a new model predicts 0.
+
     Args:
-        sample_size: latent size, one number or (height, width), that the windows are fitted to. Any size runs.
-        in_channels: channels of the latent.
-        out_channels: None for `in_channels`; `2 * in_channels` for a learned-range variance.
+        sample_size: latent size, one number or (height, width), that the windows are fitted to. The model accepts
+            latents of any size.
+        in_channels: number of latent channels.
+        out_channels: number of output channels. None means `in_channels`; a learned-range variance needs
+            `2 * in_channels`.
         num_class_embeds: number of classes; None for an unconditional model. Label `num_class_embeds` is the null
             label of classifier-free guidance.
-        patch_size: pixel-unshuffle before the stem; 1 keeps every latent position.
-        channels: C, the width of the first level.
-        layers_per_stage: FG blocks of encoder levels, bottleneck, decoder levels: 2L-1 numbers.
-        num_attention_heads: one number, or one per stage.
-        attention_pattern: attentions of an FG block, in order.
-        window_size: w of FCSA.
-        grid_stride: p of GGSA, one number or one per level; None if `grid_size` is given.
-        grid_size: G of GGSA.
-        feed_forward: "rep-leffn", or "plain" to see what the depthwise convolutions add.
-        ffn_ratio: r of the feed-forward.
-        conditioning_dim: width of the one conditioning vector [ours]; None for embedders of each level's width
-            [lineage].
-        temperature_init: FCSA's temperature at initialisation.
-        fused: deployed form; made by `fuse()`, cannot be trained.
+        patch_size: factor of the pixel-unshuffle before the stem; 1 keeps every latent position.
+        channels: width C of the first level.
+        layers_per_stage: number of FG blocks in each encoder stage, the bottleneck and each decoder stage: 2L-1
+            numbers for L levels.
+        num_attention_heads: number of attention heads, one number or one per stage.
+        attention_pattern: attentions of an FG block in order, each "focal" or "grid".
+        window_size: window size w of FCSA.
+        grid_stride: stride p of GGSA, one number or one per level; None if `grid_size` is given.
+        grid_size: grid size G of GGSA; None if `grid_stride` is given.
+        feed_forward: "rep-leffn", or "plain" for a feed-forward without depthwise convolutions (an ablation).
+        ffn_ratio: expansion ratio r of the feed-forward.
+        conditioning_dim: width of the conditioning vector that all levels share [ours]; None for a separate vector
+            of each level's width [lineage].
+        temperature_init: initial temperature of FCSA.
+        fused: whether to build the deployed form. `fuse()` makes it; it cannot be trained.
+
+    Raises:
+        ValueError: an argument is out of range, or a sequence has the wrong number of entries.
     """
 
-    __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
+    __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
     _supports_gradient_checkpointing = True
     _no_split_modules = ["FGBlock"]
     _repeated_blocks = ["FGBlock"]
@@ -128,6 +139,7 @@ class IPTV2Transformer2DModel(
             sample_size=(-(-height // patch_size), -(-width // patch_size)),
         )
         self.head = nn.Conv2d(self.backbone.out_channels, self.backbone.out_channels, 3, padding=1)
+        # The output is 2C wide, the width of level 1: with one vector per level, its norm takes that level's vector.
         self.norm_out = AdaLayerNormZero2d(
             self.backbone.out_channels, conditioning_dims[min(len(conditioning_dims), 2) - 1], gate=False
         )
@@ -143,27 +155,28 @@ class IPTV2Transformer2DModel(
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict noise, velocity or flow (whatever the training's target was) from a noisy latent.
+        """Predict the training target (noise, velocity or flow) from noisy latents.
 
         Args:
-            hidden_states: (B, in_channels, H, W), any H and W.
-            timestep: () or (B,), int or float, in [0, 1000].
-            class_labels: (B,) int64 in [0, num_class_embeds]; None is the null label for all.
-            return_dict: return a `Transformer2DModelOutput` instead of a tuple.
+            hidden_states: noisy latents, (B, in_channels, H, W), any H and W.
+            timestep: timestep in [0, 1000], int or float, () or (B,).
+            class_labels: class labels in [0, num_class_embeds], (B,) int64. None means the null label for all samples.
+            return_dict: whether to return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
-            `.sample` (B, out_channels, H, W).
+            `Transformer2DModelOutput` with `sample` (B, out_channels, H, W), or a tuple with this tensor.
         """
         batch, _, height, width = hidden_states.shape
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
         if class_labels is None and self.config.num_class_embeds is not None:
             class_labels = torch.full_like(timestep, self.config.num_class_embeds, dtype=torch.long)
-        vectors = [embedder(timestep, class_labels, hidden_states.dtype) for embedder in self.embedders]
+        vectors = [embedder(timestep, class_labels, hidden_states.dtype) for embedder in self.embedders]  # (B, D) each
 
-        x = F.pixel_unshuffle(pad_replicate(hidden_states, self.config.patch_size), self.config.patch_size)
+        patch = self.config.patch_size
+        x = F.pixel_unshuffle(pad_replicate(hidden_states, patch), patch)  # (B, in_channels·patch², H/patch, W/patch)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, H/patch, W/patch)
         x = self.backbone(x, vectors if len(vectors) > 1 else vectors[0])  # (B, 2C, H/patch, W/patch)
-        x, _ = self.norm_out(self.head(x), vectors[min(len(vectors), 2) - 1])
-        x = F.pixel_shuffle(self.proj_out(x), self.config.patch_size)
+        x, _ = self.norm_out(self.head(x), vectors[min(len(vectors), 2) - 1])  # (B, 2C, H/patch, W/patch)
+        x = F.pixel_shuffle(self.proj_out(x), patch)  # (B, out_channels, H, W), padded to multiples of patch
         sample = x[..., :height, :width].contiguous()
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -100,6 +100,16 @@ class CheckpointManager:
 
     def save(self, step: int, progress: Mapping[str, Any] | None = None) -> Path:
         """Write checkpoint `step`, then delete the oldest beyond `keep_last`. Called by all processes together."""
+        try:
+            return self._save(step, progress)
+        except KeyboardInterrupt:  # the second: the first asked for this save
+            if self.accelerator.is_main_process:
+                self._clean(f".tmp-checkpoint-{step:08d}")
+                whole = ", ".join(path.name for path in self._folders() if is_ours(path)) or "none yet"
+                self.say(f"saving checkpoint {step} was interrupted; whole are: {whole}")
+            raise
+
+    def _save(self, step: int, progress: Mapping[str, Any] | None) -> Path:
         final = self.output_dir / f"checkpoint-{step:08d}"
         temporary = self.output_dir / f".tmp-checkpoint-{step:08d}"
         failure: str | None = None
@@ -114,11 +124,6 @@ class CheckpointManager:
                 self.accelerator.save_state(str(temporary))
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             failure = _reason(error)
-        except KeyboardInterrupt:  # the second: the first asked for this save
-            shutil.rmtree(temporary, ignore_errors=True)
-            whole = ", ".join(path.name for path in self._folders()) or "none yet"
-            self.say(f"saving checkpoint {step} was interrupted; whole are: {whole}")
-            raise
         if self._first_failure(failure) is None and self.accelerator.is_main_process:
             try:
                 self._seal(temporary, final, step, dict(progress or {}))

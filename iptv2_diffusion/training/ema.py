@@ -20,19 +20,30 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from iptv2_diffusion.training.power_ema import PowerEMA, write_snapshot
 from iptv2_diffusion.training.sharding import (
     forget_gathered,
     from_local,
-    local,
+    full_tensor,
     optimizer_tensors,
     shard_like,
-    whole,
+    to_local,
 )
 
 StateDict = dict[str, torch.Tensor]
+
+# Whole tensors on the CPU, of the first process alone: no other holds a second copy of the model.
+_GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE = StateDictOptions(full_state_dict=True)  # whole on every process, as read from a file
 
 _MODEL_FILE = "model.safetensors"
 _OPTIMIZER_FILE = "optimizer.bin"
@@ -82,7 +93,7 @@ class ModelState:
 
     def _own(self) -> list[torch.Tensor]:
         """This process's memory of the parameters."""
-        return [local(p) for p in self.parameters] if self.sharded else self.parameters
+        return [to_local(p) for p in self.parameters] if self.sharded else self.parameters
 
     @property
     def averaged_steps(self) -> int:
@@ -121,7 +132,15 @@ class ModelState:
         state = {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
         for average in self.averages[:1]:
             state |= self._by_name(average)
-        return {name: whole(tensor) for name, tensor in state.items()}
+        return {name: full_tensor(tensor) for name, tensor in state.items()}
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """Copies of all that a checkpoint must bring back, whole: weights, averages, optimiser state."""
+        tensors = {f"weights.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.averaged_state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items() if torch.is_tensor(v)}
+        return {name: full_tensor(tensor).detach().clone() for name, tensor in tensors.items()}
 
     def write_snapshots(self, folder: Path, result: Callable[[StateDict], StateDict] = dict) -> None:
         """Write the power-function averages as they are now (see `power_ema.py`); called by all processes.
@@ -129,7 +148,7 @@ class ModelState:
         `result` takes a state dict and returns the part of it that a result keeps.
         """
         for average in self.averages:
-            tensors = self._whole_by_name(average)
+            tensors = self._gathered(average)
             if self.accelerator.is_main_process:
                 write_snapshot(folder, average.optimization_step, average.sigma_rel, result(tensors))
 
@@ -138,12 +157,18 @@ class ModelState:
         pairs = zip(self.module.named_parameters(), average.shadow_params, strict=True)
         return {name: from_local(part, parameter) for (name, parameter), part in pairs}
 
-    def _whole_by_name(self, average: EMAModel) -> dict[str, torch.Tensor]:
-        return {name: whole(tensor).contiguous() for name, tensor in self._by_name(average).items()}
+    def _gathered(self, average: EMAModel) -> dict[str, torch.Tensor]:
+        """An average, whole, on the CPU; on the other processes empty. Of a sharded model every process must ask."""
+        main, state = self.accelerator.is_main_process, {}
+        for name, tensor in self._by_name(average).items():
+            whole = full_tensor(tensor)
+            if main:
+                state[name] = whole.contiguous().cpu()
+        return state
 
     def _set_average(self, average: EMAModel, state: dict[str, torch.Tensor], steps: int) -> None:
         names = [name for name, _ in self.module.named_parameters()]
-        parts = [local(shard_like(state[name], p)) for name, p in zip(names, self.parameters, strict=True)]
+        parts = [to_local(shard_like(state[name], p)) for name, p in zip(names, self.parameters, strict=True)]
         with torch.no_grad():
             torch._foreach_copy_(average.shadow_params, parts)
         average.optimization_step = steps
@@ -156,12 +181,12 @@ class ModelState:
         main, folder = self.accelerator.is_main_process, Path(output_dir)
         if not main and not self.sharded:
             return
-        state = {name: whole(tensor.detach()).contiguous() for name, tensor in self.module.state_dict().items()}
-        shadows = [self._whole_by_name(average) for average in self.averages]
-        optimizer = self._whole_optimizer() if self.sharded else None
+        state = get_model_state_dict(self.module, options=_GATHERED)
+        shadows = [self._gathered(average) for average in self.averages]
+        optimizer = self._gathered_optimizer() if self.sharded else None
         if not main:
             return
-        save_file(state, folder / _MODEL_FILE, metadata={"format": "pt"})
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / _MODEL_FILE, metadata={"format": "pt"})
         for number, (average, shadow) in enumerate(zip(self.averages, shadows, strict=True)):
             # One entry only: safetensors writes several in any order, and equal states must give equal files.
             metadata = {"optimization_step": str(average.optimization_step)}
@@ -173,10 +198,10 @@ class ModelState:
         models.clear()
         folder = Path(input_dir)
         state, _ = _read(folder / _MODEL_FILE)
-        if self.sharded:
-            own = self.module.state_dict()
-            state = {name: shard_like(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
-        self.module.load_state_dict(state)
+        missing = self.module.state_dict().keys() - state.keys()
+        if missing:  # which torch would leave as they are
+            raise KeyError(f"{_MODEL_FILE} lacks {', '.join(sorted(missing)[:3])}")
+        set_model_state_dict(self.module, state, options=_WHOLE)
         for number, average in enumerate(self.averages):
             state, metadata = _read(folder / _file(number))
             self._set_average(average, state, int(metadata["optimization_step"]))
@@ -184,19 +209,28 @@ class ModelState:
             self._load_optimizer(torch.load(folder / _OPTIMIZER_FILE, map_location="cpu", weights_only=True))
             forget_gathered(self.module)
 
-    def _whole_optimizer(self) -> dict[str, Any]:
-        """The optimiser's state dict with nothing sharded in it."""
-        state = self.optimizer.state_dict()
-        gathered = {i: {k: whole(v) for k, v in values.items()} for i, values in state["state"].items()}
-        return {**state, "state": gathered}
+    # Files number the parameters, as `Optimizer.state_dict` does; torch's functions on sharded state name them.
+
+    def _optimized_names(self) -> list[str]:
+        """Names of the parameters in the order of the optimiser's groups."""
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        return [names[p] for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _gathered_optimizer(self) -> dict[str, Any]:
+        """The optimiser's state dict with nothing sharded in it; of use on the first process alone."""
+        optimizer_tensors(self.optimizer)  # torch would make what is missing by a step of the optimiser
+        gathered = get_optimizer_state_dict(self.module, self.optimizer, options=_GATHERED).get("state", {})
+        state = {number: gathered[name] for number, name in enumerate(self._optimized_names()) if name in gathered}
+        return {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Load a state dict that is whole on every process into the sharded optimiser."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for number, values in saved["state"].items():
-            like = parameters[number]
-            saved["state"][number] = {k: shard_like(v.contiguous(), like) if v.ndim else v for k, v in values.items()}
-        self.optimizer.load_state_dict(saved)
+        optimizer_tensors(self.optimizer)
+        names = self._optimized_names()
+        state = {names[number]: values for number, values in saved["state"].items()}
+        groups = [{**group, "params": [names[number] for number in group["params"]]} for group in saved["param_groups"]]
+        named = {"state": state, "param_groups": groups}
+        set_optimizer_state_dict(self.module, self.optimizer, named, options=_WHOLE)
 
     def lay_out_optimizer(self) -> None:
         """Bring loaded moments to the memory layout of their parameters: fused AdamW walks both side by side.

@@ -53,12 +53,12 @@ def user_errors(*kinds: type[Exception], as_error: type[UserError] = UserError) 
 def loading(name: str) -> Iterator[None]:
     """Turn the libraries' errors about a saved model or pipeline, a folder or a name on the Hub, into a `UserError`."""
     try:
-        with user_errors(OSError, ValueError):
+        with user_errors(Exception):  # of diffusers, safetensors and json, about whatever the folder holds
             yield
     except UserError as error:
         hub = "" if Path(name).exists() else "no such folder here, and from the Hub: "
         told = str(error)
-        raise UserError(f"cannot load {name}: {hub}{told[:200]}{'…' if len(told) > 200 else ''}") from error
+        raise UserError(f"cannot load {name}: {hub}{told[:500]}{'…' if len(told) > 500 else ''}") from error
 
 
 def system_error(error: BaseException) -> int | None:
@@ -91,8 +91,10 @@ def run_main(main: Callable[[], int | None]) -> None:
         if os.environ.get("IPTV2_TRACEBACK") == "1":
             raise
         code = _complain(str(error), everywhere=isinstance(error, LocalError))
-    except KeyboardInterrupt:
-        _complain("stopped; what was written before is whole, and the same command goes on from there")
+    except KeyboardInterrupt as error:  # who raises it may say what is there
+        _complain(
+            str(error) or "stopped: what was written before is whole, and the same command goes on from there", ""
+        )
         code = 130
     except Exception as error:
         message = full_disk(error)
@@ -102,7 +104,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
-def _complain(message: str, *, everywhere: bool = False) -> int:
+def _complain(message: str, *, prefix: str = "error: ", everywhere: bool = False) -> int:
     if everywhere or int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"{prefix}{message}", file=sys.stderr, flush=True)
     return 1

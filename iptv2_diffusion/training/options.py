@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -262,6 +263,14 @@ class TrainingConfig(Config):
         0, "processes (for a stream: threads) that decode images", group="machine", free=True, at_least=0
     )
 
+    max_pixels: int = option(
+        178_956_970,
+        "height times width above which an image is refused before it is decoded",
+        group="data",
+        free=True,
+        at_least=1,
+    )
+
     checkpoint_every: int = option(1000, "steps between checkpoints; 0: only one at the end", **_FREE_LOG, at_least=0)
     keep_last: int = option(2, "number of checkpoints that are kept", **_FREE_LOG, at_least=1)
     sharded_checkpoints: bool = option(
@@ -281,6 +290,7 @@ class TrainingConfig(Config):
     report_to: str = option("tensorboard", "where metrics are logged: tensorboard, wandb, all or none", **_FREE_LOG)
 
     def validate(self) -> None:
+        """Raise `ConfigError` for options that cannot work together, naming them."""
         if self.ema == "power" and len(set(self.ema_sigma_rels)) == 1:
             width = self.ema_sigma_rels[0]
             raise ConfigError(f"ema_sigma_rels is {width},{width}; the two must differ, as 0.05,0.1 do")
@@ -308,7 +318,7 @@ def parse_config(
     for name, text in vars(known).items():
         if name != "config" and text is not None:
             values[name] = coerce(read_word(text, hints[name]), hints[name], name)
-    return config_type(**values).resolve()
+    return config_type(**expand_home(config_type, values)).resolve()
 
 
 def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -318,7 +328,16 @@ def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict
     for name in values:
         if name not in names:
             raise ConfigError(_unknown(str(name), names, f"in {where}"))
-    return {name: coerce(value, hints[name], name) for name, value in values.items()}
+    return expand_home(config_type, {name: coerce(value, hints[name], name) for name, value in values.items()})
+
+
+def expand_home(config_type: type, values: dict[str, Any]) -> dict[str, Any]:
+    """~ in fields that no checkpoint holds; the others, and defaults, are expanded where they are used."""
+    free = {field.name: field.default for field in dataclasses.fields(config_type) if field.metadata.get("free")}
+    return {
+        name: os.path.expanduser(value) if isinstance(value, str) and free.get(name, value) != value else value
+        for name, value in values.items()
+    }
 
 
 def save_config(config: Any, path: str | Path) -> None:

@@ -115,7 +115,7 @@ def measure(make_trainer: Callable[[], tuple[Trainer, TrainingTask]], steps: int
     with StopSignal() as stop:
         for _ in range(steps + 1):
             started = time.perf_counter()
-            trainer._train_step(task, stop)  # reads the loss, and so waits for the device
+            trainer.train_step(task, stop)  # reads the loss, and so waits for the device
             seconds.append(time.perf_counter() - started)
     if trainer.accelerator.device.type == "cuda":
         return Speed(statistics.median(seconds[1:]), torch.cuda.max_memory_allocated(device))

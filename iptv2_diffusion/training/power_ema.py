@@ -37,12 +37,20 @@ _TEMPORARY = ".tmp-"
 def gamma_of(sigma_rel: float) -> float:
     """The exponent gamma > 0 of a relative width in (0, 12^-1/2 = 0.289); ValueError outside.
 
-    The largest root of gamma^3 + 7 gamma^2 + (16 - s) gamma + 12 - s with s = sigma_rel^-2: eq. 3 solved for gamma.
+    Appendix C inverts eq. 3. Here by bisection: the width falls with gamma, from 12^-1/2 at 0, and is below
+    1 / (gamma + 2), so that gamma lies between 0 and 1 / sigma_rel.
     """
     if not 0 < sigma_rel < SIGMA_REL_LIMIT:
         raise ValueError(f"sigma_rel is {sigma_rel:g}; it must lie in (0, {SIGMA_REL_LIMIT:.3f}), usually 0.05 to 0.15")
-    s = sigma_rel**-2
-    return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
+    low, high = 0.0, 1 / sigma_rel
+    while low < (middle := (low + high) / 2) < high:  # until float64 has no number in between
+        low, high = (middle, high) if sigma_rel_of(middle) > sigma_rel else (low, middle)
+    return high
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """The relative width of an exponent: eq. 3, the standard deviation of p(tau) over t."""
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 class PowerEMA(EMAModel):
@@ -53,7 +61,7 @@ class PowerEMA(EMAModel):
         self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
 
     def get_decay(self, optimization_step: int) -> float:
-        """b(t) at step t, counted from 1."""
+        """b(t) at step t, counted from 1: eq. 4, so that the recursion reproduces the integral of eq. 2."""
         return (1 - 1 / optimization_step) ** (self.gamma + 1)
 
 
@@ -109,6 +117,9 @@ def _snapshots(folder: Path) -> list[Path]:
 def coefficients(profiles: Sequence[tuple[int, float]], steps: int, sigma_rel: float) -> tuple[np.ndarray, float]:
     """Factors, one a profile, whose combination is nearest to the profile of `sigma_rel` at `steps`.
 
+    Appendix C synthesises a profile p from the stored ones p_i: the x that minimise the integral of
+    (p - sum_i x_i p_i)^2 over time solve the normal equations  sum_j <p_i, p_j> x_j = <p_i, p>.
+
     Args:
         profiles: (steps, sigma_rel) of each.
         steps, sigma_rel: of the wanted one.
@@ -116,17 +127,21 @@ def coefficients(profiles: Sequence[tuple[int, float]], steps: int, sigma_rel: f
     Returns:
         The factors, and what they miss: the norm of the difference of the profiles over the norm of the wanted one.
     """
-    wanted = _inner([(steps, sigma_rel)], [(steps, sigma_rel)])[0, 0]
-    gram, right = _inner(profiles, profiles), _inner(profiles, [(steps, sigma_rel)])[:, 0]
+    target = [(steps, sigma_rel)]
+    wanted = _inner(target, target)[0, 0]  # <p, p>
+    gram, right = _inner(profiles, profiles), _inner(profiles, target)[:, 0]  # <p_i, p_j> and <p_i, p>
+    # In the least-squares sense: neighbouring snapshots are so alike that the equations are nearly singular.
     factors = np.linalg.lstsq(gram, right, rcond=None)[0]
-    missed = wanted - 2 * factors @ right + factors @ gram @ factors
+    missed = wanted - 2 * factors @ right + factors @ gram @ factors  # the minimum of the integral
     return factors, math.sqrt(max(0.0, missed) / wanted)
 
 
 def _inner(rows: Sequence[tuple[int, float]], columns: Sequence[tuple[int, float]]) -> np.ndarray:
-    """Inner products of profiles, the integral of p_a p_b over time:
+    """Inner products <p_a, p_b>, the integral of p_a p_b over time, of every row with every column (appendix C).
 
-    (g_a+1)(g_b+1)/(g_a+g_b+1) m^(g_a+g_b+1) / (t_a^(g_a+1) t_b^(g_b+1)),  m = min(t_a, t_b).    (appendix C)
+    With p(tau) = (g + 1) tau^g / t^(g + 1) up to t and 0 after it (eq. 2), the product ends at m = min(t_a, t_b):
+
+        <p_a, p_b> = (g_a + 1) (g_b + 1) / (t_a^(g_a + 1) t_b^(g_b + 1)) * m^(g_a + g_b + 1) / (g_a + g_b + 1)
     """
     ta, tb = (np.array([float(steps) for steps, _ in profiles]) for profiles in (rows, columns))
     ga, gb = (np.array([gamma_of(sigma_rel) for _, sigma_rel in profiles]) for profiles in (rows, columns))
@@ -151,6 +166,7 @@ def reconstruct(
     if not used:
         raise ValueError(f"there is no snapshot up to step {steps}; the first is of step {snapshots[0].steps}")
     factors, error = coefficients([(s.steps, s.sigma_rel) for s in used], steps, sigma_rel)
+    # Eq. 2 is linear in the profile: the combination of profiles is that of the averages (§3.2).
     total: dict[str, Tensor] = {}
     for snapshot, factor in zip(used, factors, strict=True):
         with safe_open(snapshot.path, framework="pt") as file:

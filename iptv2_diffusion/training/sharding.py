@@ -4,13 +4,16 @@
     zero2   likewise, but gathered weights stay until the backward pass: less traffic, more memory
 
 Parameters become `DTensor`s cut along their first dimension, which AdamW and gradient clipping work on as they are.
-accelerate's FSDP and DeepSpeed are refused: on CPUs accelerate drops the former without a word, and both keep weights
-and checkpoints where exact resumption, averaging and the NaN stop of `loop.py` cannot reach them.
+
+`accelerate launch --use_fsdp --fsdp_version 2` asks for the same by accelerate's plugin, and gets this engine: on CPUs
+accelerate drops its plugin without a word, and with it exact resumption, averaging and the NaN stop of `loop.py` would
+not reach weights and checkpoints. DeepSpeed and the first FSDP, which keep both elsewhere, are refused.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +25,43 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from iptv2_diffusion.training.errors import ConfigError
 
 
-def refuse_other_sharding() -> None:
-    """Raise `ConfigError` where `accelerate launch` was asked for FSDP or DeepSpeed."""
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ConfigError(
-                f"accelerate was asked for {name}, which these scripts do not use; leave it out of the accelerate "
-                "configuration and add --sharding zero3 (or zero2): torch's FSDP2, on GPUs and CPUs alike"
-            )
+def launcher_options() -> dict[str, Any]:
+    """Options of a run that stand for what `accelerate launch` was asked for in sharding; empty if for nothing.
+
+    Raises `ConfigError` for what this engine does not do: DeepSpeed, FSDP 1, parameters kept on the CPU.
+    """
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "accelerate was asked for DeepSpeed, which these scripts do not use; leave it out of the accelerate "
+            "configuration and add --sharding zero3 (or zero2): torch's FSDP2, on GPUs and CPUs alike"
+        )
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return {}
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "accelerate was asked for FSDP 1, which these scripts do not use; add --fsdp_version 2 to `accelerate "
+            "launch`, or leave --use_fsdp out and add --sharding zero3 (or zero2) behind the script"
+        )
+    if _asked("FSDP_OFFLOAD_PARAMS"):
+        raise ConfigError(
+            "accelerate was asked to keep parameters on the CPU, which these scripts do not do; leave "
+            "--fsdp_offload_params out, and use more GPUs or --gradient_checkpointing"
+        )
+    options: dict[str, Any] = {"sharding": "zero3" if _asked("FSDP_RESHARD_AFTER_FORWARD", "true") else "zero2"}
+    if os.environ.get("FSDP_STATE_DICT_TYPE", "").upper() == "SHARDED_STATE_DICT":
+        options["sharded_checkpoints"] = True
+    if _asked("FSDP_ACTIVATION_CHECKPOINTING"):
+        options["gradient_checkpointing"] = True
+    return options
+
+
+def switch_off_plugin() -> None:
+    """Keep accelerate, and transformers, from sharding in this process what `shard` shards."""
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+
+
+def _asked(variable: str, default: str = "false") -> bool:
+    return os.environ.get(variable, default).lower() in ("true", "1")
 
 
 def shard(model: nn.Module, accelerator: Accelerator, *, reshard_after_forward: bool) -> None:
@@ -40,12 +72,12 @@ def shard(model: nn.Module, accelerator: Accelerator, *, reshard_after_forward: 
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of a sharded one (every process must ask)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """The tensor itself, or this process's part of a sharded one; the memory is shared with it."""
     return tensor.detach().to_local().requires_grad_(tensor.requires_grad) if isinstance(tensor, DTensor) else tensor
 

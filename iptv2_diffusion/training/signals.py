@@ -12,7 +12,7 @@ class Interrupted(Exception):
 
 
 def no_interruption() -> None:
-    """`TrainingTask.interrupt` outside of training."""
+    """The `interrupt` of evaluations and previews outside of training: it does nothing."""
 
 
 class StopSignal:

@@ -5,11 +5,13 @@ import torch
 
 from iptv2_diffusion.data.draws import (
     DataOrder,
+    RunDraws,
     StepBatches,
     class_balanced_weights,
     derive_seed,
     draw_step,
     own_slices,
+    read_ahead,
 )
 
 
@@ -116,13 +118,49 @@ def test_a_slice_of_the_draws_is_the_draws_of_the_slice():
 
 def test_the_batch_sampler_reads_in_the_order_of_the_draws():
     order = DataOrder(20, seed=4)
-    sampler = iter(StepBatches(order, 8, own_slices(8, 2, 1, 2), start=3, flip=True))
+    batches = StepBatches(RunDraws(order, 8, (4, 2, 2), own_slices(8, 2, 1, 2)), start=3, flip=True)
+    sampler = iter(batches)
     for step in (3, 4):
         draws = draw_step(order, step, 8, (4, 2, 2))
         for part in own_slices(8, 2, 1, 2):
             pairs = next(sampler)
             assert [item for item, _ in pairs] == draws.items[part].tolist()
             assert [flip for _, flip in pairs] == draws.flips[part].tolist()
+            assert_equal_draws(batches.waiting.popleft(), draws[part])
+
+
+def assert_equal_draws(left, right):
+    for name, value in vars(left).items():
+        other = getattr(right, name)
+        assert value is other is None or torch.equal(value, other), name
+
+
+class Named(torch.utils.data.Dataset):
+    """Samples that name themselves."""
+
+    def __getitem__(self, key):
+        return torch.tensor(key)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_are_read_ahead_arrive_with_the_draws_that_they_were_read_for(workers):
+    run = RunDraws(DataOrder(20, seed=4), 8, (4, 2, 2), own_slices(8, 2, 1, 2), stratified=False)
+    reading = read_ahead(Named(), run, start=3, flip=True, crops=3, num_workers=workers)
+    for step in range(3, 8):
+        whole = draw_step(run.order, step, 8, (4, 2, 2), stratified=False)
+        for part in run.slices:
+            samples, draws = next(reading)
+            assert_equal_draws(draws, whole[part])
+            assert samples.tolist() == torch.stack([draws.items, draws.views(True, 3)], dim=1).tolist()
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 3, 3), (1, 5, 1), (1, 1, 1)])
+def test_without_diffusion_noise_all_else_is_the_same(shape):
+    """As of a VAE; 8 samples of these shapes are multiples of 16 and not, and below it."""
+    with_noise, without = (draw_step(DataOrder(9, 0), 2, 8, shape, diffusion=drawn) for drawn in (True, False))
+    assert without.noise is None
+    for name, value in vars(without).items():
+        assert value is None or torch.equal(value, getattr(with_noise, name)), name
 
 
 def test_seeds_are_fixed_for_all_time():

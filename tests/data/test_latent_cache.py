@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
-from iptv2_diffusion.data.draws import DataOrder, draw_step, own_slices
+from iptv2_diffusion.data.draws import DataOrder, RunDraws, draw_step, own_slices
 from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
-from iptv2_diffusion.data.latent_cache import LatentCache, cached_latents, dataset_fingerprint
+from iptv2_diffusion.data.latent_cache import CachedLatents, LatentCache, cached_latents, dataset_fingerprint
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
 from iptv2_diffusion.files import atomic
 from iptv2_diffusion.latents import LatentCodec
@@ -222,12 +222,12 @@ def test_crops_are_stored_and_drawn(folder, codec, tmp_path, flips):
     images = load(folder)
     cache, _ = make(folder, codec, tmp_path, dtype="float32", crops=3, flips=flips)
     order = DataOrder(COUNT, 0)
-    source = EncodedLatents(
-        images, codec, order=order, batch_size=32, slices=[slice(0, 32)], start=0, encoding=Encoding(flips, 3)
-    )
+    run = RunDraws(order, 32, cache.latent_shape, [slice(0, 32)])
+    source = EncodedLatents(images, codec, run, start=0, encoding=Encoding(flips, 3))
     draws = draw_step(order, 0, 32, cache.latent_shape)
     latents, _ = cache.batch(draws)
-    assert torch.allclose(latents, source.batch(draws)[0], atol=1e-5)
+    ((encoded, _, _),) = source.micro_batches(0)
+    assert torch.allclose(latents, encoded, atol=1e-5)
     crops = (draws.crops * 3).long().tolist()
     assert set(crops) == {0, 1, 2}
     for row, (item, flip, crop) in enumerate(zip(draws.items.tolist(), draws.flips.tolist(), crops, strict=True)):
@@ -240,15 +240,19 @@ def test_crops_are_stored_and_drawn(folder, codec, tmp_path, flips):
 def test_on_the_fly_gives_what_the_cache_gives(folder, codec, tmp_path, processes):
     cache, _ = make(folder, codec, tmp_path, dtype="float32")
     order = DataOrder(COUNT, 1)
-    slices = own_slices(8, processes, processes - 1, 2)
-    source = EncodedLatents(load(folder), codec, order=order, batch_size=8, slices=slices, start=3)
+    run = RunDraws(order, 8, cache.latent_shape, own_slices(8, processes, processes - 1, 2))
+    encoded, cached = EncodedLatents(load(folder), codec, run, start=3), CachedLatents(cache, run)
     for step in (3, 4):
         draws = draw_step(order, step, 8, cache.latent_shape)
-        for part in slices:
-            for left, right in zip(source.batch(draws[part]), cache.batch(draws[part]), strict=True):
+        pairs = zip(encoded.micro_batches(step), cached.micro_batches(step), run.slices, strict=True)
+        for (*ours, our_draws), (*theirs, their_draws), part in pairs:
+            for left, right, expected in zip(ours, theirs, cache.batch(draws[part]), strict=True):
                 assert torch.allclose(left, right, atol=1e-5)
+                assert torch.equal(right, expected)
+            assert torch.equal(our_draws.noise, draws.noise[part])
+            assert torch.equal(their_draws.noise, draws.noise[part])
     with pytest.raises(RuntimeError, match="another order"):
-        source.batch(draw_step(order, 9, 8, cache.latent_shape)[slices[0]])
+        next(encoded.micro_batches(9))
 
 
 def test_fingerprints_of_parquet_follow_its_content(folder, tmp_path):

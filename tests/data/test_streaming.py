@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from iptv2_diffusion.data.draws import draw_step, own_slices
+from iptv2_diffusion.data.draws import RunDraws, draw_step, own_slices
 from iptv2_diffusion.data.images import ImageTensors, class_names, load_image_dataset
 from iptv2_diffusion.data.streaming import ImageStream, Lane, StreamedLatents, StreamOrder, count_lanes, join_positions
 from iptv2_diffusion.latents import LatentCodec
@@ -71,9 +71,7 @@ class Reader:
             StreamedLatents(
                 ImageStream(stream, (8, 8), strict=strict, block=block),
                 codec,
-                batch_size=BATCH,
-                slices=own_slices(BATCH, processes, process),
-                seed=5,
+                RunDraws(StreamOrder(5), BATCH, (4, 4, 4), own_slices(BATCH, processes, process)),
                 start=start,
                 position=position,
                 say=self.messages.append,
@@ -81,18 +79,17 @@ class Reader:
             )
             for process in range(processes)
         ]
-        self.processes, self.step = processes, start
+        self.step = start
 
     def read(self, steps):
         """Labels (steps * BATCH) and latents of the next steps."""
         latents, labels = [], []
         for _ in range(steps):
-            draws = draw_step(StreamOrder(5), self.step, BATCH, (4, 4, 4))
+            for part in self.parts:
+                ((made, classes, _),) = part.micro_batches(self.step)
+                latents.append(made)
+                labels += classes.tolist()
             self.step += 1
-            for process, part in enumerate(self.parts):
-                made = part.batch(draws[own_slices(BATCH, self.processes, process)[0]])
-                latents.append(made[0])
-                labels += made[1].tolist()
         return labels, torch.cat(latents) if latents else None
 
     def position(self):

@@ -199,7 +199,7 @@ class TestRefusals:
             self.run(script, ground, tmp_path, models=[{"guidance": 2}])
         with pytest.raises(UserError, match="extractor 'vgg': use inception"):
             self.run(script, ground, tmp_path, "--extractors", "vgg")
-        with pytest.raises(ConfigError, match="models of one name: a, a"):
+        with pytest.raises(ConfigError, match="models with the same name: a, a"):
             self.run(script, ground, tmp_path, models=[{"name": "a"}, {"name": "a"}])
         with pytest.raises(UserError, match="no such folder"):
             self.run(
@@ -222,3 +222,10 @@ def test_configurations_of_imagenet_score_what_the_training_configurations_make(
     for entry in entries:
         g = entry.generation
         assert (g.num_samples, g.num_inference_steps, g.scheduler, g.labels) == (50_000, 250, "ddpm", "random")
+
+
+@pytest.mark.parametrize("name", ["../esc", "/tmp/esc", "a/../../esc", ".."])
+def test_names_that_leave_the_output_folder_are_refused(script, name):
+    with pytest.raises(ConfigError, match="does not stay inside") as caught:
+        script.BenchmarkConfig(models=[{"name": name}]).entries()
+    assert "\n" not in str(caught.value)

@@ -257,3 +257,28 @@ class TestPipelinesAndSchedulers:
 def test_a_misspelt_folder_is_one_line(script, tmp_path):
     with pytest.raises(UserError, match="cannot load asets/emoji: no such folder here, and from the Hub: "):
         script.main(words("asets/emoji", tmp_path / "out"))
+
+
+class TestWhatIsNotOurs:
+    def test_a_stray_image_is_not_counted(self, script, pipelines, tmp_path):
+        (tmp_path / "s" / "images").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "s" / "images" / "000000.png")
+        with pytest.raises(UserError, match="has no record of generated images and holds 1 entries") as caught:
+            script.main(words(pipelines["iptv2"], tmp_path / "s", "--num_samples", 2))
+        assert "\n" not in str(caught.value)
+        assert Image.open(tmp_path / "s" / "images" / "000000.png").size == (32, 32)
+
+    def test_overwrite_deletes_ours_alone(self, run):
+        folder = run("t", "--num_samples", 2)
+        Image.new("RGB", (9, 9)).save(folder / "images" / "holiday.png")
+        run("t", "--num_samples", 2, "--overwrite", "--guidance_scale", 2)
+        assert sorted(p.name for p in (folder / "images").iterdir()) == ["000000.png", "000001.png", "holiday.png"]
+
+    def test_what_is_not_finite_is_left_out_and_named(self, script, pipelines, tmp_path):
+        pipeline = IPTV2Pipeline.from_pretrained(pipelines["iptv2"])
+        pipeline.transformer.proj_out.weight.data.mul_(float("nan"))
+        pipeline.save_pretrained(tmp_path / "nan")
+        expected = r"2 images are missing, for example 0: .*step 1 of 3: the model gives NaN or infinity in float32"
+        with pytest.raises(UserError, match=expected):
+            script.main(words(tmp_path / "nan", tmp_path / "out", "--num_samples", 2))
+        assert not list((tmp_path / "out" / "images").iterdir())

@@ -50,7 +50,7 @@ def test_a_run_writes_what_the_definition_gives(setting, monkeypatch, capsys):
         noisy = clean + np.random.default_rng(seed).normal(0, row["level"], clean.shape)
         error = ((noisy.clip(0, 255) - clean) ** 2).mean()
         assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-4)
-    assert "LPIPS is left out" in capsys.readouterr().out
+    assert "LPIPS is skipped" in capsys.readouterr().out
     assert (folder / "out/0-noise20.png").is_file()
     table = (folder / "out/results.md").read_text()
     assert "RGB, border 0, clipped, not rounded" in table

@@ -119,7 +119,5 @@ def test_lpips_is_the_weighted_distance_of_normalised_features(squeezenet):
 
 def test_lpips_without_its_weights_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(
-        FileNotFoundError, match=r"LPIPS needs .*alexnet-owt-7be5be79.pth, which can be had at https://"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"LPIPS needs .*alexnet-owt-7be5be79.pth; download it from https://"):
         LPIPS()

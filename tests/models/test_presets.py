@@ -22,6 +22,10 @@ TABLE = {
     "iptv2-b": (225, 23.0),
     "iptv2-l": (820, 80.7),
     "iptv2-xl": (1200, 118.6),
+    "iptv2-s-2": (55, 6.06),
+    "iptv2-b-2": (225, 23.0),
+    "iptv2-l-2": (820, 80.7),
+    "iptv2-xl-2": (1200, 118.6),
 }
 
 # the lineage's U-DiT: (channels, heads): (fused parameters in millions, GMACs), model.md §7
@@ -68,6 +72,14 @@ class TestSizes:
             if hasattr(module, "out_proj")
         }
         assert sizes <= {32, 64}
+
+    @pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
+    def test_patch_2_is_wider_at_fewer_positions_for_the_same_macs(self, size):
+        """Its widest map has a quarter of the positions and less than four times the channels: fewer bytes."""
+        narrow, wide = on_meta(f"iptv2-{size}"), on_meta(f"iptv2-{size}-2")
+        assert wide.config.patch_size == 2 * narrow.config.patch_size
+        assert wide.backbone.out_channels < 4 * narrow.backbone.out_channels
+        assert macs(f"iptv2-{size}-2", fused=True) == pytest.approx(macs(f"iptv2-{size}", fused=True), rel=0.04)
 
     @pytest.mark.parametrize("name", ["iptv2-s", "iptv2-b"])
     def test_training_costs_little_more_than_deployment(self, name):
@@ -202,7 +214,7 @@ class TestCreateModel:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("chanels: 8", r"no argument 'chanels'; near it: channels"),
+            ("chanels: 8", r"no argument 'chanels'; did you mean channels"),
             ("- 8", "holds list"),
             ("a: [", "neither JSON nor YAML"),
             ("_class_name: UNet2DModel", "_class_name is 'UNet2DModel', not one of IPTV2Transformer2DModel, IPTV2Rest"),

@@ -233,11 +233,22 @@ def test_fsdp_checkpoints_resume_on_one_process_and_on_two(ground, form):
         assert left == pytest.approx(right, rel=1e-4)
 
 
+def test_fsdp2_of_accelerate_gives_the_run_of_one_and_its_checkpoint(ground, reference):
+    """What users type: `accelerate launch --use_fsdp --fsdp_version 2`. It is --sharding zero3, on CPUs too."""
+    folder = ground / "plugin"
+    launcher = ("--use_fsdp", "--fsdp_version", "2")
+    output = finish(launch(ground, folder, processes=2, launcher=launcher))
+    assert "accelerate's FSDP 2 is --sharding zero3 here" in output
+    assert "sharding: zero3" in (folder / "config.yaml").read_text()
+    assert_equal_to_rounding(folder, reference)
+
+
 @pytest.mark.slow
-def test_fsdp_of_accelerate_is_refused(ground):
+def test_fsdp1_of_accelerate_is_refused(ground):
     process = launch(ground, ground / "refused", processes=2, launcher=("--use_fsdp",))
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
-    assert "accelerate was asked for FSDP" in output
+    assert "accelerate was asked for FSDP 1" in output
+    assert "--fsdp_version 2" in output
     assert "--sharding zero3" in output
     assert not (ground / "refused").exists()

@@ -217,3 +217,45 @@ def test_equal_states_give_equal_files(tmp_path):
     run.manager.save(2)
     files = [json.loads((tmp_path / f"checkpoint-0000000{i}" / "manifest.json").read_text())["files"] for i in (1, 2)]
     assert files[0] == files[1]
+
+
+class TestWhatIsNotOurs:
+    def test_rotation_and_overwrite_keep_strangers(self, tmp_path):
+        """A folder that is called like a checkpoint, a note inside one, and temporary names of others."""
+        (tmp_path / "checkpoint-00000001").mkdir()
+        (tmp_path / "checkpoint-00000001" / "holiday.png").write_bytes(b"mine")
+        (tmp_path / ".tmp-mine").mkdir()
+        run = Run(tmp_path)
+        for step in (2, 3):
+            run.manager.save(step)
+        (tmp_path / "checkpoint-00000002" / "notes.txt").write_text("mine")
+        run.manager.save(4)
+        assert (tmp_path / "left-of-checkpoint-00000002" / "notes.txt").read_text() == "mine"
+        assert (tmp_path / "checkpoint-00000001" / "holiday.png").read_bytes() == b"mine"
+        run.manager.delete_all()
+        assert (tmp_path / "checkpoint-00000001" / "holiday.png").read_bytes() == b"mine"
+        assert (tmp_path / ".tmp-mine").is_dir()
+        assert folders(tmp_path) == [".tmp-mine", "checkpoint-00000001", "left-of-checkpoint-00000002"]
+
+    def test_a_stranger_at_the_place_of_a_new_checkpoint_moves_aside(self, tmp_path):
+        (tmp_path / "checkpoint-00000005").mkdir()
+        (tmp_path / "checkpoint-00000005" / "holiday.png").write_bytes(b"mine")
+        Run(tmp_path).manager.save(5)
+        assert verify(tmp_path / "checkpoint-00000005")["step"] == 5
+        assert (tmp_path / "left-of-checkpoint-00000005" / "holiday.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("moment", ["save_state", "_seal"])
+def test_a_second_ctrl_c_during_the_save_leaves_the_checkpoint_before(tmp_path, monkeypatch, moment):
+    run = Run(tmp_path)
+    run.manager.save(1)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.accelerator if moment == "save_state" else run.manager, moment, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.manager.save(2)
+    assert folders(tmp_path) == ["checkpoint-00000001"]
+    assert "saving checkpoint 2 was interrupted; whole are: checkpoint-00000001" in run.messages
+    assert Run(tmp_path).manager.latest().step == 1

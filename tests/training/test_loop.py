@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from iptv2_diffusion.data.draws import generator_for, own_slices
+from iptv2_diffusion.training.accelerator import make_accelerator
 from iptv2_diffusion.training.cuda_graphs import PositionalCall, wants_graphs
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.loop import Trainer, make_accelerator
+from iptv2_diffusion.training.loop import Outcome, Trainer, TrainingTask
 from iptv2_diffusion.training.options import TrainingConfig, parse_config
 
 
-class Regression:
+class Regression(TrainingTask):
     """y = 3x; batches are a function of the step. `at_step` may do something to the run."""
 
     def __init__(self, config, at_step=None):
@@ -31,11 +32,8 @@ class Regression:
         self.at_step(self.steps, model)
         return (model(batch) - 3 * batch).square().mean()
 
-    def evaluate(self, model, step, last):
+    def evaluate(self, model, step, last, interrupt):
         return {"heldout_loss": (model(torch.ones(1, 4)) - 3).square().mean().item()}
-
-    def preview(self, model, step):
-        return None
 
 
 def start(tmp_path, name="run", at_step=None, scaler=None, **options):
@@ -60,7 +58,7 @@ def run(*arguments, **options):
 
 
 def snapshot(trainer):
-    return trainer._snapshot()
+    return trainer.state.snapshot()
 
 
 def equal(left, right):
@@ -99,6 +97,24 @@ def test_another_number_of_images_is_told(tmp_path, capsys):
         task.images = images
         trainer.fit(task)
         assert (told in capsys.readouterr().out) if told else ("images now" not in capsys.readouterr().out)
+
+
+def test_a_task_needs_no_more_than_batches_and_a_loss(tmp_path):
+    """The defaults of `TrainingTask`: no figures, no pictures, no position."""
+
+    class Bare(TrainingTask):
+        micro_batches, loss, steps = Regression.micro_batches, Regression.loss, 0
+
+        def __init__(self, task):
+            vars(self).update(vars(task))
+
+    trainer, task = start(tmp_path, preview_every=2)
+    assert trainer.fit(Bare(task)) is Outcome.FINISHED
+    assert not any("heldout_loss" in row for row in rows(trainer))
+    assert equal(snapshot(trainer), snapshot(run(tmp_path, "whole")))
+    assert trainer.checkpoints.latest().progress.keys() == {"seconds", "skipped", "due", "images"}
+    with pytest.raises(TypeError, match="abstract"):
+        TrainingTask()
 
 
 def test_a_finished_run_does_nothing_more(tmp_path):
@@ -155,7 +171,7 @@ def spoil(*steps):
 def test_skipped_steps_touch_nothing_are_counted_and_survive_resumption(tmp_path, capsys):
     trainer, task = start(tmp_path, at_step=spoil(2, 3, 6), max_skipped_steps=2, max_train_steps=4)
     seen = {}
-    step = trainer._train_step
+    step = trainer.train_step
 
     def watched(*arguments):
         before, at = snapshot(trainer), trainer.step
@@ -163,12 +179,12 @@ def test_skipped_steps_touch_nothing_are_counted_and_survive_resumption(tmp_path
         seen[at] = equal(before, snapshot(trainer))
         return values
 
-    trainer._train_step = watched
-    assert trainer.fit(task) is None
+    trainer.train_step = watched
+    assert trainer.fit(task) is Outcome.FINISHED
     assert seen == {0: False, 1: False, 2: True, 3: True}
     assert capsys.readouterr().out.count(": skipped") == 2
     resumed, task = start(tmp_path, at_step=spoil(6), max_skipped_steps=2, max_train_steps=8)
-    assert (resumed.skipped, resumed._skipped_in_a_row) == (2, 2)
+    assert (resumed.skipped.total, resumed.skipped.in_a_row) == (2, 2)
     resumed.fit(task)
     assert [row.get("skipped_steps", 0) for row in rows(resumed) if "loss" in row] == [0, 0, 1, 2, 2, 2, 3, 3]
 
@@ -183,7 +199,7 @@ def test_overflows_of_fp16_are_counted_and_leave_weights_and_average_alone(tmp_p
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     trainer, task = start(tmp_path, scaler=scaler, max_train_steps=40, eval_every=20)
     trainer.fit(task)
-    overflows = trainer.skipped
+    overflows = trainer.skipped.total
     assert 1 <= overflows < 15
     assert scaler.get_scale() == 2.0 ** (24 - overflows)
     assert trainer.state.averaged_steps == 40 - overflows
@@ -200,14 +216,15 @@ def test_endless_overflows_of_fp16_stop(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_signals_save_and_leave_and_the_run_goes_on_exactly(tmp_path, name):
+def test_signals_save_and_leave_and_the_run_goes_on_exactly(tmp_path, capsys, name):
     def send(step, model):
         if step == 4:
             os.kill(os.getpid(), getattr(signal, name))
 
     before = signal.getsignal(signal.SIGTERM)
     trainer, task = start(tmp_path, at_step=send, checkpoint_every=0)
-    assert trainer.fit(task) == name
+    assert trainer.fit(task) is Outcome.STOPPED
+    assert f"stopped by {name} at step" in capsys.readouterr().out
     assert trainer.step in (5, 6)  # the flag is read once a step, after the loss
     assert trainer.checkpoints.latest().step == trainer.step
     assert signal.getsignal(signal.SIGTERM) is before
@@ -217,7 +234,7 @@ def test_signals_save_and_leave_and_the_run_goes_on_exactly(tmp_path, name):
 
 @pytest.mark.parametrize("when", ["in the step", "in its evaluation"])
 @pytest.mark.parametrize("at", [4, 8])  # 8: the last
-def test_a_stop_leaves_the_evaluation_of_its_step_for_later(tmp_path, at, when):
+def test_a_stop_leaves_the_evaluation_of_its_step_for_later(tmp_path, capsys, at, when):
     whole = run(tmp_path, "whole")
 
     def send(step, model):
@@ -226,17 +243,17 @@ def test_a_stop_leaves_the_evaluation_of_its_step_for_later(tmp_path, at, when):
 
     trainer, task = start(tmp_path, at_step=send)
 
-    def evaluate(model, step, last):
+    def evaluate(model, step, last, interrupt):
         if step == at:
             os.kill(os.getpid(), signal.SIGTERM)
-            task.interrupt()
-        return Regression.evaluate(task, model, step, last)
+            interrupt()
+        return Regression.evaluate(task, model, step, last, interrupt)
 
     task.evaluate = evaluate
-    assert trainer.fit(task) == "SIGTERM"
+    assert trainer.fit(task) is Outcome.STOPPED
+    assert f"stopped by SIGTERM at step {at}" in capsys.readouterr().out
     assert trainer.step == trainer.checkpoints.latest().step == at
     assert not any("heldout_loss" in row for row in rows(trainer) if row["step"] == at)
-    task.interrupt()  # nothing, outside of training
     for _ in range(2):  # the second finds the run finished
         resumed = run(tmp_path)
         assert rows(resumed) == rows(whole)

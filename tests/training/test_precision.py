@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 
 from iptv2_diffusion.training import precision
-from iptv2_diffusion.training.loop import start_accelerator
+from iptv2_diffusion.training.accelerator import start_accelerator
 from iptv2_diffusion.training.options import TrainingConfig
 
 

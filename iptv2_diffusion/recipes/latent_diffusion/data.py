@@ -11,9 +11,9 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
-from safetensors import SafetensorError
 
-from iptv2_diffusion.data.draws import DataOrder, class_balanced_weights
+from iptv2_diffusion.data.draws import DataOrder, Order, RunDraws, class_balanced_weights, own_slices
+from iptv2_diffusion.data.image_files import Limits
 from iptv2_diffusion.data.images import (
     ImageTensors,
     class_names,
@@ -21,14 +21,14 @@ from iptv2_diffusion.data.images import (
     load_train_and_heldout,
     with_labels_of,
 )
-from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource, cached_latents
-from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding
+from iptv2_diffusion.data.latent_cache import CachedLatents, LatentCache, cached_latents
+from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding, LatentSource
 from iptv2_diffusion.data.streaming import ImageStream, StreamedLatents, StreamOrder
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.loading import load_whole
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
+from iptv2_diffusion.training.accelerator import resolve_sharding, start_accelerator
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
-from iptv2_diffusion.training.loop import start_accelerator
 from iptv2_diffusion.training.precision import fastest_precision
 
 
@@ -50,6 +50,8 @@ def load_images(
             **columns,
         )
     names = class_names(train) or []
+    if train.info.description and config.label_column is None:
+        accelerator.print(f"{config.data}: {train.info.description}")
     if config.class_balance and not names:
         raise ConfigError(
             f"class_balance is {config.class_balance}, but no labels were found in {config.data}; name them by "
@@ -60,7 +62,7 @@ def load_images(
         heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
 
     def tensors(dataset: Any) -> ImageTensors:
-        return ImageTensors(dataset, size=config.size, strict=config.strict)
+        return ImageTensors(dataset, size=config.size, strict=config.strict, limits=Limits(config.max_pixels))
 
     with user_errors(ValueError):
         return tensors(train), None if heldout is None else tensors(heldout), names
@@ -88,22 +90,25 @@ def _load_stream(
             records = list(first.take(config.heldout_samples))
             dataset = datasets.Dataset.from_list(records, features=first.features)
             dataset = with_labels_of(dataset, train, f'{config.data}, split "{config.heldout_split}"')
-            heldout = ImageTensors(dataset, size=config.size, strict=config.strict)
-    return ImageStream(train, config.size, strict=config.strict, block=config.shuffle_block), heldout, names
+            limits = Limits(config.max_pixels)
+            heldout = ImageTensors(dataset, size=config.size, strict=config.strict, limits=limits)
+    limits = Limits(config.max_pixels)
+    stream = ImageStream(train, config.size, strict=config.strict, block=config.shuffle_block, limits=limits)
+    return stream, heldout, names
 
 
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     """The VAE's codec, frozen, on the device."""
     options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
-    with user_errors(OSError, ValueError):
-        description = diffusers.AutoencoderKL.load_config(config.vae, **options)
+    folder = os.path.expanduser(config.vae)
+    with user_errors(Exception):  # of diffusers, about whatever the folder holds
+        description = diffusers.AutoencoderKL.load_config(folder, **options)
     # By hand: diffusers' AutoModel cannot say which weights are missing (0.42: `output_loading_info` fails).
-    name = description.get("_class_name", "AutoencoderKL")
-    vae_class = getattr(diffusers, name, None)
-    vae = None
+    name = str(description.get("_class_name", "AutoencoderKL"))
+    vae_class, vae = getattr(diffusers, name, None), None
     if isinstance(vae_class, type) and issubclass(vae_class, ModelMixin):
-        with user_errors(OSError, ValueError, SafetensorError):
-            vae = load_whole(vae_class, config.vae, use_safetensors=True, **options)
+        with user_errors(Exception):  # of diffusers and safetensors
+            vae = load_whole(vae_class, folder, use_safetensors=True, **options)
     if vae is None or "latent_channels" not in vae.config:
         raise ConfigError(f"{config.vae} is a {name}; give a VAE of diffusers, such as an AutoencoderKL")
     vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
@@ -155,7 +160,7 @@ def make_caches(config: LDMConfig) -> int:
     """Encode what is missing of the run's caches, on all processes of all machines; returns the exit code."""
     if config.streaming:
         raise ConfigError("a stream is not cached, but encoded as it comes: leave --streaming out to cache its images")
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(resolve_sharding(config))
     train, heldout, _ = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
     for what, cache in zip(
@@ -176,38 +181,44 @@ def encode_precision(config: LDMConfig) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if fastest_precision() == "bf16" else "float32"
 
 
-def encode_on_the_fly(
+def run_draws(config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, order: Order) -> RunDraws:
+    """What is random in the run, as this process sees it."""
+    slices = own_slices(
+        config.batch_size, accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
+    )
+    latent_shape = (codec.latent_channels, *codec.latent_size(*config.size))
+    return RunDraws(order, config.batch_size, latent_shape, slices, stratified=config.stratified_timesteps)
+
+
+def latents_from_cache(
+    config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, cache: LatentCache
+) -> LatentSource:
+    """Latents of a cache, in the order of the run."""
+    weights = class_balanced_weights(cache.class_labels, config.class_balance)
+    order = DataOrder(len(cache), config.seed, weights)
+    return CachedLatents(cache, run_draws(config, accelerator, codec, order))
+
+
+def latents_on_the_fly(
     config: LDMConfig,
+    accelerator: Accelerator,
     codec: LatentCodec,
     images: ImageTensors | ImageStream,
-    slices: list[slice],
-    step: int,
+    start: int,
     *,
     position: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
-) -> tuple[LatentSource, DataOrder | StreamOrder]:
-    """Latents encoded as they are needed from optimiser step `step` on, and the order they come in.
+) -> LatentSource:
+    """Latents encoded as they are needed from optimiser step `start` on.
 
     Of a stream, `position` is where it was at that step, and labels must be below `num_classes`.
     """
     encoding = Encoding(flips=config.random_flip, crops=config.crops, precision=encode_precision(config))
+    reading: dict[str, Any] = {"start": start, "encoding": encoding, "num_workers": config.num_workers}
     if isinstance(images, ImageStream):
-        stream = StreamedLatents(
-            images,
-            codec,
-            batch_size=config.batch_size,
-            slices=slices,
-            seed=config.seed,
-            start=step,
-            position=position,
-            encoding=encoding,
-            num_workers=config.num_workers,
-            num_classes=num_classes,
-        )
-        return stream, StreamOrder(config.seed)
+        draws = run_draws(config, accelerator, codec, StreamOrder(config.seed))
+        return StreamedLatents(images, codec, draws, position=position, num_classes=num_classes, **reading)
     with user_errors(OSError, ValueError):
         labels = torch.tensor(images.labels)[images.valid_indices()]
         order = DataOrder(len(labels), config.seed, class_balanced_weights(labels, config.class_balance))
-        options: dict[str, Any] = {"order": order, "batch_size": config.batch_size, "slices": slices, "start": step}
-        source = EncodedLatents(images, codec, encoding=encoding, num_workers=config.num_workers, **options)
-    return source, order
+        return EncodedLatents(images, codec, run_draws(config, accelerator, codec, order), **reading)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from iptv2_diffusion.data.draws import DataOrder, StepDraws, own_slices
+from iptv2_diffusion.data.draws import DataOrder, StepDraws
+from iptv2_diffusion.data.latent_encoding import LatentSource
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.presets import count_macs, count_parameters
 from iptv2_diffusion.objectives import DiffusionObjective, null_label
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
+from iptv2_diffusion.recipes.latent_diffusion.data import run_draws
 from iptv2_diffusion.recipes.latent_diffusion.task import LatentDiffusionTask
 from iptv2_diffusion.training.loop import Trainer
 from iptv2_diffusion.training.planning import estimate_memory, measure, plan_text
@@ -29,9 +31,8 @@ def show_plan(
     fresh_model: Callable[[], nn.Module],
 ) -> None:
     """Print parameters, GMACs, memory without and with checkpointing, and the speed and time of the run."""
-    processes = accelerator.num_processes
-    slices = own_slices(config.batch_size, processes, accelerator.process_index, config.gradient_accumulation_steps)
-    sample = (slices[0].stop - slices[0].start, codec.latent_channels, *codec.latent_size(*config.size))
+    draws = run_draws(config, accelerator, codec, DataOrder(1 << 20, config.seed))
+    sample = (draws.slices[0].stop - draws.slices[0].start, *draws.latent_shape)
 
     def loss(model: nn.Module, latents: Tensor) -> Tensor:
         timesteps = torch.zeros(len(latents), dtype=torch.long)
@@ -46,18 +47,15 @@ def show_plan(
             codec=codec,
             model=trainer.state.module,
             objective=objective,
-            source=SyntheticLatents(),
+            source=SyntheticLatents(draws),
             heldout=None,
-            order=DataOrder(1 << 20, config.seed),
-            slices=slices,
-            latent_shape=sample[1:],
             names=[],
         )
         return trainer, task
 
     with tempfile.TemporaryDirectory() as scratch:
         speed = measure(make_trainer)
-    options: dict[str, Any] = {"processes": processes, "precision": accelerator.mixed_precision}
+    options: dict[str, Any] = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
     memory = {
         name: estimate_memory(fresh_model, loss, sample, config, checkpointing=checkpointing, **options)
         for name, checkpointing in (("no checkpointing", False), ("gradient_checkpointing", True))
@@ -68,9 +66,10 @@ def show_plan(
     )
 
 
-class SyntheticLatents:
-    """A `LatentSource` of noise, for planning: no images are needed."""
+class SyntheticLatents(LatentSource):
+    """Latents of noise, for planning: no images are needed."""
 
-    def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Noise, and label 0."""
-        return draws.posterior_noise, torch.zeros_like(draws.items)
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
+        """Noise, label 0 and draws."""
+        for draws in self.draws.micro_batches(step):
+            yield draws.posterior_noise, torch.zeros_like(draws.items), draws

@@ -6,6 +6,7 @@ Latents come from a VAE through `LatentCodec`, cached once or on the fly; `Diffu
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from iptv2_diffusion import IPTV2Pipeline
-from iptv2_diffusion.data.draws import DataOrder, class_balanced_weights, own_slices
 from iptv2_diffusion.data.images import ImageTensors
+from iptv2_diffusion.data.streaming import ImageStream
 from iptv2_diffusion.evaluation.generation_metrics import make_extractor
 from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
 from iptv2_diffusion.evaluation.results import cast, replaced
@@ -30,11 +31,19 @@ from iptv2_diffusion.recipes.latent_diffusion.alignment import (
     without_alignment,
 )
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
-from iptv2_diffusion.recipes.latent_diffusion.data import encode_on_the_fly, load_codec, load_images, open_caches
+from iptv2_diffusion.recipes.latent_diffusion.data import (
+    latents_from_cache,
+    latents_on_the_fly,
+    load_codec,
+    load_images,
+    open_caches,
+)
 from iptv2_diffusion.recipes.latent_diffusion.plan import show_plan
 from iptv2_diffusion.recipes.latent_diffusion.task import LatentDiffusionTask
+from iptv2_diffusion.training.accelerator import make_accelerator, resolve_sharding
 from iptv2_diffusion.training.errors import ConfigError, user_errors
-from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry_run
+from iptv2_diffusion.training.loop import Outcome, Trainer
+from iptv2_diffusion.training.run_folder import command_to_train_longer, prepare_dry_run
 
 
 def run(config: LDMConfig) -> int:
@@ -43,6 +52,7 @@ def run(config: LDMConfig) -> int:
         sheet = {"preview_classes": 2, "preview_per_class": 2, "sample_steps": 2}
         scores = {"heldout_samples": 16, "kid_samples": min(config.kid_samples, 8), "kid_every": 1}
         config = prepare_dry_run(config, **sheet, **scores)
+    config = resolve_sharding(config)
     accelerator = make_accelerator(config)
     images = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
@@ -55,8 +65,9 @@ def run(config: LDMConfig) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(f"{config.model}: {parameters / 1e6:.2f} M parameters on {accelerator.device}")
     trainer = Trainer(config, accelerator, model, result=without_alignment)
-    task = make_task(config, trainer, codec, images, trainer.resume(), target)
-    if trainer.fit(task):
+    trainer.resume()
+    task = make_task(config, trainer, codec, images, target)
+    if trainer.fit(task) is Outcome.STOPPED:
         trainer.finish()
         return 0
     if config.dry_run:
@@ -175,42 +186,32 @@ def make_task(
     config: LDMConfig,
     trainer: Trainer,
     codec: LatentCodec,
-    images: Any,
-    step: int,
+    images: tuple[ImageTensors | ImageStream, ImageTensors | None, list[str]],
     target_features: TargetFeatures | None,
 ) -> LatentDiffusionTask:
-    """Latents (cached or on the fly) and all that a step needs, ready to go on from `step`."""
-    accelerator = trainer.accelerator
+    """Latents (cached or on the fly) and all that a step needs, ready to go on from the trainer's step."""
+    accelerator, model = trainer.accelerator, trainer.state.module
     train, heldout, names = images
-    slices = own_slices(
-        config.batch_size, accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
-    )
     # What may be refused comes before the images are encoded, which can take hours.
     objective = make_objective(config)
-    distance = make_distance(config, accelerator, heldout, labelled=null_label(trainer.state.module) is not None)
+    distance = make_distance(config, accelerator, heldout, labelled=null_label(model) is not None)
     cached = train if config.cache_latents else None
-    latents, heldout_latents = open_caches(config, accelerator, codec, cached, heldout)
-    if latents is not None:
-        weights = class_balanced_weights(latents.class_labels, config.class_balance)
-        source, order = latents, DataOrder(len(latents), config.seed, weights)
+    cache, heldout_cache = open_caches(config, accelerator, codec, cached, heldout)
+    if cache is not None:
+        source = latents_from_cache(config, accelerator, codec, cache)
     else:
-        known = null_label(trainer.state.module)
-        source, order = encode_on_the_fly(
-            config, codec, train, slices, step, position=trainer.position, num_classes=known
-        )
-    count = "a stream of" if config.streaming else len(source)
+        where = {"position": trainer.position, "num_classes": null_label(model)}
+        source = latents_on_the_fly(config, accelerator, codec, train, trainer.step, **where)
+    count = "a stream of" if source.images is None else source.images
     accelerator.print(f"{count} images to train on, {f'{len(names)} classes' if names else 'without labels'}")
     return LatentDiffusionTask(
         config,
         accelerator,
         codec=codec,
-        model=trainer.state.module,
+        model=model,
         objective=objective,
         source=source,
-        heldout=heldout_latents,
-        order=order,
-        slices=slices,
-        latent_shape=(codec.latent_channels, *codec.latent_size(*config.size)),
+        heldout=heldout_cache,
         names=names,
         distance=distance,
         target_features=target_features,
@@ -236,7 +237,7 @@ def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask,
 
 def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -> str:
     """What was made, and commands to copy."""
-    folder = trainer.output_dir
+    folder, quoted = trainer.output_dir, shlex.quote(str(trainer.output_dir))
     label = repr(task.id2label[0]) + ", " if task.id2label else ""
     others = "--heldout_split none --output_dir runs/mine"
     return f"""
@@ -246,9 +247,9 @@ trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/
 What to try next
   more images, in Python:
     from iptv2_diffusion import IPTV2Pipeline
-    pipe = IPTV2Pipeline.from_pretrained("{folder}/pipeline")
+    pipe = IPTV2Pipeline.from_pretrained({str(folder / "pipeline")!r})
     pipe({label}num_images_per_label=4, guidance_scale={config.guidance_scale:g}).images[0].show()
-  curves:            tensorboard --logdir {folder}
-  train longer:      {trainer.command_to_train_longer}
-  your own images:   accelerate launch train/train_ldm.py --config {folder}/config.yaml --data MY_FOLDER {others}
+  curves:            tensorboard --logdir {quoted}
+  train longer:      {command_to_train_longer(config, trainer.step)}
+  your own images:   accelerate launch train/train_ldm.py --config {quoted}/config.yaml --data MY_FOLDER {others}
   all options:       python train/train_ldm.py --help"""

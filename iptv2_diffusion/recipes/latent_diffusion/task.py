@@ -7,7 +7,8 @@ Latents, noise, timesteps and label drops of a step are a function of (seed, ste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,30 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
 from torch import Tensor, nn
 
 from iptv2_diffusion.data.draws import DataOrder, StepDraws, draw_step
-from iptv2_diffusion.data.latent_cache import LatentCache, LatentSource
-from iptv2_diffusion.data.streaming import StreamedLatents, StreamOrder, join_positions
+from iptv2_diffusion.data.latent_cache import LatentCache
+from iptv2_diffusion.data.latent_encoding import LatentSource
+from iptv2_diffusion.data.streaming import join_positions
 from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
 from iptv2_diffusion.evaluation.pictures import picture_sheet
 from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.objectives import DiffusionObjective, null_label
 from iptv2_diffusion.recipes.latent_diffusion.alignment import Alignment, TargetFeatures
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import LocalError, user_errors
+from iptv2_diffusion.training.loop import TrainingTask
 from iptv2_diffusion.training.precision import device_of_sums
 from iptv2_diffusion.training.signals import no_interruption
 
 NOISE_BANDS = 4  # the held-out loss is also told for each quarter of the timesteps
 
 
-class LatentDiffusionTask:
-    """A `TrainingTask` (see `training/loop.py`).
+class LatentDiffusionTask(TrainingTask):
+    """Trains a denoiser of latents.
 
     Args:
         config: of the run.
@@ -42,18 +47,14 @@ class LatentDiffusionTask:
         codec: of the latents; its VAE goes into the pipelines.
         model: the bare denoiser; its config is read, and its alignment, if it has one.
         objective: what is predicted.
-        source: latents of the training images.
+        source: latents of the training images, with the draws of the run.
         heldout: latents of the held-out images, or None.
-        order: the order of the training images.
-        slices: this process's micro-batches within the global batch.
-        latent_shape: (C, h, w).
         names: of the classes; empty if unknown.
         distance: measures samples at `kid_every`, or None.
         target_features: what the model's `alignment` (see `alignment.py`) is aligned with, if it has one.
     """
 
     works_together = True
-    interrupt = staticmethod(no_interruption)
 
     def __init__(
         self,
@@ -65,18 +66,14 @@ class LatentDiffusionTask:
         objective: DiffusionObjective,
         source: LatentSource,
         heldout: LatentCache | None,
-        order: DataOrder | StreamOrder,
-        slices: list[slice],
-        latent_shape: tuple[int, int, int],
         names: list[str],
         distance: KernelDistance | None = None,
         target_features: TargetFeatures | None = None,
     ) -> None:
         self.config, self.accelerator, self.codec, self.objective = config, accelerator, codec, objective
-        self.source, self.heldout, self.order, self.slices = source, heldout, order, slices
-        self.latent_shape, self.distance = latent_shape, distance
+        self.source, self.heldout, self.distance = source, heldout, distance
         self.null_label = null_label(model)
-        self.images = order.num_items if isinstance(order, DataOrder) else None
+        self.images = source.images
         self.id2label = dict(enumerate(names))
         self.target_features = target_features
         self.alignment: Alignment | None = getattr(model, "alignment", None)
@@ -86,16 +83,14 @@ class LatentDiffusionTask:
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """(latents, noise, timesteps, labels) of each micro-batch, on the device."""
-        config = self.config
-        draws = draw_step(
-            self.order, step, config.batch_size, self.latent_shape, stratified=config.stratified_timesteps
-        )
-        for part in self.slices:
-            yield self._prepare(draws[part], self.source, config.label_dropout)
+        micro_batches = self.source.micro_batches(step)
+        for _ in self.source.draws.slices:
+            with user_errors(OSError, ValueError, as_error=LocalError):  # of images read as they are needed
+                latents, labels, draws = next(micro_batches)
+            yield self._prepare(latents, labels, draws, self.config.label_dropout)
 
-    def _prepare(self, draws: StepDraws, source: LatentSource, label_dropout: float) -> tuple[Tensor, ...]:
-        with user_errors(OSError, ValueError, as_error=LocalError):  # of images read as they are needed
-            latents, labels = source.batch(draws)
+    def _prepare(self, latents: Tensor, labels: Tensor, draws: StepDraws, label_dropout: float) -> tuple[Tensor, ...]:
+        """What `loss` takes: with timesteps, and labels dropped, as drawn; on the device."""
         if self.null_label is not None:
             labels = labels.masked_fill(draws.label_drops < label_dropout, self.null_label)
         timesteps = self.objective.sample_timesteps(draws.timesteps)
@@ -104,10 +99,10 @@ class LatentDiffusionTask:
 
     def position(self, step: int) -> dict[str, Any] | None:
         """Where a stream of images is at the start of `step`; None for data with random access."""
-        if not isinstance(self.source, StreamedLatents):
+        own = self.source.position(step)
+        if own is None:
             return None
-        own = [self.source.position(step)]
-        return join_positions(gather_object(own) if self.accelerator.num_processes > 1 else own)
+        return join_positions(gather_object([own]) if self.accelerator.num_processes > 1 else [own])
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Mean loss of a micro-batch, with the alignment where there is one."""
@@ -126,16 +121,18 @@ class LatentDiffusionTask:
     # ----------------------------------------------------------------------------------------------------------------
     # Held-out loss, KID
 
-    def evaluate(self, model: nn.Module, step: int, last: bool) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, step: int, last: bool, interrupt: Callable[[], None] = no_interruption
+    ) -> dict[str, float]:
         """Held-out loss, and KID every `kid_every` steps and after the last."""
-        config, figures = self.config, self.heldout_loss(model)
+        config, figures = self.config, self.heldout_loss(model, interrupt)
         if self.distance is not None and (last or step % config.kid_every == 0):
             sampling = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
-            figures |= self.distance(self.pipeline(model), self.interrupt, **sampling)
+            figures |= self.distance(self.pipeline(model), interrupt, **sampling)
         return figures
 
     @torch.no_grad()
-    def heldout_loss(self, model: nn.Module) -> dict[str, float]:
+    def heldout_loss(self, model: nn.Module, interrupt: Callable[[], None] = no_interruption) -> dict[str, float]:
         """Held-out loss, with the same images, noise and timesteps each time; in all and by quarter of the timesteps.
 
         Timesteps are spread evenly over the images, whatever `stratified_timesteps` says. Each process takes its share
@@ -145,18 +142,20 @@ class LatentDiffusionTask:
             return {}
         config, accelerator = self.config, self.accelerator
         count = min(len(self.heldout), config.heldout_samples)
-        draws = draw_step(DataOrder(len(self.heldout), config.seed), 0, count, self.latent_shape)
-        draws.flips.zero_()
+        draws = draw_step(DataOrder(len(self.heldout), config.seed), 0, count, self.heldout.latent_shape)
+        draws = replace(draws, flips=torch.zeros_like(draws.flips))
         device = device_of_sums(accelerator)
         sums = torch.zeros(2, NOISE_BANDS, dtype=torch.float64, device=device)  # of losses, of samples
-        size = self.slices[0].stop - self.slices[0].start
+        part = self.source.draws.slices[0]
+        size = part.stop - part.start
         for start in range(0, count, accelerator.num_processes * size):
             # All processes run as many batches: those of a sharded model gather its weights together. What lies
             # beyond the end is computed on the first images and does not count.
-            self.interrupt()
+            interrupt()
             own = start + accelerator.process_index * size
             counts = own < count
-            batch = self._prepare(draws[own : own + size] if counts else draws[:size], self.heldout, 0.0)
+            some = draws[own : own + size] if counts else draws[:size]
+            batch = self._prepare(*self.heldout.batch(some), some, 0.0)
             losses = self._losses(model, batch).to(device).double()
             band = (batch[2].to(device).double() / self.objective.num_train_timesteps * NOISE_BANDS).long()
             band = band.clamp(max=NOISE_BANDS - 1)
@@ -178,12 +177,20 @@ class LatentDiffusionTask:
         scheduler = sampling_scheduler(self.objective)
         return IPTV2Pipeline(model, self.codec.vae, scheduler, id2label=self.id2label or None)
 
-    def preview(self, model: nn.Module, step: int) -> Path:
+    def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path:
         """previews/step-*.png: one row a class, the same seeds each time. The processes share the rows."""
         path = Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png"
-        return self.sheet(self.pipeline(model), path, self.accelerator.process_index, self.accelerator.num_processes)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return self.sheet(self.pipeline(model), path, process, processes, interrupt)
 
-    def sheet(self, pipeline: Any, path: Path, process: int = 0, processes: int = 1) -> Path:
+    def sheet(
+        self,
+        pipeline: Any,
+        path: Path,
+        process: int = 0,
+        processes: int = 1,
+        interrupt: Callable[[], None] = no_interruption,
+    ) -> Path:
         """Draw samples, one row a class (at most `config.preview_classes`), and write them as one picture.
 
         With several processes each draws every n-th row (all the same number of them, as a sharded model needs) and
@@ -194,17 +201,23 @@ class LatentDiffusionTask:
         classes: list[int | None] = [*range(min(self.null_label or 0, config.preview_classes))] or [None]
         drawn = []
         for start in range(0, len(classes), processes):
-            self.interrupt()
+            interrupt()
             row = (start + process) % len(classes)
             label = classes[row]
             seeds = [torch.Generator().manual_seed(1000 * row + column) for column in range(config.preview_per_class)]
-            images = pipeline(
-                label,
-                num_images_per_label=config.preview_per_class,
-                num_inference_steps=config.sample_steps,
-                guidance_scale=config.guidance_scale,
-                generator=seeds,
-            ).images
+            try:
+                images = pipeline(
+                    label,
+                    num_images_per_label=config.preview_per_class,
+                    num_inference_steps=config.sample_steps,
+                    guidance_scale=config.guidance_scale,
+                    generator=seeds,
+                ).images
+            except NonFiniteImageError as error:  # the others go on, and what is missing is white
+                print(f"{path.name}, row {row + 1}: {error}", flush=True)
+                images = list(error.images)
+                for index in error.indices:
+                    images[index] = Image.new("RGB", images[index].size, "white")
             drawn.append((row, images))
         rows = dict(gather_object(drawn) if processes > 1 else drawn)
         names = [self.id2label.get(label, f"class {label}") for label in classes if label is not None]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from iptv2_diffusion.data import degradations
 from iptv2_diffusion.data.draws import generator_for
+from iptv2_diffusion.data.image_files import Limits
 from iptv2_diffusion.data.pairs import find_images, find_pairs
 from iptv2_diffusion.data.patches import ImageStore, PatchSampler, transform
 from iptv2_diffusion.recipes.restoration.config import PHOTOGRAPHS, RestorationConfig
@@ -77,7 +78,9 @@ def make_sources(config: RestorationConfig, data: str, split: str, accelerator: 
         raise ConfigError(f"{data} is not a folder; name yours by --data{fetch}")
 
     def store(files, scales=(1.0,)):
-        return ImageStore(files, config.cache_dir, config.channels, scales, say=accelerator.print)
+        return ImageStore(
+            files, config.cache_dir, config.channels, scales, accelerator.print, Limits(config.max_pixels)
+        )
 
     with user_errors(OSError, ValueError), accelerator.local_main_process_first():
         if config.layout != "clean":

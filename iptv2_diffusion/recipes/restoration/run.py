@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 
 from accelerate.utils import set_seed
@@ -15,14 +16,17 @@ from iptv2_diffusion.models.presets import create_model
 from iptv2_diffusion.recipes.restoration.config import RestorationConfig
 from iptv2_diffusion.recipes.restoration.data import make_heldout, make_sources
 from iptv2_diffusion.recipes.restoration.task import RestorationTask
+from iptv2_diffusion.training.accelerator import check_batch_size, make_accelerator, resolve_sharding
 from iptv2_diffusion.training.errors import ConfigError, user_errors
-from iptv2_diffusion.training.loop import Trainer, check_batch_size, make_accelerator, prepare_dry_run
+from iptv2_diffusion.training.loop import Outcome, Trainer
+from iptv2_diffusion.training.run_folder import command_to_train_longer, prepare_dry_run
 
 
 def run(config: RestorationConfig) -> int:
     """Build, train, save; returns the exit code."""
     if config.dry_run:
         config = prepare_dry_run(config, heldout_images=1, heldout_size=64)
+    config = resolve_sharding(config)
     accelerator = make_accelerator(config)
     for stage, size in enumerate(config.patch_batch_sizes, start=1):
         check_batch_size(f"patch_batch_sizes, stage {stage}:", size, accelerator, config.gradient_accumulation_steps)
@@ -32,7 +36,7 @@ def run(config: RestorationConfig) -> int:
     trainer = Trainer(config, accelerator, model, curves=("psnr", *(f"psnr_sigma{s:g}" for s in config.heldout_sigmas)))
     task = make_task(config, trainer)
     trainer.resume()
-    if trainer.fit(task):
+    if trainer.fit(task) is Outcome.STOPPED:
         trainer.finish()
         return 0
     if config.dry_run:
@@ -95,13 +99,13 @@ def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
 
 def next_steps(config: RestorationConfig, trainer: Trainer) -> str:
     """What was made, and commands to copy."""
-    folder = trainer.output_dir
+    folder, quoted = trainer.output_dir, shlex.quote(str(trainer.output_dir / "pipeline"))
     return f"""
 trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
   loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
 
 What to try next
-  restore pictures:  iptv2-restore photo.png -o restored --model {folder}/pipeline
-  measure it:        python eval/restoration_benchmark.py --models {folder}/pipeline
-  train longer:      {trainer.command_to_train_longer}
+  restore pictures:  iptv2-restore photo.png -o restored --model {quoted}
+  measure it:        python eval/restoration_benchmark.py --models {quoted}
+  train longer:      {command_to_train_longer(config, trainer.step)}
   all options:       python train/train_restoration.py --help"""

@@ -8,7 +8,7 @@ Patches, flips, degradations and mixing of a step are a function of (seed, step)
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +23,14 @@ from iptv2_diffusion.evaluation.restoration_metrics import psnr
 from iptv2_diffusion.recipes.restoration.config import LOSSES, RestorationConfig
 from iptv2_diffusion.recipes.restoration.data import Batch, Source
 from iptv2_diffusion.training.errors import user_errors
+from iptv2_diffusion.training.loop import TrainingTask
 from iptv2_diffusion.training.signals import no_interruption
 
 CHARBONNIER_EPSILON = 1e-3
 
 
-class RestorationTask:
-    """A `TrainingTask` (see `training/loop.py`).
+class RestorationTask(TrainingTask):
+    """Trains a restorer.
 
     Args:
         config: of the run.
@@ -38,8 +39,6 @@ class RestorationTask:
         sources: one per task of the model; each sample's task is drawn at random.
         heldout: name -> held-out batch, from `heldout_batches`.
     """
-
-    interrupt = staticmethod(no_interruption)
 
     def __init__(
         self,
@@ -122,11 +121,13 @@ class RestorationTask:
     # Held-out quality
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, step: int, last: bool) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, step: int, last: bool, interrupt: Callable[[], None] = no_interruption
+    ) -> dict[str, float]:
         """Mean PSNR of the held-out crops of each kind, clipped to [0, 1], not rounded. Every process computes all."""
         figures = {}
         for name, batch in self.heldout.items():
-            self.interrupt()
+            interrupt()
             batch = batch.map(lambda value: value.to(self.accelerator.device))
             restored = [self.predict(model, batch.map(lambda v, i=i: v[i : i + 1])) for i in range(len(batch.clean))]
             figures[f"psnr_{name}"] = float(psnr(torch.cat(restored).cpu(), batch.clean.cpu()).mean())
@@ -135,7 +136,7 @@ class RestorationTask:
         return figures
 
     @torch.no_grad()
-    def preview(self, model: nn.Module, step: int) -> Path | None:
+    def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path | None:
         """previews/step-*.png: of each kind the first held-out crop degraded, restored and clean."""
         if not self.heldout:
             return None
@@ -145,7 +146,11 @@ class RestorationTask:
             rows += [first.degraded, self.predict(model, first), first.clean]
         path = Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(torch.cat(rows).clamp(0, 1), path, nrow=3)
+        pixels = torch.cat(rows).float()
+        if not pixels.isfinite().all():  # which would be black squares
+            self.accelerator.print(f"no preview at step {step}: the model gives NaN or infinity")
+            return None
+        save_image(pixels.clamp(0, 1), path, nrow=3)
         return path
 
 

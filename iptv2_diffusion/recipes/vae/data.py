@@ -5,6 +5,7 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch import Tensor
 
+from iptv2_diffusion.data.image_files import Limits
 from iptv2_diffusion.data.images import ImageTensors, load_train_and_heldout
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.training.errors import ConfigError, user_errors
@@ -29,7 +30,8 @@ def load_images(config: VAEConfig, accelerator: Accelerator) -> tuple[ImageTenso
     if config.dry_run:
         train, heldout = (d.select(range(min(len(d), 4 * config.batch_size))) for d in (train, heldout))
     with user_errors(OSError, ValueError):
-        images = [ImageTensors(d, size=config.size, strict=config.strict) for d in (train, heldout)]
+        limits = Limits(config.max_pixels)
+        images = [ImageTensors(d, size=config.size, strict=config.strict, limits=limits) for d in (train, heldout)]
         for part in images:
             part.valid_indices()
     return images[0], images[1]

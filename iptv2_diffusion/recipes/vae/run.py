@@ -11,22 +11,26 @@ from iptv2_diffusion.evaluation.results import cast, replaced
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.recipes.vae.data import load_images
 from iptv2_diffusion.recipes.vae.task import VAELoss, VAETask
+from iptv2_diffusion.training.accelerator import make_accelerator, resolve_sharding
 from iptv2_diffusion.training.errors import user_errors
-from iptv2_diffusion.training.loop import Trainer, make_accelerator, prepare_dry_run
+from iptv2_diffusion.training.loop import Outcome, Trainer
+from iptv2_diffusion.training.run_folder import prepare_dry_run
 
 
 def run(config: VAEConfig) -> int:
     """Build, train, save; returns the exit code."""
     if config.dry_run:
         config = prepare_dry_run(config, heldout_samples=16, statistics_samples=16)
+    config = resolve_sharding(config)
     accelerator = make_accelerator(config)
     train, heldout = load_images(config, accelerator)
     model = VAELoss(make_vae(config), config)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     accelerator.print(f"AutoencoderKL of {size:.2f} M parameters on {accelerator.device}, {len(train):,} images")
     trainer = Trainer(config, accelerator, model, curves=("loss",))
-    task = VAETask(config, accelerator, train, heldout, trainer.resume())
-    if trainer.fit(task):
+    trainer.resume()
+    task = VAETask(config, accelerator, train, heldout, trainer.step)
+    if trainer.fit(task) is Outcome.STOPPED:
         trainer.finish()
         return 0
     if config.dry_run:

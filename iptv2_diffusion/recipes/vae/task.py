@@ -7,7 +7,7 @@ the KL), x in [-1, 1]; y is decoded from a sample of the posterior.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,23 +15,17 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from iptv2_diffusion.data.draws import (
-    DataOrder,
-    StepBatches,
-    draw_step,
-    generator_for,
-    leave_signals_to_parent,
-    own_slices,
-)
+from iptv2_diffusion.data.draws import DataOrder, RunDraws, generator_for, own_slices, read_ahead
 from iptv2_diffusion.data.images import ImageTensors
 from iptv2_diffusion.evaluation.pictures import picture_sheet
 from iptv2_diffusion.evaluation.restoration_metrics import Protocol, psnr
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.recipes.vae.data import FlippedImages
+from iptv2_diffusion.training.loop import TrainingTask
 from iptv2_diffusion.training.precision import device_of_sums
+from iptv2_diffusion.training.signals import no_interruption
 
 
 class VAELoss(nn.Module):
@@ -56,37 +50,47 @@ class VAELoss(nn.Module):
         return config.l1_weight * error.abs().mean() + config.mse_weight * error.square().mean() + config.kl_weight * kl
 
 
-class VAETask:
-    """What `Trainer` trains: images, flips and posterior noise of each step are a function of (seed, step)."""
+class VAETask(TrainingTask):
+    """Trains a VAE; images, flips and posterior noise of each step are a function of (seed, step).
+
+    Args:
+        config: of the run.
+        accelerator: gives device and processes.
+        train: images to train on.
+        heldout: images to measure and draw.
+        start: the first optimiser step.
+    """
 
     def __init__(
         self, config: VAEConfig, accelerator: Accelerator, train: ImageTensors, heldout: ImageTensors, start: int
     ) -> None:
         self.config, self.accelerator, self.train, self.heldout = config, accelerator, train, heldout
-        self.latent_shape = (config.latent_channels, *(side // config.downscale for side in config.size))
-        self.slices = own_slices(
+        slices = own_slices(
             config.batch_size,
             accelerator.num_processes,
             accelerator.process_index,
             config.gradient_accumulation_steps,
         )
-        self.order = DataOrder(len(train.valid_indices()), config.seed)
-        sampler = StepBatches(self.order, config.batch_size, self.slices, start=start, flip=config.random_flip)
-        workers = {"num_workers": config.num_workers, "worker_init_fn": leave_signals_to_parent}
-        self._pixels = iter(DataLoader(FlippedImages(train), batch_sampler=sampler, **workers))
+        order = DataOrder(len(train.valid_indices()), config.seed)
+        latent_shape = (config.latent_channels, *(side // config.downscale for side in config.size))
+        self.draws = RunDraws(order, config.batch_size, latent_shape, slices, diffusion=False)
+        reading = {"start": start, "flip": config.random_flip, "num_workers": config.num_workers}
+        self._pixels = read_ahead(FlippedImages(train), self.draws, **reading)
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(pixels, posterior noise) of each micro-batch of optimiser step `step`; steps must come in order."""
-        noise = draw_step(self.order, step, self.config.batch_size, self.latent_shape).posterior_noise
         device = self.accelerator.device
-        for part in self.slices:
-            yield next(self._pixels).to(device, non_blocking=True), noise[part].to(device, non_blocking=True)
+        for _ in self.draws.slices:
+            pixels, draws = next(self._pixels)
+            yield pixels.to(device, non_blocking=True), draws.posterior_noise.to(device, non_blocking=True)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean loss of a micro-batch."""
         return model(*batch)
 
-    def evaluate(self, model: nn.Module, step: int, last: bool) -> Mapping[str, float]:
+    def evaluate(
+        self, model: nn.Module, step: int, last: bool, interrupt: Callable[[], None] = no_interruption
+    ) -> Mapping[str, float]:
         """PSNR over the first `heldout_samples` of a fixed shuffle of the held-out images."""
         return {"heldout_psnr": self.psnr(model.vae, self._some(self.heldout, self.config.heldout_samples))}
 
@@ -109,7 +113,7 @@ class VAETask:
         total = self.accelerator.reduce(total, "sum")
         return (total[0] / total[1]).item()
 
-    def preview(self, model: nn.Module, step: int) -> Path:
+    def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path:
         """previews/step-*.png: held-out originals over their reconstructions."""
         return self.picture(model.vae, Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png")
 
@@ -119,6 +123,9 @@ class VAETask:
         pixels = next(self._batches(self.heldout, self._some(self.heldout, self.config.preview_images), size=10**9))
         with torch.no_grad():
             decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
+        if not decoded.isfinite().all():
+            self.accelerator.print(f"{path.name}: the VAE gives NaN or infinity; what is not finite is white")
+            decoded = decoded.nan_to_num(1.0)
         rows = []
         for images in (pixels, decoded):
             levels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
