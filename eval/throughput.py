@@ -52,6 +52,7 @@ class ThroughputConfig(Config):
         ("float32", "bfloat16"), "autocast precisions; float32: no autocast"
     )
     device: Literal["cpu", "cuda"] = option("cpu", "device that runs the models; times of a GPU include its waiting")
+    kernels: Literal["auto", "off"] = option("auto", "fast forms of kernels/; off: the plain formulas")
     cuda_graphs: bool = option(False, "replay recorded steps on a GPU, so that starting kernels takes no time")
     allow_tf32: bool = option(False, "let a GPU multiply float32 matrices with 10 bits of mantissa")
     num_threads: tuple[int, ...] = option((2,), "CPU threads", at_least=1, nonempty=True)
@@ -335,8 +336,11 @@ def main() -> int:
     config = parse_config(ThroughputConfig, description=__doc__)
     if config.device == "cpu":
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    if config.kernels == "off":
+        os.environ["IPTV2_KERNELS"] = "off"  # read when the kernels are imported, in the processes of --memory too
     import torch
 
+    from iptv2_diffusion.kernels import fast_forms_in_use
     from iptv2_diffusion.memory import keep_freed_memory
 
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -349,6 +353,7 @@ def main() -> int:
         print(json.dumps({"peak_mb": own_peak(config)}))
         return 0
     card = f", {torch.cuda.get_device_name()}" if config.device == "cuda" else ""
+    card += "" if fast_forms_in_use() else ", plain formulas"
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, threads {', '.join(map(str, config.num_threads))}{card}")
     if config.quick:
         print(json.dumps(quick(config)))

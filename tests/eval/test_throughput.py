@@ -57,6 +57,25 @@ def test_restoration_whole_and_tiled():
     assert rows[0]["s_per_megapixel"] < rows[1]["s_per_megapixel"]  # tiles overlap
 
 
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_plain_formulas_can_be_timed(kernels):
+    words = (
+        "--models",
+        "tiny",
+        "--modes",
+        "training",
+        "--rounds",
+        "1",
+        "--num_threads",
+        "1",
+        "--precisions",
+        "float32",
+    )
+    done = run(*words, "--kernels", kernels)
+    assert done.returncode == 0, done.stderr
+    assert ("plain formulas" in done.stdout.splitlines()[0]) == (kernels == "off")
+
+
 def test_operators():
     done = run("--operators", "--models", "tiny", "--rounds", "1", "--num_threads", "1", "--precisions", "float32")
     assert done.returncode == 0, done.stderr
