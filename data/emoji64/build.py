@@ -245,8 +245,8 @@ configs:
 ---
 # emoji64
 
-{total:,} emoji pictures of 64×64 RGB pixels on white, in three styles, with 9 class labels (the Unicode groups). The set is small
-enough to ship with the code and varied enough to train a class-conditional image model and a VAE on a CPU.
+{total:,} emoji pictures of 64×64 RGB pixels on white, in three styles, with 9 class labels (the Unicode groups). The
+set is small enough to ship with the code and varied enough to train a class-conditional image model and a VAE on a CPU.
 *`build.py` writes this card; edit it there.*
 
 ```python
@@ -265,10 +265,10 @@ base = train.filter(lambda tone: tone == "", input_columns="skin_tone")  # witho
 | `skin_tone` | `""` for the base image; otherwise `light`, `medium` or `dark` (other tones are left out) |
 
 ## Split
-The split is by *family* of code points: skin tones, genders and directions of one emoji, in every style, are all in `train`
-or all in `heldout`. "Man running" and "woman running" are near-duplicates, and a split between them would flatter a
-held-out figure. In each class, families are held out in the order of the SHA-256 of their code points, until 10 % of the
-class's code points are held out. `heldout` holds base images only.
+The split is by *family* of code points: skin tones, genders and directions of one emoji, in every style, are all in
+`train` or all in `heldout`. "Man running" and "woman running" are near-duplicates, and a split between them would
+flatter a held-out figure. In each class, families are held out in the order of the SHA-256 of their code points, until
+10 % of the class's code points are held out. `heldout` holds base images only.
 
 Known leak: 11 of the 577 held-out pictures equal a training picture of another family in every pixel (Bouvet Island
 and Svalbard fly one flag; some family groups are drawn alike).
