@@ -245,9 +245,9 @@ configs:
 ---
 # emoji64
 
-{total:,} emoji pictures, 64×64 RGB on white, in three styles, with 9 class labels (the Unicode groups). Small enough
-to ship with the code, varied enough to train a class-conditional image model and a VAE on a CPU.
-*This card is written by `build.py`; edit it there.*
+{total:,} emoji pictures of 64×64 RGB pixels on white, in three styles, with 9 class labels (the Unicode groups). The
+set is small enough to ship with the code and varied enough to train a class-conditional image model and a VAE on a CPU.
+*`build.py` writes this card; edit it there.*
 
 ```python
 from datasets import load_dataset
@@ -261,24 +261,24 @@ base = train.filter(lambda tone: tone == "", input_columns="skin_tone")  # witho
 | `label` | ClassLabel, 9 names: the Unicode group ("Component" is dropped) |
 | `style` | ClassLabel: `noto`, `twemoji`, `fluent3d` |
 | `code_point` | Unicode sequence, such as `1F468-200D-1F9B0` |
-| `name` | Unicode name in lower case (a skin-tone variant carries its base's name) |
-| `skin_tone` | `""` for the base image; else `light`, `medium` or `dark` (the others are left out) |
+| `name` | Unicode name in lower case (a skin-tone variant has its base's name) |
+| `skin_tone` | `""` for the base image; otherwise `light`, `medium` or `dark` (other tones are left out) |
 
 ## Split
-By *family* of code points: skin tones, genders and directions of one emoji in every style are all in `train` or all in
-`heldout`. In each class families are taken in the order of the SHA-256 of their code points until 10 % of the class's
-code points are held out. `heldout` holds base images only. (Families go further than the code point: "man running" and
-"woman running" are near-duplicates, and a split between them would flatter a held-out figure.)
+The split is by *family* of code points: skin tones, genders and directions of one emoji, in every style, are all in
+`train` or all in `heldout`. "Man running" and "woman running" are near-duplicates, and a split between them would
+flatter a held-out figure. In each class, families are held out in the order of the SHA-256 of their code points, until
+10 % of the class's code points are held out. `heldout` holds base images only.
 
-Known leak: 11 of the 577 held-out pictures equal a training picture of another family to the last pixel (Bouvet Island
+Known leak: 11 of the 577 held-out pictures equal a training picture of another family in every pixel (Bouvet Island
 and Svalbard fly one flag; some family groups are drawn alike).
 
 {counts}
 
-## How made
-`python data/emoji64/build.py` (`--tarballs DIR` if the packages are there already). Pictures with transparency are
-composited on white; Fluent (256 px) is reduced to 64 px by Lanczos *after* compositing; the others are 64 px
-as they come.
+## How the set is made
+`python data/emoji64/build.py` builds it (`--tarballs DIR` if you have the packages). It composites pictures with
+transparency on white. It reduces Fluent pictures from 256 to 64 pixels by Lanczos *after* compositing. The others come
+in 64 pixels.
 
 | style | source (npm) | licence of the pictures | attribution | SHA-256 of the tarball |
 |---|---|---|---|---|
@@ -290,7 +290,7 @@ as they come.
 
 ## Licence
 Each picture keeps the licence of its source, by `style`: `noto` Apache-2.0, `twemoji` CC-BY-4.0 (keep the attribution
-above), `fluent3d` MIT. `build.py` and this card: Apache-2.0.
+above), `fluent3d` MIT. `build.py` and this card are under Apache-2.0.
 """
 
 
