@@ -166,7 +166,7 @@ PRESETS: dict[str, Preset] = {
         parameters=0.126,
         gmacs=0.00354,
     ),
-    "emoji64-s": Preset(  # the demo on 16×16×4 latents; this shape learned fastest, see docs/results.md
+    "emoji64-s": Preset(  # the demo on 16×16×4 latents; the shape of the arena
         {
             "sample_size": 16,
             "patch_size": 2,
