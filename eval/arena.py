@@ -62,9 +62,7 @@ class ArenaConfig(Config):
         "score", "last stage to run: count: compare MACs; grid: the short runs; train: the full runs; score: all"
     )
     output_dir: str = option("runs/arena-emoji64", "folder of the runs")
-    results: str = option(
-        "docs/results/arena-emoji64.json", "file of results, a list of rows; the rows of these shapes are replaced"
-    )
+    results: str = option("docs/results/arena-emoji64.json", "file of results; the rows of these shapes are replaced")
 
 
 @dataclass
