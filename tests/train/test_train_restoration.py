@@ -141,7 +141,7 @@ def test_later_stages_must_divide_over_the_micro_batches_too(photos):
     words = ("--patch_sizes", "16,24", "--patch_steps", "3", "--patch_batch_sizes", "4,2", *SIGMA)
     with pytest.raises(UserError, match=r"patch_batch_sizes, stage 2: 2 does not divide over 1 .* 4 micro.*; use 4"):
         train(photos, "stages", *words, "--gradient_accumulation_steps", "4")
-    with pytest.raises(UserError, match=r"patch_batch_sizes is .*; it must be at least 1"):
+    with pytest.raises(UserError, match=r"patch_batch_sizes is .*; each must be at least 1"):
         train(photos, "stages", *words, "--patch_batch_sizes", "4,0")
     assert not (photos / "stages").exists()
 
