@@ -22,25 +22,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
-from iptv2_diffusion.training.options import option, parse_config
-
-CHOICES = {"modes": ("inference", "training"), "forms": ("eager", "compiled", "kernels")}
+from iptv2_diffusion.training.options import Config, option, parse_config
 
 
-@dataclass(kw_only=True)
-class RooflineConfig:
+@dataclass(frozen=True, kw_only=True)
+class RooflineConfig(Config):
     """Options of the prediction. Lists are separated by commas; every combination is a row."""
 
-    models: str = option("iptv2-s,dit-s-2", "presets or presets with other arguments, commas between")
-    modes: tuple[str, ...] = option(("inference", "training"), "inference (fused weights), training (with backward)")
-    forms: tuple[str, ...] = option(("eager", "compiled", "kernels"), "how operators become kernels")
+    models: str = option("iptv2-s,dit-s-2", "presets, with other arguments in brackets, separated by commas")
+    modes: tuple[Literal["inference", "training"], ...] = option(
+        ("inference", "training"), "what to predict: inference (fused weights), training (with backward)"
+    )
+    forms: tuple[Literal["eager", "compiled", "kernels"], ...] = option(
+        ("eager", "compiled", "kernels"), "how operators become kernels"
+    )
     machine: Literal["h100", "a100", "rtx4090", "this"] = option(
         "h100", "machine whose rates count; this: the rates of this CPU, measured now"
     )
-    precision: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "of weights and maps")
-    batch_size: int = option(64, "samples a step")
-    latent_size: tuple[int, ...] = option((), "sides of the latent; empty: each model's own")
-    launch_us: float | None = option(None, "microseconds to start a kernel; empty: the machine's")
+    precision: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "precision of weights and maps")
+    batch_size: int = option(64, "samples per step", at_least=1)
+    latent_size: tuple[int, ...] = option((), "sides of the latent; empty: the size of each model", at_least=1)
+    launch_us: float | None = option(None, "microseconds to start a kernel; none: those of the machine", at_least=0)
     parts: bool = option(False, "print the share of each part of the model")
     measure: bool = option(False, "with machine this: time the step itself too, once after a warm-up")
     json: bool = option(False, "print one JSON object as the last line")
@@ -51,16 +53,6 @@ class RooflineConfig:
         return re.split(r",(?![^\[]*\])", self.models)  # commas inside brackets belong to a model's arguments
 
     def validate(self) -> None:
-        for name, known in CHOICES.items():
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ConfigError(f"{name} names {value!r}; use {', '.join(known)}")
-        for name in ("batch_size", "latent_size"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if self.launch_us is not None and self.launch_us < 0:
-            raise ConfigError(f"launch_us is {self.launch_us:g}; it must be 0 or more")
         if self.measure and self.machine != "this":
             raise ConfigError(f"measure times this machine, not {self.machine}; add --machine this")
 

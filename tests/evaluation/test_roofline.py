@@ -177,7 +177,7 @@ class TestScript:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--forms=fast"], "forms names 'fast'; use eager, compiled, kernels"),
+            (["--forms=fast"], "forms is 'fast'; choose one of eager, compiled, kernels"),
             (["--batch_size=0"], "batch_size is 0; it must be at least 1"),
             (["--measure=true"], "measure times this machine, not h100; add --machine this"),
             (["--models=iptv2-q"], "no preset, config.json or model folder called 'iptv2-q'"),
