@@ -80,11 +80,11 @@ def forward_kernel(
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     if BIAS:
         total += tl.load(bias + c, mask=c < channels, other=0.0)[None, :]
-    for tap in tl.static_range(SIZE * SIZE):
+    for tap in range(SIZE * SIZE):  # unrolled, all loads would be in registers at once
         taken = SIZE * SIZE - 1 - tap if TURNED else tap
         w = tl.load(weight + c * (SIZE * SIZE) + taken, mask=c < channels, other=0.0)
-        if IDENTITY and tap == HALF * SIZE + HALF:
-            w += 1.0
+        if IDENTITY:
+            w += tl.where(tap == HALF * SIZE + HALF, 1.0, 0.0)
         value = load_shifted(x, p, tap // SIZE - HALF, tap % SIZE - HALF, c, positions, height, width, channels, GELU)
         total += w[None, :] * value
     if SLOPE:
@@ -129,7 +129,12 @@ def blocks(x: Tensor) -> tuple[tuple[int, int, int, int], dict]:
     """Runtime numbers of a (B, H, W, C) map, and the block shape."""
     batch, height, width, channels = x.shape
     block_c = min(block_of(channels), 64)
-    return (batch * height * width, height, width, channels), {"BLOCK_P": BLOCK_P, "BLOCK_C": block_c, "num_warps": 4}
+    return (batch * height * width, height, width, channels), {
+        "BLOCK_P": BLOCK_P,
+        "BLOCK_C": block_c,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
 
 
 def convolve(x, weight, bias, slope_of, identity: bool, gelu: bool, turned: bool) -> Tensor:
