@@ -181,7 +181,7 @@ class TestRefusals:
             self.run(script, ground, tmp_path, "--allow_small_n", "false")
         with pytest.raises(ConfigError, match="14 references for 1280 features"):
             self.run(script, ground, tmp_path, "--allow_small_n", "false", "--num_samples", 1281)
-        with pytest.raises(ConfigError, match="there are 3 images to compare; give at least 4"):
+        with pytest.raises(ConfigError, match="there are 3 images to compare; use at least 4"):
             self.run(script, ground, tmp_path, "--num_samples", 3)
         with pytest.raises(ConfigError, match=f"pca_components is 14, but {COUNT + 2} references of .* have 13"):
             self.run(script, ground, tmp_path, "--pca_components", 14)
@@ -199,7 +199,7 @@ class TestRefusals:
             self.run(script, ground, tmp_path, models=[{"guidance": 2}])
         with pytest.raises(UserError, match="extractor 'vgg': use inception"):
             self.run(script, ground, tmp_path, "--extractors", "vgg")
-        with pytest.raises(ConfigError, match="models with the same name: a, a"):
+        with pytest.raises(ConfigError, match="models share a name: a, a"):
             self.run(script, ground, tmp_path, models=[{"name": "a"}, {"name": "a"}])
         with pytest.raises(UserError, match="no such folder"):
             self.run(
