@@ -29,7 +29,7 @@ from iptv2_diffusion.training.options import Config, option, parse_config
 class RooflineConfig(Config):
     """Options of the prediction. Lists are separated by commas; every combination is a row."""
 
-    models: str = option("iptv2-s,dit-s-2", "presets, with other arguments in brackets, separated by commas")
+    models: str = option("iptv2-s,dit-s-2", "presets, separated by commas; other arguments as in iptv2-s:window_size=4")
     modes: tuple[Literal["inference", "training"], ...] = option(
         ("inference", "training"), "what to predict: inference (fused weights), training (with backward)"
     )

@@ -34,7 +34,7 @@ BELOW = {
     "iptv2_diffusion.non_finite": [],
     "iptv2_diffusion.objectives": [],
     "iptv2_diffusion.sixteen_bit": ["iptv2_diffusion.data.image_files", "iptv2_diffusion.data.image_metadata"],
-    "iptv2_diffusion.data": ["iptv2_diffusion.files", "iptv2_diffusion.latents", "iptv2_diffusion.sixteen_bit"],
+    "iptv2_diffusion.data": ["iptv2_diffusion.files", "iptv2_diffusion.latents"],
     "iptv2_diffusion.training": [*FOUNDATION, "iptv2_diffusion.data"],
     "iptv2_diffusion.evaluation": TRAINING,
     "iptv2_diffusion.recipes": [*TRAINING, "iptv2_diffusion.evaluation"],

@@ -105,7 +105,8 @@ def use_fast_forms(enabled: bool, *names: str) -> Iterator[None]:
     global _off
     before, changed = _off, set(names or ("all",))
     if unknown := changed - {"all", "merged_weights", *_FORMS}:
-        raise ValueError(f"no operator is called {', '.join(sorted(unknown))}; there are {', '.join(sorted(_FORMS))}")
+        known = ", ".join(sorted({"merged_weights", *_FORMS}))
+        raise ValueError(f"no operator is called {', '.join(sorted(unknown))}; there are {known}")
     _off = (set() if "all" in changed else before - changed) if enabled else before | changed
     try:
         yield

@@ -259,6 +259,8 @@ def backward_kernel(
     energy = grad_logits * cosines
     tl.store(grad_temperature + program, tl.sum(tl.sum(energy, axis=1), axis=0))
     decay_q, decay_k = tl.sum(energy, axis=1) * tau, tl.sum(energy, axis=0) * tau
+    decay_q = tl.where(square_q > 1e-24, decay_q, 0.0)  # a norm at its lower limit does not follow its vector
+    decay_k = tl.where(square_k > 1e-24, decay_k, 0.0)
     grad_logits = (grad_logits * tau).to(qkv.dtype.element_ty)
     attention = attention.to(qkv.dtype.element_ty)
 

@@ -92,9 +92,8 @@ def run_main(main: Callable[[], int | None]) -> None:
             raise
         code = _complain(str(error), everywhere=isinstance(error, LocalError))
     except KeyboardInterrupt as error:  # who raises it may say what is there
-        _complain(
-            str(error) or "stopped: what was written before is whole, and the same command goes on from there", ""
-        )
+        stopped = "stopped: what was written before is whole; run the same command again to go on"
+        _complain(str(error) or stopped, prefix="")
         code = 130
     except Exception as error:
         message = full_disk(error)

@@ -61,7 +61,8 @@ def make_model(config: RestorationConfig) -> nn.Module:
             print(load_backbone(model, create_model(config.backbone_from)))
     if not hasattr(model.config, "sigma_conditioning"):
         raise ConfigError(f"{config.model} is a {type(model).__name__}, not a restorer; see --help for --model")
-    noisy = config.layout == "clean" and any("noise" in names for names in (config.degradations, *config.tasks))
+    kinds = [task.split("+") for task in config.tasks] or [config.degradations]  # tasks take the degradations' place
+    noisy = config.layout == "clean" and any("noise" in names for names in kinds)
     if model.config.sigma_conditioning is not None and not noisy:
         raise ConfigError(
             "this model takes a noise level and the data has none; add --model_overrides "
