@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -50,6 +51,7 @@ def run() -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end Python's shutdown in a traceback
         print("stopped; what is written is whole, and the same command goes on from here", file=sys.stderr)
         code = 130
     sys.exit(code)

@@ -12,6 +12,9 @@ These files import only torch and depend on no model.
 | `cpu_scale_add.py` | `scale_add` | the backward of `torch.addcmul` makes two extra passes |
 | `triton_fcsa.py` | `focal_attention` | on a GPU: window copies, and four passes over maps of 3C channels |
 
+`strides.py` keeps the gradients of depthwise kernels in the strides that DDP expects. `triton_depthwise.py` is not used
+yet: it has not been measured on a GPU.
+
 docs/performance.md gives the speed-up of each form. Set `IPTV2_KERNELS=off`, or call `use_fast_forms(False)`, to run
 the plain formulas everywhere.
 """

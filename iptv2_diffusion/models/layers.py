@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iptv2_diffusion.kernels import fast_forms_in_use, operator, without_autocast
+from iptv2_diffusion.kernels.strides import keep_strides
 
 __all__ = [
     "DepthwiseConv2d",
@@ -125,7 +126,7 @@ def merge_pair(first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor | No
 def merge_depthwise(*branches: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     """Return the 5×5 kernel Σ pad(K) + δ, (C, 1, 5, 5), and the bias Σ b of x + Σ branch(x), branches up to 5×5."""
     delta = F.pad(branches[0].weight.new_ones(1, 1, 1, 1), (2, 2, 2, 2))
-    kernel = sum((F.pad(b.weight, ((5 - b.weight.shape[-1]) // 2,) * 4) for b in branches), delta)
+    kernel = sum((F.pad(keep_strides(b.weight), ((5 - b.weight.shape[-1]) // 2,) * 4) for b in branches), delta)
     return kernel, None if branches[0].bias is None else reduce(torch.add, (branch.bias for branch in branches))
 
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,6 +93,7 @@ def run_main(main: Callable[[], int | None]) -> None:
             raise
         code = _complain(str(error), everywhere=isinstance(error, LocalError))
     except KeyboardInterrupt as error:  # who raises it may say what is there
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end Python's shutdown in a traceback
         stopped = "stopped: what was written before is whole; run the same command again to go on"
         _complain(str(error) or stopped, prefix="")
         code = 130

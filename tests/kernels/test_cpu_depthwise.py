@@ -108,3 +108,12 @@ class TestMergedKernels:
         theirs = torch.autograd.grad(sum((branch(x) for branch in branches), x).square().sum(), parameters)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
+
+    def test_gradients_have_the_strides_of_their_weights(self):
+        """DDP warns of others; in channels-last memory those of (C, 1, k, k) are not a contiguous tensor's."""
+        branches = [convolution(size).to(memory_format=torch.channels_last) for size in (5, 3, 1)]
+        kernel, _ = merge_depthwise(*branches)
+        kernel.square().sum().backward()
+        for branch in branches:
+            assert branch.weight.grad.stride() == branch.weight.stride()
+            assert branch.weight.grad.abs().sum() > 0

@@ -1,8 +1,17 @@
 """How a command ends: its exit code and what it prints."""
 
+import signal
+
 import pytest
 
 from iptv2_diffusion.training.errors import ConfigError, run_main
+
+
+@pytest.fixture(autouse=True)
+def _own_signal_handler():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def raising(error):
