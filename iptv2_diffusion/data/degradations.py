@@ -27,6 +27,7 @@ __all__ = [
     "MotionBlur",
     "RainStreaks",
     "Sequential",
+    "Sometimes",
     "gaussian_kernels",
     "motion_kernels",
 ]
@@ -130,17 +131,47 @@ class RainStreaks:
 
 @dataclass(frozen=True)
 class JPEGCompression:
-    """JPEG with quality uniform in [low, high]; the patch is quantised to 8 bits, as a file would be."""
+    """JPEG with a quality uniform in [low, high]. The result is quantised to 8 bits, as in a file.
+
+    The grid of 8×8 blocks starts at a random pixel, because photographs are cropped after they were compressed.
+    """
 
     low: float
     high: float
-    margin: int = 0
+    margin: int = 8
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
-        qualities = uniform(len(clean), self.low, self.high, generator).round().int().tolist()
+        count, _, height, width = clean.shape
+        qualities = uniform(count, self.low, self.high, generator).round().int().tolist()
+        starts = torch.randint(self.margin + 1, (count, 2), generator=generator).tolist()
         pixels = (clean.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        decoded = [through_jpeg(image, quality) for image, quality in zip(pixels, qualities, strict=True)]
-        return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255, None
+        inner = []
+        for image, quality, (top, left) in zip(pixels, qualities, starts, strict=True):
+            decoded = through_jpeg(np.ascontiguousarray(image[top:, left:]), quality)
+            top, left = self.margin - top, self.margin - left
+            inner.append(decoded[top : top + height - 2 * self.margin, left : left + width - 2 * self.margin])
+        return torch.from_numpy(np.stack(inner)).permute(0, 3, 1, 2).float() / 255, None
+
+
+@dataclass(frozen=True)
+class Sometimes:
+    """A degradation that each sample receives with a probability; the others keep their pixels."""
+
+    step: Degradation
+    probability: float
+
+    @property
+    def margin(self) -> int:
+        return self.step.margin
+
+    def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        chosen = torch.rand(len(clean), generator=generator) < self.probability
+        degraded, sigma = self.step(clean, generator)
+        height, width = clean.shape[-2:]
+        inner = clean[..., self.margin : height - self.margin, self.margin : width - self.margin]
+        if sigma is not None:
+            sigma = sigma.where(chosen, 0.0)
+        return degraded.where(chosen[:, None, None, None], inner), sigma
 
 
 class Sequential:

@@ -11,7 +11,7 @@ from iptv2_diffusion.training.options import TrainingConfig, option
 
 PHOTOGRAPHS = "~/.cache/iptv2-diffusion/photographs"  # where data/photographs/fetch.py puts them
 LOSSES = ("l1", "mse", "charbonnier", "psnr", "sobel")  # `task.py` says what they are
-DEGRADATIONS = ("noise", "gaussian_blur", "motion_blur", "rain", "jpeg")
+DEGRADATIONS = ("noise", "camera_noise", "gaussian_blur", "motion_blur", "rain", "layered_rain", "jpeg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,9 @@ class RestorationConfig(TrainingConfig):
     noise: tuple[float, float] = option(
         (5.0, 55.0), "range of the noise level sigma on the 0-255 scale", group="degradation", within=(0, 255)
     )
+    camera_noise: tuple[float, float] = option(
+        (1e-4, 1.2e-2), "range of a sensor's shot noise in linear light", group="degradation", above=0, at_most=1
+    )
     gaussian_blur: tuple[float, float] = option(
         (0.5, 2.5), "range of the blur's standard deviation in pixels", group="degradation", within=(0.1, 100)
     )
@@ -63,7 +66,17 @@ class RestorationConfig(TrainingConfig):
     rain: tuple[float, float] = option(
         (0.002, 0.012), "range of the fraction of pixels where a streak starts", group="degradation", at_least=0
     )
+    layered_rain: tuple[float, float] = option(
+        (1.0, 4.0), "range of the number of layers of streaks, near and far", group="degradation", within=(1, 16)
+    )
     jpeg: tuple[float, float] = option((30.0, 95.0), "range of the JPEG quality", group="degradation", within=(1, 100))
+    apply_probability: float = option(
+        1.0,
+        "probability of each degradation for each sample; below 1 some samples stay clean, as a blind model needs",
+        group="degradation",
+        above=0,
+        at_most=1,
+    )
     tasks: tuple[str, ...] = option(
         (),
         "several tasks for one model, each a list of degradations joined by +, such as noise,rain+jpeg",

@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from iptv2_diffusion.data import degradations
+from iptv2_diffusion.data.camera import CameraNoise
 from iptv2_diffusion.data.draws import generator_for
 from iptv2_diffusion.data.image_files import Limits
 from iptv2_diffusion.data.pairs import find_images, find_pairs
 from iptv2_diffusion.data.patches import ImageStore, PatchSampler, transform
+from iptv2_diffusion.data.rain import LayeredRain
 from iptv2_diffusion.recipes.restoration.config import PHOTOGRAPHS, RestorationConfig
 from iptv2_diffusion.training.errors import ConfigError, user_errors
 
@@ -62,12 +64,16 @@ def make_degradation(config: RestorationConfig, names: tuple[str, ...]):
     """The degradation of a list of names, with the ranges of the configuration."""
     kinds = {
         "noise": degradations.GaussianNoise,
+        "camera_noise": CameraNoise,
         "gaussian_blur": degradations.GaussianBlur,
         "motion_blur": degradations.MotionBlur,
         "rain": degradations.RainStreaks,
+        "layered_rain": LayeredRain,
         "jpeg": degradations.JPEGCompression,
     }
     steps = [kinds[name](*getattr(config, name)) for name in names]
+    if config.apply_probability < 1:
+        steps = [degradations.Sometimes(step, config.apply_probability) for step in steps]
     return steps[0] if len(steps) == 1 else degradations.Sequential(*steps)
 
 
