@@ -16,6 +16,7 @@ __all__ = [
     "DISK_ERRORS",
     "atomic",
     "file_sha256",
+    "flush_to_disk",
     "forgiving_streams",
     "inside",
     "is_left_behind",
@@ -87,10 +88,10 @@ def atomic(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if durable:
-            _flush(temporary)
+            flush_to_disk(temporary)
         temporary.replace(path)
         if durable:
-            _flush(path.parent)
+            flush_to_disk(path.parent)
     finally:
         with contextlib.suppress(OSError):  # the error of the block matters, not this one
             temporary.unlink(missing_ok=True)
@@ -119,8 +120,8 @@ def _is_running(process: int) -> bool:
     return psutil.pid_exists(process)
 
 
-def _flush(path: Path) -> None:
-    """fsync of a file or folder, where the system has it for folders."""
+def flush_to_disk(path: Path) -> None:
+    """Flush a file or folder to the disk by fsync. Windows cannot open folders, so they are skipped there."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

@@ -62,6 +62,12 @@ def check_end(path: Path) -> None:
         raise ValueError(f"{path}: a damaged tar, or none (it is cut short); download it again")
 
 
+def check_whole(path: str | Path, member: tarfile.TarInfo, end: int) -> None:
+    """Raise a ValueError if a member goes on beyond the `end` of its tar, in bytes."""
+    if member.offset_data + member.size > end:
+        raise ValueError(f"{path} is cut short inside {member.name}; download it again")
+
+
 @contextlib.contextmanager
 def opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
     """An uncompressed tar. A damaged one, at opening or later, is a ValueError that names it."""
@@ -85,8 +91,7 @@ def list_tar(path: Path, listing: Listing, suffixes: set[str]) -> None:
             inner = PurePosixPath(os.path.normpath(member.name))
             if not member.isfile() or ".." in inner.parts or inner.is_absolute():
                 continue
-            if member.offset_data + member.size > end:
-                raise ValueError(f"{path} is cut short inside {member.name}; download it again")
+            check_whole(path, member, end)
             found[inner] = f"{path}::{member.offset_data}+{member.size}::{member.name}"
     while found and len({p.parts[0] for p in found}) == 1 and all(len(p.parts) > 2 for p in found):
         found = {PurePosixPath(*p.parts[1:]): piece for p, piece in found.items()}
@@ -128,8 +133,7 @@ def _pieces(path: str, suffixes: list[str], state: tuple[int, int]) -> Iterator[
     with opened_tar(Path(path)) as outer:
         for member in (m for m in outer if _is_class(m)):
             name = Path(member.name).stem
-            if member.offset_data + member.size > end:
-                raise ValueError(f"{path} is cut short inside {member.name}; download it again")
+            check_whole(path, member, end)
             try:
                 with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
                     for image in (i for i in inner if i.isfile() and Path(i.name).suffix.lower() in suffixes):

@@ -308,7 +308,7 @@ def _deep_tiff_pixels(page, file: BinaryIO, limits: Limits) -> np.ndarray:
     photometric = page.photometric.name
     if photometric not in ("MINISBLACK", "MINISWHITE", "RGB"):
         raise ImageFileError(f"its pixels are {photometric}, not gray or RGB")
-    _check_segments(page, file, limits)
+    _check_segments(page, file)
     image = page.asarray()
     if image.ndim == 2:
         image = image[..., None]
@@ -326,7 +326,7 @@ def _deep_tiff_pixels(page, file: BinaryIO, limits: Limits) -> np.ndarray:
     return image
 
 
-def _check_segments(page, file: BinaryIO, limits: Limits) -> None:
+def _check_segments(page, file: BinaryIO) -> None:
     """Strips and tiles must lie in the file, and decode to no more than their share of the picture."""
     end, expected = file.seek(0, io.SEEK_END), int(page.nbytes)
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):

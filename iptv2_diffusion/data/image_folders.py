@@ -29,6 +29,7 @@ TOOL_NAMES = {
     "__pycache__",
     "thumbs.db",
     "desktop.ini",
+    "icon\r",
 }
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Suffixes of pictures that are not read, so that leaving them out is worth a word

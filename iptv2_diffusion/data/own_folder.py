@@ -14,14 +14,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from iptv2_diffusion.data.image_folders import is_of_tools
 from iptv2_diffusion.files import atomic, inside, printable
 
 __all__ = ["RECORD", "ForeignFolderError", "OwnFolder"]
 
 RECORD = "IPTV2_RECORD"
-# What desktops, editors and shells leave in a folder that a user takes for empty
-_DROPPINGS = {"Thumbs.db", "desktop.ini", "Icon\r", "nohup.out", "__pycache__", "@eaDir", "lost+found"}
-_LOGS = {".log", ".out", ".err"}
+_LOGS = {".log", ".out", ".err"}  # which shells leave in a folder that a user takes for empty
 
 
 class ForeignFolderError(ValueError):
@@ -156,4 +155,4 @@ class OwnFolder:
 
 
 def _is_dropping(name: str) -> bool:
-    return name.startswith(".") or name in _DROPPINGS or Path(name).suffix in _LOGS
+    return is_of_tools(name) or Path(name).suffix in _LOGS

@@ -8,11 +8,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from iptv2_diffusion.evaluation.roofline import Recorder
+from iptv2_diffusion.evaluation.timed_steps import parse_spec
 from iptv2_diffusion.kernels.triton_fcsa import focal_attention, traffic
 from iptv2_diffusion.models import attention as attention_module
 from iptv2_diffusion.models.presets import PRESETS, create_model
@@ -114,8 +114,7 @@ def record(model: nn.Module, batch_size: int, training: bool, form: str) -> Reco
 
 def make_on_meta(spec: str, size: int | None, precision: str, fused: bool) -> nn.Module:
     """Build a channels-last denoiser on the meta device from a preset's name or `name:key=value:…`."""
-    name, *arguments = spec.split(":")
-    overrides = {key: yaml.safe_load(value) for key, _, value in (a.partition("=") for a in arguments)}
+    name, overrides = parse_spec(spec)
     overrides = {key: tuple(v) if isinstance(v, list) else v for key, v in overrides.items()}
     if size is not None:
         overrides["sample_size"] = size

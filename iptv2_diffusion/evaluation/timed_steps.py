@@ -18,12 +18,18 @@ from iptv2_diffusion.training.errors import user_errors
 
 def make_model(spec: str, sample_size: int | None = None, device: str = "cpu") -> nn.Module:
     """Build a new channels-last model from a name such as `iptv2-s` or `iptv2-s:conditioning_dim=64:window_size=4`."""
-    name, *arguments = spec.split(":")
-    overrides = {key: yaml.safe_load(value) for key, _, value in (argument.partition("=") for argument in arguments)}
+    name, overrides = parse_spec(spec)
     overrides |= {} if sample_size is None else {"sample_size": sample_size}
     with user_errors(ValueError), torch.device(device):
         model = make_unet(**overrides) if name == "unet-s" else create_model(name, **overrides)
     return model.to(memory_format=torch.channels_last)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split `name:key=value:…` into the name and its overrides, whose values are YAML."""
+    name, *arguments = spec.split(":")
+    pairs = (argument.partition("=") for argument in arguments)
+    return name, {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
 def make_unet(**overrides: Any) -> nn.Module:

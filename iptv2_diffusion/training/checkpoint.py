@@ -12,7 +12,6 @@ that differ. What a full disk interrupts is removed; older checkpoints are not t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from iptv2_diffusion.files import file_sha256
+from iptv2_diffusion.files import file_sha256, flush_to_disk
 from iptv2_diffusion.training.errors import UserError, system_error
 
 if TYPE_CHECKING:
@@ -141,15 +140,15 @@ class CheckpointManager:
         files = {}
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             files[path.relative_to(temporary).as_posix()] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-            _fsync(path)
+            flush_to_disk(path)
         manifest = {"format": 1, "step": step, "progress": progress, "config": self.config, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _fsync(temporary / MANIFEST)
-        _fsync(temporary)
+        flush_to_disk(temporary / MANIFEST)
+        flush_to_disk(temporary)
         if final.exists():  # an equal step written again, as after a resumption: the new one is whole, so replace it
             self._set_aside(final)
         os.replace(temporary, final)
-        _fsync(self.output_dir)
+        flush_to_disk(self.output_dir)
         self._clean(f".tmp-delete-{final.name}")
 
     def _give_up(self, temporary: Path, step: int, failure: str) -> None:
@@ -313,16 +312,6 @@ def differing_fields(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
         for name in names
         if saved.get(name) != wanted.get(name)
     ]
-
-
-def _fsync(path: Path) -> None:
-    """Flush a file or folder to the disk. On Windows folders cannot be opened, and files only flushed if writable."""
-    with contextlib.suppress(PermissionError) if path.is_dir() else contextlib.nullcontext():
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

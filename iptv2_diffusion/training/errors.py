@@ -15,9 +15,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from iptv2_diffusion.files import forgiving_streams
+from iptv2_diffusion.files import DISK_ERRORS, forgiving_streams
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, names the operating system's errors
 
 
@@ -71,12 +70,13 @@ def system_error(error: BaseException) -> int | None:
 
 
 def full_disk(error: BaseException) -> str | None:
-    """What to tell of an error that means that the disk, or the quota, is full; None for any other."""
+    """Message for an error that means that the disk, or the quota, takes no more; None for any other error."""
     number = system_error(error)
-    if number not in _DISK_ERRORS:
+    if number not in DISK_ERRORS:
         return None
     where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
-    return f"{os.strerror(number)}{where}: make room and start the same command again; checkpoints are whole"
+    remedy = "write to another disk" if number == errno.EROFS else "make room"
+    return f"{os.strerror(number)}{where}: {remedy} and start the same command again; checkpoints are whole"
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -194,10 +194,8 @@ class Trainer:
             forget_snapshots_after(self.snapshots, self.state.averaged_steps)
             # Without what holds for one start only: a run begun from this file must not delete anything.
             once: dict[str, Any] = {"overwrite": False, "accept_changes": False}
-            if self.config.mixed_precision == "auto":
-                once["mixed_precision"] = (
-                    self.accelerator.mixed_precision
-                )  # what this machine was found to be fast with
+            if self.config.mixed_precision == "auto":  # the choice that this machine's timing made
+                once["mixed_precision"] = self.accelerator.mixed_precision
             save_config(dataclasses.replace(self.config, **once), self.output_dir / "config.yaml")
         self.accelerator.init_trackers("logs", config=_flat(config_to_dict(self.config)))
 

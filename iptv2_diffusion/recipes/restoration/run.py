@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Callable
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -30,7 +31,7 @@ def run(config: RestorationConfig) -> int:
     accelerator = make_accelerator(config)
     for stage, size in enumerate(config.patch_batch_sizes, start=1):
         check_batch_size(f"patch_batch_sizes, stage {stage}:", size, accelerator, config.gradient_accumulation_steps)
-    model = make_model(config)
+    model = make_model(config, accelerator.print)
     parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(f"{config.model}: {parameters / 1e6:.3f} M parameters on {accelerator.device}")
     trainer = Trainer(config, accelerator, model, curves=("psnr", *(f"psnr_sigma{s:g}" for s in config.heldout_sigmas)))
@@ -49,7 +50,7 @@ def run(config: RestorationConfig) -> int:
     return 0
 
 
-def make_model(config: RestorationConfig) -> nn.Module:
+def make_model(config: RestorationConfig, say: Callable[[str], None] = print) -> nn.Module:
     """The restorer, initialised from the seed, its backbone from another model if one is named."""
     overrides = {"in_channels": config.channels, **config.model_overrides}
     if config.tasks:
@@ -58,7 +59,7 @@ def make_model(config: RestorationConfig) -> nn.Module:
     with user_errors(OSError, ValueError):
         model = trainable(create_model(config.model, **overrides))
         if config.backbone_from is not None:
-            print(load_backbone(model, create_model(config.backbone_from)))
+            say(load_backbone(model, create_model(config.backbone_from)))
     if not hasattr(model.config, "sigma_conditioning"):
         raise ConfigError(f"{config.model} is a {type(model).__name__}, not a restorer; see --help for --model")
     kinds = [task.split("+") for task in config.tasks] or [config.degradations]  # tasks take the degradations' place
