@@ -85,7 +85,7 @@ class Listing:
         others = {suffix for reason, suffix in self.left_out if reason.startswith("not of a suffix")}
         return {inner.suffix.lower() for inner in self.files} | others
 
-    def told(self) -> str | None:
+    def summary(self) -> str | None:
         """One line about images that were left out; None if there were none."""
         counts = {key: n for key, n in self.left_out.items() if key[1] in OTHER_PICTURES or "UTF-8" in key[0]}
         counts |= {key: n for key, n in self.left_out.items() if key[0].startswith(("no readable", "not in"))}
@@ -103,12 +103,14 @@ class Meaning:
         files: images in order, with what `read_bytes` takes.
         labels: a class name or number for each; None without labels.
         text: the same in words, one line.
+        from_folders: whether the labels are names of sub-folders.
         problem: why labels could not be determined although there are sub-folders; None otherwise.
     """
 
     files: list[str]
     labels: list[str | int] | None
     text: str
+    from_folders: bool = False
     problem: str | None = None
 
 
@@ -269,13 +271,13 @@ def understand(
         names = sorted(set(classes.values()))
         shown = ", ".join(map(printable, names[:8])) + (", …" if len(names) > 8 else "")
         text = f"{len(names)} class{'es' * (len(names) > 1)} from sub-folders: {shown}"
-        return Meaning(list(files.values()), [classes[path] for path in files], text)
+        return Meaning(list(files.values()), [classes[path] for path in files], text, from_folders=True)
     if len(loose) < len(files):
         problem = (
             f"no labels, because {len(loose)} of {len(files)} images ({printable(loose[0].name)} ...) lie beside the "
             "sub-folders; move them into one if the sub-folders are classes"
         )
-        return Meaning(list(files.values()), None, problem, problem)
+        return Meaning(list(files.values()), None, problem, problem=problem)
     return Meaning(list(files.values()), None, "no labels: the images lie in no sub-folders")
 
 

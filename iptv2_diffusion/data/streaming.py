@@ -29,7 +29,7 @@ from torch import Tensor
 from iptv2_diffusion.data.archives import first_line
 from iptv2_diffusion.data.draws import RunDraws, StepDraws, generator_for
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
-from iptv2_diffusion.data.images import decode_image, path_of, view_of
+from iptv2_diffusion.data.image_tensors import decode_image, path_of, view_of
 from iptv2_diffusion.data.latent_encoding import Encoding, LatentSource, expect_step, moments, sample_posterior
 
 if TYPE_CHECKING:

@@ -16,16 +16,13 @@ import torch
 from PIL import Image
 
 from iptv2_diffusion.data.archives import FetchError
+from iptv2_diffusion.data.image_tensors import center_crop, random_crop, to_rgb, to_tensor
 from iptv2_diffusion.data.images import (
     ImageTensors,
-    center_crop,
     class_names,
     decode_image,
     load_image_dataset,
     load_train_and_heldout,
-    random_crop,
-    to_rgb,
-    to_tensor,
 )
 from iptv2_diffusion.data.latent_cache import dataset_fingerprint
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from iptv2_diffusion.data.images import center_crop
+from iptv2_diffusion.data.image_tensors import center_crop
 from iptv2_diffusion.evaluation.reference_images import ReferenceImages
 
 
