@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import os
-import signal
 import sys
 import tempfile
 import warnings
@@ -27,7 +26,9 @@ from PIL import Image
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, ImageFile, Limits, read_image_file
 from iptv2_diffusion.data.image_folders import image_files
 from iptv2_diffusion.data.own_folder import ForeignFolderError, OwnFolder
-from iptv2_diffusion.files import DISK_ERRORS, forgiving_streams, printable, user_path
+from iptv2_diffusion.files import DISK_ERRORS, printable, user_path
+
+from .command_line import CommandError, run_command
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
@@ -37,24 +38,9 @@ JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 SAVE_OPTIONS = {".jpg": JPEG_OPTIONS, ".jpeg": JPEG_OPTIONS, ".webp": {"lossless": True}}
 
 
-class CommandError(Exception):
-    """What the user can mend, in one line."""
-
-
 def run() -> None:
     """The console script."""
-    forgiving_streams()
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-    try:
-        code = main(sys.argv[1:])
-    except CommandError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end Python's shutdown in a traceback
-        print("stopped; what is written is whole, and the same command goes on from here", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    run_command(main, "stopped; what is written is whole, and the same command goes on from here")
 
 
 def main(argv: Sequence[str]) -> int:

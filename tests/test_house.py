@@ -13,6 +13,7 @@ FOUNDATION = [
     f"iptv2_diffusion.{name}"
     for name in (
         "files",
+        "imagenet_classes",
         "kernels",
         "models",
         "latents",
@@ -26,6 +27,7 @@ FOUNDATION = [
 TRAINING = [*FOUNDATION, "iptv2_diffusion.data", "iptv2_diffusion.training"]
 BELOW = {
     "iptv2_diffusion.files": [],
+    "iptv2_diffusion.imagenet_classes": [],
     "iptv2_diffusion.kernels": [],
     "iptv2_diffusion.models": ["iptv2_diffusion.kernels", "iptv2_diffusion.strict_yaml"],
     "iptv2_diffusion.strict_yaml": [],
@@ -39,10 +41,12 @@ BELOW = {
     "iptv2_diffusion.evaluation": TRAINING,
     "iptv2_diffusion.recipes": [*TRAINING, "iptv2_diffusion.evaluation"],
     "iptv2_diffusion.pipelines": [
+        "iptv2_diffusion.imagenet_classes",
         "iptv2_diffusion.models",
         "iptv2_diffusion.latents",
         "iptv2_diffusion.memory",
         "iptv2_diffusion.non_finite",
+        "iptv2_diffusion.objectives",
         "iptv2_diffusion.sixteen_bit",
         "iptv2_diffusion.files",
         "iptv2_diffusion.data.image_files",

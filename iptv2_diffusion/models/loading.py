@@ -8,9 +8,18 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import diffusers
 from torch import Tensor, nn
 
-__all__ = ["AlignedLoadingMixin", "align_weights", "check_complete", "load_whole"]
+__all__ = [
+    "AlignedLoadingMixin",
+    "align_weights",
+    "check_complete",
+    "check_loaded",
+    "load_vae",
+    "load_whole",
+    "probable_content",
+]
 
 ALIGNMENT = 64  # bytes; alignment of the tensors that torch allocates
 SHOWN = 3  # number of weights that an error names
@@ -27,6 +36,10 @@ SIGNS = (
         "the weights of a VAE (AutoencoderKL)",
     ),
     (r"^transformer_blocks\.\d+\.norm1\.emb\.", "the weights of a DiT (DiTTransformer2DModel)"),
+    (
+        r"^blocks\.\d+\.adaLN_modulation",
+        "the weights of a DiT in its authors' names; diffusers loads facebook/DiT-XL-2-256 from the Hub",
+    ),
     (r"^(down|up)_blocks\.\d+\.(attentions|resnets)", "the weights of a U-Net (such as UNet2DModel)"),
     (r"^text_model\.|^vision_model\.", "the weights of a CLIP model"),
     (r"^(stem|head)\.", "the weights of an IPTV2RestorationModel"),
@@ -67,6 +80,24 @@ def load_whole(model_class: type, *args: Any, **kwargs: Any) -> nn.Module:
         model, info = model_class.from_pretrained(*args, **{**kwargs, "output_loading_info": True})
     check_loaded(model, name, info)
     return model
+
+
+def load_vae(name: str, subfolder: str | None = None) -> nn.Module:
+    """Load a VAE of diffusers, of the class that its configuration names, in evaluation mode and without gradients.
+
+    Raises:
+        ValueError: it is no VAE with latent channels, or weights are missing, unexpected or misshapen.
+        OSError: the folder or the name on the Hub does not exist, or it has no safetensors.
+    """
+    options = {} if subfolder is None else {"subfolder": subfolder}
+    class_name = diffusers.AutoencoderKL.load_config(name, **options).get("_class_name", "AutoencoderKL")
+    vae_class = getattr(diffusers, class_name, None)
+    vae = None
+    if isinstance(vae_class, type) and issubclass(vae_class, diffusers.ModelMixin):
+        vae = load_whole(vae_class, name, use_safetensors=True, **options)  # AutoModel does not report the weights
+    if vae is None or "latent_channels" not in vae.config:
+        raise ValueError(f"{name} is a {class_name}; give a VAE of diffusers, such as an AutoencoderKL")
+    return vae.requires_grad_(False).eval()
 
 
 def _name_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -120,11 +151,17 @@ def check_loaded(model: nn.Module, name: str, info: dict[str, Any]) -> None:
         )
 
 
+def probable_content(keys: Iterable[str]) -> str | None:
+    """Return what a file with such unexpected keys probably holds; None if it resembles nothing known."""
+    keys = list(keys)
+    return next((what for pattern, what in SIGNS if any(re.search(pattern, key) for key in keys)), None)
+
+
 def _resemblance(model: nn.Module, missing: Iterable[str], unexpected: list[str]) -> str:
     """Return the end of an error message: the probable content of the file, or the probable cause."""
-    for pattern, what in SIGNS:
-        if any(re.search(pattern, key) for key in unexpected):
-            return f"; the file seems to be {what}"
+    content = probable_content(unexpected)
+    if content is not None:
+        return f"; the file seems to be {content}"
     if unexpected and missing and hasattr(model, "fuse"):
         fused = bool(model.config.get("fused"))
         form, other = ("fused", "unfused (training)") if fused else ("unfused (training)", "fused")

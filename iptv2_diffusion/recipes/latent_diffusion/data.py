@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import datasets
-import diffusers
 import torch
 from accelerate import Accelerator
 
@@ -24,7 +23,7 @@ from iptv2_diffusion.data.latent_cache import CachedLatents, LatentCache, cached
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding, LatentSource
 from iptv2_diffusion.data.streaming import ImageStream, StreamedLatents, StreamOrder
 from iptv2_diffusion.latents import LatentCodec
-from iptv2_diffusion.models.loading import load_whole
+from iptv2_diffusion.models.loading import load_vae
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.accelerator import resolve_sharding, start_accelerator
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
@@ -98,18 +97,9 @@ def _load_stream(
 
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     """The VAE's codec, frozen, on the device."""
-    options = {} if config.vae_subfolder is None else {"subfolder": config.vae_subfolder}
-    name = os.path.expanduser(config.vae)
     with user_errors(Exception):  # of diffusers and safetensors, about whatever the folder holds
-        class_name = diffusers.AutoencoderKL.load_config(name, **options).get("_class_name", "AutoencoderKL")
-        vae_class = getattr(diffusers, class_name, None)
-    if not (isinstance(vae_class, type) and issubclass(vae_class, diffusers.ModelMixin)):
-        raise ConfigError(f"{config.vae} is a {class_name}; give a VAE of diffusers, such as an AutoencoderKL")
-    with user_errors(Exception):  # likewise; diffusers' AutoModel does not report which weights it found
-        vae = load_whole(vae_class, name, use_safetensors=True, **options)
-    if "latent_channels" not in vae.config:
-        raise ConfigError(f"{config.vae} is a {class_name}; give a VAE of diffusers, such as an AutoencoderKL")
-    vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+        vae = load_vae(os.path.expanduser(config.vae), config.vae_subfolder)
+    vae.to(device, memory_format=torch.channels_last)
     with user_errors(ValueError):
         codec = LatentCodec(vae)
         codec.latent_size(*config.size)  # raises if the image size does not fit
