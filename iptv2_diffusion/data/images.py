@@ -180,11 +180,17 @@ def load_train_and_heldout(
     if heldout_split is not None:
         heldout = load_image_dataset(source, split=heldout_split, **columns)
         return train, with_labels_of(heldout, train, f'{source}, split "{heldout_split}"')
-    if heldout_fraction == 0 or len(train) < 2:
-        return train, None
-    order = torch.randperm(len(train), generator=generator_for(seed, "heldout")).tolist()
-    count = min(max(1, round(heldout_fraction * len(train))), len(train) - 1)
-    return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+    shares = heldout_shares(len(train), heldout_fraction, seed)
+    return (train, None) if shares is None else (train.select(shares[0]), train.select(shares[1]))
+
+
+def heldout_shares(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]] | None:
+    """The items to train on and those to hold out, in order; at least one of each. None if nothing is held out."""
+    if fraction == 0 or count < 2:
+        return None
+    order = torch.randperm(count, generator=generator_for(seed, "heldout")).tolist()
+    heldout = min(max(1, round(fraction * count)), count - 1)
+    return sorted(order[heldout:]), sorted(order[:heldout])
 
 
 def with_labels_of(

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,13 +41,40 @@ if TYPE_CHECKING:
 _FORMAT = 2
 
 
-class LatentCache:
-    """A cache that is complete on the disk; shards are memory-mapped, so processes of one machine share the memory.
+class StoredLatents(ABC):
+    """Latents on the disk, any of them at any time.
 
     Attributes:
         latent_shape: (C, h, w).
         has_spread: whether the posterior has a deviation (else `StepDraws.posterior_noise` may be None).
         class_labels: (N,) int64.
+    """
+
+    latent_shape: tuple[int, int, int]
+    has_spread: bool
+    class_labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.class_labels)
+
+    @abstractmethod
+    def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) float32 in model units, as drawn, and labels (B,) int64."""
+
+    @abstractmethod
+    def means(self, items: Tensor) -> Tensor:
+        """Latents (B, C, h, w) float32 of items (B,), upright and without the posterior's noise."""
+
+    def deviation(self, count: int = 256) -> float:
+        """Standard deviation of the latents, over at most `count` items spread over all; about 1 in model units."""
+        items = torch.linspace(0, len(self) - 1, min(count, len(self))).long()
+        return self.means(items).std().item()
+
+
+class LatentCache(StoredLatents):
+    """A cache that is complete on the disk; shards are memory-mapped, so processes of one machine share the memory.
+
+    Attributes:
         unreadable: what was wrong with the images that were left out.
     """
 
@@ -62,9 +90,6 @@ class LatentCache:
         self.class_labels = torch.cat([shard["class_labels"] for shard in self._shards])
         self._starts = torch.tensor([0] + [len(shard["class_labels"]) for shard in self._shards]).cumsum(0)
 
-    def __len__(self) -> int:
-        return len(self.class_labels)
-
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
         """Latents drawn from the posterior with `draws.posterior_noise` (its mean where that is None), and labels."""
         views = draws.views(self.flips, self.crops)
@@ -72,6 +97,10 @@ class LatentCache:
         if self.has_spread and draws.posterior_noise is not None:
             latents = latents + self._take("std", draws.items, views) * draws.posterior_noise
         return latents, self.class_labels[draws.items]
+
+    def means(self, items: Tensor) -> Tensor:
+        """Latents of the first view, the upright centre crop."""
+        return self._take("mean", items, torch.zeros_like(items))
 
     def _take(self, name: str, items: Tensor, views: Tensor) -> Tensor:
         """Rows (B, C, h, w) float32 of a stored tensor."""
@@ -85,9 +114,9 @@ class LatentCache:
 
 
 class CachedLatents(LatentSource):
-    """The latents of a run from a cache: any step at any time."""
+    """The latents of a run from the disk: any step at any time."""
 
-    def __init__(self, cache: LatentCache, draws: RunDraws) -> None:
+    def __init__(self, cache: StoredLatents, draws: RunDraws) -> None:
         super().__init__(draws)
         self.cache = cache
 

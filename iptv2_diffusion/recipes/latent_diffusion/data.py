@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import datasets
@@ -11,17 +12,21 @@ import torch
 from accelerate import Accelerator
 
 from iptv2_diffusion.data.draws import DataOrder, Order, RunDraws, class_balanced_weights, own_slices
+from iptv2_diffusion.data.feature_folder import FeatureFolder, holds_features
 from iptv2_diffusion.data.image_files import Limits
 from iptv2_diffusion.data.images import (
     ImageTensors,
     class_names,
+    heldout_shares,
     load_image_dataset,
     load_train_and_heldout,
     with_labels_of,
 )
-from iptv2_diffusion.data.latent_cache import CachedLatents, LatentCache, cached_latents
+from iptv2_diffusion.data.latent_cache import CachedLatents, LatentCache, StoredLatents, cached_latents
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding, LatentSource
 from iptv2_diffusion.data.streaming import ImageStream, StreamedLatents, StreamOrder
+from iptv2_diffusion.files import user_path
+from iptv2_diffusion.imagenet_classes import imagenet_id2label
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.loading import load_vae
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
@@ -29,12 +34,20 @@ from iptv2_diffusion.training.accelerator import resolve_sharding, start_acceler
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
 from iptv2_diffusion.training.precision import fastest_precision
 
+LEAST_DEVIATION = 1 / 3  # of latents in model units, and the inverse of the largest; SD's VAE without its scaling: 5
+Images = ImageTensors | ImageStream | FeatureFolder
 
-def load_images(
-    config: LDMConfig, accelerator: Accelerator
-) -> tuple[ImageTensors | ImageStream, ImageTensors | None, list[str]]:
-    """Training images, held-out images (None if none are wanted) and class names ([] without labels)."""
+
+def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[Images, Images | None, list[str]]:
+    """Training images, held-out images (None if none are wanted) and class names ([] without labels).
+
+    Of published latents (a `FeatureFolder`), the latents.
+    """
     columns = {"image_column": config.image_column, "label_column": config.label_column, "revision": config.revision}
+    with user_errors(OSError, ValueError):
+        has_features = holds_features(user_path(config.data))
+    if has_features:
+        return _load_features(config, accelerator)
     if config.streaming:
         return _load_stream(config, accelerator, columns)
     # One process prepares what `datasets` caches on the disk; the others then find it there.
@@ -64,6 +77,77 @@ def load_images(
 
     with user_errors(ValueError):
         return tensors(train), None if heldout is None else tensors(heldout), names
+
+
+def _load_features(
+    config: LDMConfig, accelerator: Accelerator
+) -> tuple[FeatureFolder, FeatureFolder | None, list[str]]:
+    """The same for published latents, which have no splits of their own."""
+    for option, value, default in (
+        ("streaming", config.streaming, False),
+        ("heldout_split", config.heldout_split, None),
+        ("train_split", config.train_split, "train"),
+        ("crops", config.crops, 1),
+        ("kid_samples", config.kid_samples, 0),
+    ):
+        if value != default:
+            raise ConfigError(
+                f"{option} is {value}, but {config.data} holds latents: one split, one view of each image and no "
+                f"pixels; set {option} to {'none' if default is None else str(default).lower()}"
+            )
+    # One process makes the index; the others then find it on the disk.
+    with user_errors(OSError, ValueError), accelerator.local_main_process_first():
+        labelled = config.label_column != "ignore"
+        options: dict[str, Any] = {"labelled": labelled, "num_workers": config.num_workers}
+        features = FeatureFolder(user_path(config.data), config.cache_dir, **options)
+    found = max(features.labels, default=-1) + 1
+    names = [str(label) for label in range(found)]
+    classes = imagenet_id2label()
+    if features.kind.startswith("imagenet") and 0 < found <= len(classes) <= (config.num_classes or len(classes)):
+        names = list(classes.values())
+    shares = heldout_shares(len(features), config.heldout_fraction, config.seed)
+    train, heldout = (features, None) if shares is None else map(features.select, shares)
+    if config.dry_run:
+        train = train.select(range(min(len(train), 2 * config.batch_size)))
+        heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
+    return train, heldout, names
+
+
+def check_latents(config: LDMConfig, codec: LatentCodec, latents: StoredLatents) -> str | None:
+    """Refuse published latents that are not of this VAE and image size; return a note on unusual statistics.
+
+    Raises:
+        ConfigError: shape or standard deviation of published latents do not fit.
+    """
+    height, width = codec.latent_size(*config.size)
+    expected = (codec.latent_channels, height, width)
+    if latents.latent_shape != expected:
+        channels, *size = latents.latent_shape
+        pixels = codec.image_size(*size)
+        remedy = (
+            f"set --resolution {pixels[0] if pixels[0] == pixels[1] else f'{pixels[0]},{pixels[1]}'}"
+            if channels == expected[0]
+            else "name the VAE that they were encoded by"
+        )
+        raise ConfigError(
+            f"{config.data} holds latents of {'x'.join(map(str, latents.latent_shape))}, the VAE {config.vae} gives "
+            f"{'x'.join(map(str, expected))} at {config.size[0]}x{config.size[1]} pixels; {remedy}"
+        )
+    with user_errors(OSError, ValueError, as_error=LocalError):
+        deviation = latents.deviation()
+    if LEAST_DEVIATION <= deviation <= 1 / LEAST_DEVIATION:
+        return None
+    scale = codec.vae.config.get("scaling_factor")
+    told = f"the latents have a standard deviation of {deviation:.3g}, and a denoiser needs about 1"
+    if isinstance(latents, FeatureFolder):
+        raise ConfigError(
+            f"{config.data}: {told}; encode the images again and multiply by the VAE's scaling_factor {scale}, as "
+            "fast-DiT does, or name the VAE that they were encoded by"
+        )
+    if not deviation > 0:
+        return f"note: {told}; the VAE {config.vae} may be untrained"
+    better = (scale or 1) / deviation
+    return f"note: {told}; set scaling_factor in the VAE's config.json to {better:.4g} instead of {scale}"
 
 
 def _load_stream(
@@ -150,6 +234,8 @@ def make_caches(config: LDMConfig) -> int:
         raise ConfigError("a stream is not cached, but encoded as it comes: leave --streaming out to cache its images")
     accelerator = start_accelerator(resolve_sharding(config))
     train, heldout, _ = load_images(config, accelerator)
+    if isinstance(train, FeatureFolder):
+        raise ConfigError(f"{config.data} holds latents already; train_ldm.py reads them from there")
     codec = load_codec(config, accelerator.device)
     for what, cache in zip(
         ("training", "held-out"),
@@ -179,12 +265,13 @@ def run_draws(config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, o
 
 
 def latents_from_cache(
-    config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, cache: LatentCache
+    config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, cache: StoredLatents
 ) -> LatentSource:
-    """Latents of a cache, in the order of the run."""
+    """Latents on the disk, in the order of the run."""
     weights = class_balanced_weights(cache.class_labels, config.class_balance)
     order = DataOrder(len(cache), config.seed, weights)
-    return CachedLatents(cache, run_draws(config, accelerator, codec, order))
+    draws = replace(run_draws(config, accelerator, codec, order), posterior=cache.has_spread)
+    return CachedLatents(cache, draws)
 
 
 def latents_on_the_fly(

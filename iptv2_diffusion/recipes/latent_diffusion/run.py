@@ -15,8 +15,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from iptv2_diffusion import IPTV2Pipeline
+from iptv2_diffusion.data.feature_folder import FeatureFolder
 from iptv2_diffusion.data.images import ImageTensors
-from iptv2_diffusion.data.streaming import ImageStream
 from iptv2_diffusion.evaluation.generation_metrics import make_extractor
 from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
 from iptv2_diffusion.evaluation.results import cast, replaced
@@ -32,6 +32,8 @@ from iptv2_diffusion.recipes.latent_diffusion.alignment import (
 )
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.recipes.latent_diffusion.data import (
+    Images,
+    check_latents,
     latents_from_cache,
     latents_on_the_fly,
     load_codec,
@@ -57,6 +59,8 @@ def run(config: LDMConfig) -> int:
     images = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
     num_classes = count_classes(config, images[2], getattr(images[0], "labels", []))
+    if isinstance(images[0], FeatureFolder):
+        check_latents(config, codec, images[0])
     if config.plan:
         show_plan(config, accelerator, codec, make_objective(config), partial(make_model, config, codec, num_classes))
         return 0
@@ -186,7 +190,7 @@ def make_task(
     config: LDMConfig,
     trainer: Trainer,
     codec: LatentCodec,
-    images: tuple[ImageTensors | ImageStream, ImageTensors | None, list[str]],
+    images: tuple[Images, Images | None, list[str]],
     target_features: TargetFeatures | None,
 ) -> LatentDiffusionTask:
     """Latents (cached or on the fly) and all that a step needs, ready to go on from the trainer's step."""
@@ -195,8 +199,14 @@ def make_task(
     # What may be refused comes before the images are encoded, which can take hours.
     objective = make_objective(config)
     distance = make_distance(config, accelerator, heldout, labelled=null_label(model) is not None)
-    cached = train if config.cache_latents else None
-    cache, heldout_cache = open_caches(config, accelerator, codec, cached, heldout)
+    if isinstance(train, FeatureFolder):
+        cache, heldout_cache = train, heldout
+    else:
+        cached = train if config.cache_latents else None
+        cache, heldout_cache = open_caches(config, accelerator, codec, cached, heldout)
+        note = check_latents(config, codec, cache) if cache is not None else None
+        if note is not None:
+            accelerator.print(note)
     if cache is not None:
         source = latents_from_cache(config, accelerator, codec, cache)
     else:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from iptv2_diffusion.data.draws import DataOrder, StepDraws, draw_step
-from iptv2_diffusion.data.latent_cache import LatentCache
+from iptv2_diffusion.data.latent_cache import StoredLatents
 from iptv2_diffusion.data.latent_encoding import LatentSource
 from iptv2_diffusion.data.streaming import join_positions
 from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
@@ -65,7 +65,7 @@ class LatentDiffusionTask(TrainingTask):
         model: nn.Module,
         objective: DiffusionObjective,
         source: LatentSource,
-        heldout: LatentCache | None,
+        heldout: StoredLatents | None,
         names: list[str],
         distance: KernelDistance | None = None,
         target_features: TargetFeatures | None = None,
@@ -155,7 +155,9 @@ class LatentDiffusionTask(TrainingTask):
             own = start + accelerator.process_index * size
             counts = own < count
             some = draws[own : own + size] if counts else draws[:size]
-            batch = self._prepare(*self.heldout.batch(some), some, 0.0)
+            with user_errors(OSError, ValueError, as_error=LocalError):  # of latents read as they are needed
+                latents, labels = self.heldout.batch(some)
+            batch = self._prepare(latents, labels, some, 0.0)
             losses = self._losses(model, batch).to(device).double()
             band = (batch[2].to(device).double() / self.objective.num_train_timesteps * NOISE_BANDS).long()
             band = band.clamp(max=NOISE_BANDS - 1)
