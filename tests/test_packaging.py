@@ -75,7 +75,7 @@ def test_the_citation_names_the_version_of_the_wheel(wheel):
 def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
     entries = configparser.ConfigParser()
     entries.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
-    assert "iptv2-restore" in entries["console_scripts"]
+    assert {"iptv2-convert", "iptv2-restore"} == set(entries["console_scripts"])
     for name, target in entries["console_scripts"].items():
         module, function = target.split(":")
         program = f"import sys; sys.argv = [{name!r}, '--help']; from {module} import {function} as run; run()"

@@ -22,6 +22,7 @@ examples:
   another VAE from the Hub             ... --vae stabilityai/sd-vae-ft-ema --resolution 256 --model iptv2-s
   a DiT under the same recipe          ... --model dit-s-2 --output_dir runs/dit
   larger than the disk                 ... --data imagenet-1k --streaming --heldout_split validation
+  latents instead of images            ... --config configs/imagenet256.yaml --data imagenet_feature.tar
   8 GPUs in bfloat16                   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 ...
 
 The same command resumes: it continues from the newest checkpoint in output_dir, bit for bit.

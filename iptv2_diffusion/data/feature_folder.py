@@ -256,7 +256,10 @@ def _files(
                 continue
             if member.offset_data + member.size > end:
                 raise ValueError(f"{path} is cut short inside {member.name}; download it again")
-            content = archive.extractfile(member).read() if labelled and place[0] == LABELS else b""
+            content = b""
+            if labelled and place[0] == LABELS:
+                archive.fileobj.seek(member.offset_data)
+                content = archive.fileobj.read(member.size)
             yield *place, member.name, (member.offset_data, member.size), content
 
 

@@ -18,7 +18,7 @@ class LDMConfig(TrainingConfig):
     )
     data: str = option(
         "data/emoji64",
-        "folder of images (sub-folders are classes), parquet or tar shards, or a name on the Hub",
+        "folder of images (sub-folders are classes), parquet or tar shards, published latents, or a name on the Hub",
         group="data",
     )
     train_split: str = option("train", "split to train on", group="data")
