@@ -220,7 +220,7 @@ class Reference:
 
 def load_reference(config: ArenaConfig) -> Reference:
     """Load the images of both splits of the recipe's data and compute their features."""
-    from iptv2_diffusion.evaluation.generation_metrics import efficientnet_lite0, extract_features
+    from iptv2_diffusion.evaluation.feature_extractors import efficientnet_lite0, extract_features
 
     recipe = read_recipe(config)
     with user_errors(ModuleNotFoundError, ValueError):
@@ -254,6 +254,7 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
     import torch
 
     from iptv2_diffusion.evaluation import generation_metrics
+    from iptv2_diffusion.evaluation.feature_extractors import extract_features
     from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, generate, start_accelerator
 
     drawn = GenerationConfig(
@@ -275,7 +276,7 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
     if saved.get("about") == about:
         return saved["scores"]
     samples = torch.cat(list(folder.batches(config.num_samples)))
-    features = generation_metrics.extract_features(reference.extractor, samples.split(64))["pool"]
+    features = extract_features(reference.extractor, samples.split(64))["pool"]
     distance, _ = generation_metrics.nearest_neighbour_distance(samples, reference.train)
     heldout = reference.heldout_features
     result = {

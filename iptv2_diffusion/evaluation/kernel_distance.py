@@ -12,7 +12,12 @@ from torch import Tensor
 
 from iptv2_diffusion.data.draws import DataOrder, derive_seed
 from iptv2_diffusion.data.images import ImageTensors
-from iptv2_diffusion.evaluation.generation_metrics import FeatureExtractor, half_sample_error, kid, mean_kernel
+from iptv2_diffusion.evaluation.feature_extractors import FeatureExtractor
+from iptv2_diffusion.evaluation.generation_metrics import (
+    half_sample_error,
+    kid,
+    mean_kernel,
+)
 from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.signals import no_interruption
 
@@ -28,7 +33,7 @@ class KernelDistance:
 
     Args:
         images: held-out images.
-        extractor: encoder of `evaluation/generation_metrics.py`.
+        extractor: encoder of `evaluation/feature_extractors.py`.
         accelerator: accelerator of the training.
         count: number of samples, at least 4.
         seed: seed of the labels and the noise.

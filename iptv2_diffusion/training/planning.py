@@ -24,8 +24,8 @@ from iptv2_diffusion.training.signals import StopSignal
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from iptv2_diffusion.training.loop import TrainingTask
     from iptv2_diffusion.training.options import TrainingConfig
+    from iptv2_diffusion.training.training_task import TrainingTask
 
 MB = 1e6
 

@@ -12,14 +12,12 @@ from PIL import Image
 from script_loading import load_script
 from tiny_pipelines import save_pipeline
 
+from iptv2_diffusion.evaluation.feature_extractors import efficientnet_lite0, extract_features, inception_v3
 from iptv2_diffusion.evaluation.generation_metrics import (
-    efficientnet_lite0,
-    extract_features,
     frechet_distance,
     frechet_distance_pca,
     half_half_floor,
     inception_score,
-    inception_v3,
     kid,
     precision_recall,
     statistics,

@@ -12,18 +12,15 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from transformers import Dinov2Config, Dinov2Model
 
-from iptv2_diffusion.evaluation import generation_metrics
+from iptv2_diffusion.evaluation import feature_extractors
+from iptv2_diffusion.evaluation.feature_extractors import dinov2, efficientnet_lite0, extract_features, inception_v3
 from iptv2_diffusion.evaluation.generation_metrics import (
     Statistics,
-    dinov2,
-    efficientnet_lite0,
-    extract_features,
     frechet_distance,
     frechet_distance_pca,
     half_half_floor,
     half_sample_error,
     inception_score,
-    inception_v3,
     kid,
     mean_kernel,
     nearest_neighbour_distance,
@@ -274,14 +271,14 @@ class TestInception:
         """A file:// address stands for the server: missing, or with other bytes than its hash promises."""
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1" if cause == "offline" else "0")
-        name = generation_metrics.URL_INCEPTION_V3.rsplit("/", 1)[1]
+        name = feature_extractors.URL_INCEPTION_V3.rsplit("/", 1)[1]
         (tmp_path / "server").mkdir()
         if cause == "another file":
             (tmp_path / "server" / name).write_bytes(b"not these")
-        monkeypatch.setattr(generation_metrics, "URL_INCEPTION_V3", f"file://{tmp_path}/server/{name}")
+        monkeypatch.setattr(feature_extractors, "URL_INCEPTION_V3", f"file://{tmp_path}/server/{name}")
         with pytest.raises(FileNotFoundError) as caught:
             inception_v3()
-        for part in (name, generation_metrics.INCEPTION_SHA256, "--inception_weights"):
+        for part in (name, feature_extractors.INCEPTION_SHA256, "--inception_weights"):
             assert part in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not list((tmp_path / "hub/checkpoints").glob("*.pth"))

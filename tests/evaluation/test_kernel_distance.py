@@ -11,7 +11,7 @@ from PIL import Image
 from iptv2_diffusion import IPTV2Pipeline, create_model
 from iptv2_diffusion.data.draws import DataOrder, derive_seed
 from iptv2_diffusion.data.images import ImageTensors
-from iptv2_diffusion.evaluation.generation_metrics import efficientnet_lite0
+from iptv2_diffusion.evaluation.feature_extractors import efficientnet_lite0
 from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
 
 

@@ -13,8 +13,9 @@ from iptv2_diffusion.training.accelerator import make_accelerator
 from iptv2_diffusion.training.cuda_graphs import PositionalCall, wants_graphs
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.loop import Outcome, Trainer, TrainingTask
+from iptv2_diffusion.training.loop import Outcome, Trainer
 from iptv2_diffusion.training.options import TrainingConfig, parse_config
+from iptv2_diffusion.training.training_task import TrainingTask
 
 
 class Regression(TrainingTask):

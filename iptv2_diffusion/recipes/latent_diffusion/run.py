@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from iptv2_diffusion import IPTV2Pipeline
 from iptv2_diffusion.data.feature_folder import FeatureFolder
 from iptv2_diffusion.data.images import ImageTensors
-from iptv2_diffusion.evaluation.generation_metrics import make_extractor
+from iptv2_diffusion.evaluation.feature_extractors import make_extractor
 from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
 from iptv2_diffusion.evaluation.results import cast, replaced
 from iptv2_diffusion.latents import LatentCodec

@@ -31,9 +31,9 @@ from iptv2_diffusion.objectives import DiffusionObjective, null_label
 from iptv2_diffusion.recipes.latent_diffusion.alignment import Alignment, TargetFeatures
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import LocalError, user_errors
-from iptv2_diffusion.training.loop import TrainingTask
 from iptv2_diffusion.training.precision import device_of_sums
 from iptv2_diffusion.training.signals import no_interruption
+from iptv2_diffusion.training.training_task import TrainingTask
 
 NOISE_BANDS = 4  # the held-out loss is also told for each quarter of the timesteps
 

@@ -23,8 +23,8 @@ from iptv2_diffusion.evaluation.restoration_metrics import psnr
 from iptv2_diffusion.recipes.restoration.config import LOSSES, RestorationConfig
 from iptv2_diffusion.recipes.restoration.data import Batch, Source
 from iptv2_diffusion.training.errors import user_errors
-from iptv2_diffusion.training.loop import TrainingTask
 from iptv2_diffusion.training.signals import no_interruption
+from iptv2_diffusion.training.training_task import TrainingTask
 
 CHARBONNIER_EPSILON = 1e-3
 

@@ -23,9 +23,9 @@ from iptv2_diffusion.evaluation.restoration_metrics import Protocol, psnr
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.recipes.vae.data import FlippedImages
-from iptv2_diffusion.training.loop import TrainingTask
 from iptv2_diffusion.training.precision import device_of_sums
 from iptv2_diffusion.training.signals import no_interruption
+from iptv2_diffusion.training.training_task import TrainingTask
 
 
 class VAELoss(nn.Module):
