@@ -1,6 +1,11 @@
 """fid_benchmark.py end to end on tiny pipelines, with EfficientNet-Lite0 and with an Inception of random weights."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +232,23 @@ def test_names_that_leave_the_output_folder_are_refused(script, name):
     with pytest.raises(ConfigError, match="does not stay inside") as caught:
         script.BenchmarkConfig(models=[{"name": name}]).entries()
     assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_while_scoring_leaves_the_images_and_no_traceback(ground, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    words = arguments(ground, tmp_path / "out", [{"pipeline": str(ground / "run" / "pipeline")}], "--repeats", 10**6)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *words], env=environment, **pipes)
+    deadline = time.monotonic() + 300
+    while len(list(tmp_path.glob("out/*/images/*.png"))) < COUNT and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "run the same command again to go on" in output or "run the same command to continue" in output
+    assert len(list(tmp_path.glob("out/*/images/*.png"))) == COUNT
+    assert not (tmp_path / "out/results.json").exists()

@@ -282,3 +282,28 @@ class TestWhatIsNotOurs:
         with pytest.raises(UserError, match=expected):
             script.main(words(tmp_path / "nan", tmp_path / "out", "--num_samples", 2))
         assert not list((tmp_path / "out" / "images").iterdir())
+
+
+def test_ctrl_c_while_drawing_says_what_is_there_and_the_same_command_goes_on(script, pipelines, tmp_path, monkeypatch):
+    options = ("--num_samples", 160)
+    command = [sys.executable, str(SCRIPT), *words(pipelines["iptv2"], tmp_path / "out", *options)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "out").glob("images/0*.png")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "of 160 images; run the same command to continue" in output
+    there = images(tmp_path / "out")
+    assert 0 < len(there) < 160
+    assert pixels(tmp_path / "out").shape == (len(there), 16, 16, 3)  # all of them whole
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert script.main(command[2:]) == 0
+    whole = images(tmp_path / "out")
+    assert len(whole) == 160
+    assert {name: whole[name] for name in there} == there

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from ldm_runs import CACHE_SCRIPT, finish, launch
+from ldm_runs import CACHE_SCRIPT, TIMEOUT, environment, finish, launch, words
 
 
 def files(folder):
@@ -52,3 +54,36 @@ def test_kill_of_two_processes_costs_the_shards_at_hand_only(ground, tmp_path):
     finish(launch(ground, tmp_path, *command, processes=2, script=CACHE_SCRIPT))
     assert {p: p.stat().st_mtime_ns for p in made} == made
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_ctrl_c_twice_while_encoding_keeps_whole_shards(ground, tmp_path):
+    options = (
+        "--heldout_fraction",
+        0,
+        "--cache_shard_images",
+        1,
+        "--resolution",
+        512,
+        "--cache_dir",
+        tmp_path / "cache",
+    )
+    command = [sys.executable, str(CACHE_SCRIPT), *words(ground, tmp_path, *options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment()}
+    process = subprocess.Popen(command, **pipes)
+    deadline = time.monotonic() + TIMEOUT
+    while not (made := list((tmp_path / "cache").rglob("shard-*"))) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "of 24 shards of latents are in" in output
+    made = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("shard-*")}
+    assert 0 < len(made) < 24
+    done = subprocess.run(command, timeout=TIMEOUT, **pipes)
+    assert done.returncode == 0, done.stdout
+    assert len(list((tmp_path / "cache").rglob("shard-*"))) == 24
+    assert {path: path.read_bytes() for path in made} == made
