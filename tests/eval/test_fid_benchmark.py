@@ -14,6 +14,7 @@ import torch
 import torchvision
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from script_loading import load_script
 from tiny_pipelines import save_pipeline
 
@@ -251,4 +252,16 @@ def test_ctrl_c_while_scoring_leaves_the_images_and_no_traceback(ground, tmp_pat
     assert "Traceback" not in output
     assert "run the same command again to go on" in output or "run the same command to continue" in output
     assert len(list(tmp_path.glob("out/*/images/*.png"))) == COUNT
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_a_model_of_nan_is_one_line_and_no_picture(script, ground, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    save_pipeline(tmp_path / "broken")
+    weights = tmp_path / "broken/transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file({name: value * float("nan") for name, value in state.items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{COUNT} images are missing, for example 0: .* NaN or infinity in float32"):
+        script.main(arguments(ground, tmp_path / "out", [{"pipeline": str(tmp_path / "broken")}]))
+    assert not list(tmp_path.glob("out/*/images/*.png"))
     assert not (tmp_path / "out/results.json").exists()

@@ -344,3 +344,26 @@ def test_bad_input_is_one_line_with_numbers_and_remedy(main, ground, tmp_path, o
         main(tmp_path / "run", *options)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_vae_that_decodes_to_nan_leaves_white_pictures_and_the_run_goes_on(main, ground, tmp_path, capsys):
+    """Encoding is sound, so the loss is: previews, KID and the sheet name the pictures, and none is black."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(ground / "vae")
+    torch.nn.init.constant_(vae.decoder.conv_out.weight, float("nan"))
+    vae.save_pretrained(tmp_path / "vae")
+    few = ("--max_train_steps", 3, "--preview_every", 2, "--eval_every", 2, "--kid_samples", 8, "--kid_every", 2)
+    assert main(tmp_path / "run", "--vae", tmp_path / "vae", *few) == 0
+    text = capsys.readouterr().out
+    for told in (
+        "step-00000002.png, row 1: images 1, 2 of 2",
+        "samples.png, row 3: images 1, 2 of 2",
+        "KID: images 1, 2",
+    ):
+        assert told in text
+    assert text.count("the model gives NaN or infinity in float32") >= 3
+    assert all(np.isfinite(row.get("kid", 0.0)) for row in log(tmp_path / "run"))
+    for name in ("samples.png", "previews/step-00000002.png"):
+        sheet = np.asarray(Image.open(tmp_path / "run" / name).convert("L"))
+        assert sheet.mean() > 200, name  # white, with the names of the classes
