@@ -21,6 +21,7 @@ __all__ = [
     "inside",
     "is_left_behind",
     "printable",
+    "shipped",
     "user_path",
     "write_text",
 ]
@@ -41,6 +42,21 @@ def file_sha256(path: str | Path) -> str:
 def user_path(text: str | os.PathLike) -> Path:
     """A path as a user gives it, in any option: ~ and ~name are home folders."""
     return Path(os.path.expanduser(os.fspath(text)))
+
+
+_PACKAGE = Path(__file__).parent
+
+
+def shipped(name: str | os.PathLike) -> Path:
+    """A path as a user gives it; one under assets/, configs/ or data/ that is not here is looked for where the code is.
+
+    That is the repository for a clone, and the package for a wheel, which carries the recipes and the small models.
+    """
+    path = user_path(name)
+    if path.exists() or path.is_absolute() or path.parts[:1] not in (("assets",), ("configs",), ("data",)):
+        return path
+    clone = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else _PACKAGE
+    return next((home / path for home in (_PACKAGE, clone) if (home / path).exists()), path)
 
 
 def inside(folder: Path, name: str | os.PathLike) -> Path:

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
+FLOW = "flow"
+PREDICTION_TYPES = ("epsilon", "v_prediction", FLOW)
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 
 # Weight of the variational bound, summed over all T steps, relative to the mean squared error: lambda of Nichol &
@@ -81,6 +82,41 @@ def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> T
         torch.where(x > 0.999, torch.special.log_ndtr(-lower), inside),
     )
     return -log_likelihood
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a scheduler samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What decides a DDPM's noise schedule
+SCHEDULE_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
+
+def is_of_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler samples flow matching, rather than noise or v-prediction."""
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def prediction_of(scheduler: SchedulerMixin) -> str:
+    """What a denoiser predicts that this scheduler samples: "flow", "epsilon", "v_prediction" or "sample"."""
+    return FLOW if is_of_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+
+
+def noise_schedule_of(scheduler: SchedulerMixin) -> dict[str, Any] | None:
+    """The fields that decide the noise at each training timestep, as plain values; None where there are none."""
+    known = {name: scheduler.config[name] for name in SCHEDULE_FIELDS if name in scheduler.config}
+    if is_of_flow(scheduler):
+        return {"num_train_timesteps": known["num_train_timesteps"]} if "num_train_timesteps" in known else None
+    if known.get("trained_betas") is not None:
+        known["trained_betas"] = [float(beta) for beta in known["trained_betas"]]
+    return known if "beta_schedule" in known else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,8 +41,10 @@ from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.loading import align_weights, check_complete
 from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
 from iptv2_diffusion.non_finite import NonFiniteImageError
+from iptv2_diffusion.objectives import is_of_flow, noise_schedule_of, prediction_of
 
-from .scheduler_fit import check_scheduler, is_of_flow, noise_schedule_of, prediction_of
+from .lora_loading import IPTV2LoraLoaderMixin
+from .scheduler_fit import check_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ VARIANCE_SCHEDULERS = (DDPMScheduler, DDPMParallelScheduler)
 Label = int | str
 
 
-class IPTV2Pipeline(DiffusionPipeline):
+class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     """Class-conditional or unconditional image generation.
 
     Args:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
-__all__ = ["check_scheduler", "is_of_flow", "noise_schedule_of", "prediction_of"]
+from iptv2_diffusion.objectives import FLOW, SCHEDULE_FIELDS, is_of_flow, noise_schedule_of
 
-FLOW = "flow"
+__all__ = ["check_scheduler"]
+
 # Classes that sample noise, v- or sample prediction on a DDPM's noise schedule
 NOISE_CLASSES = (
     "DDIMParallelScheduler",
@@ -50,35 +51,6 @@ WITHOUT_SAMPLE = (
     "PNDMScheduler",
 )
 CLIPPING = ("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler")  # by default
-# What decides a DDPM's noise schedule
-SCHEDULE_FIELDS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
-
-
-def is_of_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler samples flow matching, rather than noise or v-prediction."""
-    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
-
-
-def prediction_of(scheduler: SchedulerMixin) -> str:
-    """What a denoiser predicts that this scheduler samples: "flow", "epsilon", "v_prediction" or "sample"."""
-    return FLOW if is_of_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
-
-
-def noise_schedule_of(scheduler: SchedulerMixin) -> dict[str, Any] | None:
-    """The fields that decide the noise at each training timestep, as plain values; None where there are none."""
-    known = {name: scheduler.config[name] for name in SCHEDULE_FIELDS if name in scheduler.config}
-    if is_of_flow(scheduler):
-        return {"num_train_timesteps": known["num_train_timesteps"]} if "num_train_timesteps" in known else None
-    if known.get("trained_betas") is not None:
-        known["trained_betas"] = [float(beta) for beta in known["trained_betas"]]
-    return known if "beta_schedule" in known else None
 
 
 def check_scheduler(scheduler: SchedulerMixin, prediction: str | None, schedule: Mapping[str, Any] | None) -> None:

@@ -29,7 +29,7 @@ BELOW = {
     "iptv2_diffusion.files": [],
     "iptv2_diffusion.imagenet_classes": [],
     "iptv2_diffusion.kernels": [],
-    "iptv2_diffusion.models": ["iptv2_diffusion.kernels", "iptv2_diffusion.strict_yaml"],
+    "iptv2_diffusion.models": ["iptv2_diffusion.files", "iptv2_diffusion.kernels", "iptv2_diffusion.strict_yaml"],
     "iptv2_diffusion.strict_yaml": [],
     "iptv2_diffusion.latents": [],
     "iptv2_diffusion.memory": [],

@@ -1,6 +1,5 @@
 """Named model configurations with their parameters and GMACs, and `create_model`, which builds a model from a name."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,13 +14,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from iptv2_diffusion.files import shipped
 from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml
 
 from .loading import load_whole
 from .restoration_iptv2 import IPTV2RestorationModel
+from .saved import SavedModel, find_saved
 from .transformer_iptv2 import IPTV2Transformer2DModel
 
-__all__ = ["PRESETS", "Preset", "count_macs", "count_parameters", "create_model"]
+__all__ = ["PRESETS", "Preset", "count_macs", "count_parameters", "create_model", "find_weights"]
 
 
 @dataclass(frozen=True)
@@ -263,11 +264,12 @@ PRESETS: dict[str, Preset] = {
 
 
 def create_model(name: str, **overrides: Any) -> ModelMixin:
-    """Build a new model from a preset or a configuration file (JSON or YAML), or load a model from a saved folder.
+    """Build a new model from a preset or a configuration file (JSON or YAML), or load a saved model.
 
     Args:
-        name: key of `PRESETS`, path of a `config.json` or YAML file, or folder written by `save_pretrained`. The
-            weights of a folder are loaded, and overrides must agree with its configuration.
+        name: key of `PRESETS`; path of a `config.json` or YAML file; or folder of a model or of its pipeline, written
+            by `save_pretrained`, or its name on the Hub. The weights of a saved model are loaded, and overrides must
+            agree with its configuration.
         **overrides: arguments of the model that replace those of the configuration. For DiT, `num_class_embeds` becomes
             `num_embeds_ada_norm`, and None becomes a single class.
 
@@ -275,21 +277,23 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
         The model, on the CPU unless a `torch.device` context is active.
 
     Raises:
-        ValueError: `name` is no preset, file or folder of a model, or an override is unknown, out of range or in
-            conflict with a saved model.
+        ValueError: `name` is no preset, file or saved model, or an override is unknown, out of range or in conflict
+            with a saved model.
     """
-    name = os.path.expanduser(name)
+    saved = find_weights(name)
     if name in PRESETS:
         model_class, config = PRESETS[name].model_class, dict(PRESETS[name].config)
-    elif name and Path(name).exists():
-        model_class, config = read_config(Path(name))
+    elif saved is not None:
+        model_class, config = read_config(saved.folder)
+    elif name and shipped(name).exists():
+        model_class, config = read_config(shipped(name))
     else:
         near = get_close_matches(name, PRESETS, n=3, cutoff=0) or list(PRESETS)
         raise ValueError(f"no preset, config.json or model folder called {name!r}; did you mean {' or '.join(near)}?")
 
     overrides = translate_overrides(model_class, overrides)
-    if name not in PRESETS and Path(name).is_dir():
-        model = load_whole(model_class, name)
+    if saved is not None:
+        model = load_whole(model_class, saved.folder)
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items()}  # JSON has no tuples
         overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
         differing = [f"{k}={saved[k]!r}, not {v!r}" for k, v in overrides.items() if saved[k] != v]
@@ -300,6 +304,11 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
     if isinstance(model, DiTTransformer2DModel):
         disable_label_dropout(model)
     return model
+
+
+def find_weights(name: str) -> SavedModel | None:
+    """Find the saved model that `create_model(name)` loads; None if it makes a new one. Raises as `find_saved` does."""
+    return None if name in PRESETS or not name else find_saved(name)
 
 
 LARGEST_SIZE = 1 << 20  # largest number that a configuration may have

@@ -56,8 +56,7 @@ class IPTV2Transformer2DModel(
     The last convolution starts at zero, so a new model predicts 0.
 
     Args:
-        sample_size: latent size, one number or (height, width), that the windows are fitted to. The model accepts
-            latents of any size.
+        sample_size: latent size, one number or (height, width). The model accepts latents of any size.
         in_channels: number of latent channels.
         out_channels: number of output channels. None means `in_channels`; a learned-range variance needs
             `2 * in_channels`.
@@ -78,6 +77,8 @@ class IPTV2Transformer2DModel(
             of each level's width [lineage].
         temperature_init: initial temperature of FCSA.
         fused: whether to build the deployed form. `fuse()` makes it; it cannot be trained.
+        window_fit_size: latent size, one number or (height, width), that the windows are fitted to; None for
+            `sample_size`. A model that is fine-tuned at another size keeps the windows of its weights by it.
 
     Raises:
         ValueError: an argument is out of range, or a sequence has the wrong number of entries.
@@ -110,12 +111,14 @@ class IPTV2Transformer2DModel(
         conditioning_dim: int | None = 256,
         temperature_init: float = 1.0,
         fused: bool = False,
+        window_fit_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
         if patch_size < 1:
             raise ValueError(f"patch_size is {patch_size}; it must be at least 1")
         levels = len(layers_per_stage) // 2 + 1
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        fit_size = sample_size if window_fit_size is None else window_fit_size
+        height, width = (fit_size, fit_size) if isinstance(fit_size, int) else fit_size
         self.out_channels = in_channels if out_channels is None else out_channels
         conditioning_dims = [conditioning_dim] if conditioning_dim else [channels * 2**level for level in range(levels)]
 

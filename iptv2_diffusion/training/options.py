@@ -414,6 +414,7 @@ def _make_parser(config_type: type, description: str, examples: str) -> argparse
         shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
         shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else shown
         text = f"{field.metadata.get('help', '')} [{shown}]".replace("%", "%%")
-        flag = {"nargs": "?", "const": "true"} if hints[field.name] is bool else {}
+        is_flag = bool in (hints[field.name], *typing.get_args(hints[field.name]))
+        flag = {"nargs": "?", "const": "true"} if is_flag else {}
         group.add_argument(f"--{field.name}", metavar=type_name(hints[field.name]), help=text, **flag)
     return parser

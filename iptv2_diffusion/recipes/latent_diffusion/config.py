@@ -57,7 +57,11 @@ class LDMConfig(TrainingConfig):
     )
     strict: bool = option(False, "stop at a corrupt image instead of skipping it", group="data", free=True)
 
-    vae: str = option("assets/vae-emoji64", "folder or Hub name of a diffusers VAE", group="latents")
+    vae: str | None = option(
+        None,
+        "folder or Hub name of a diffusers VAE; none: that of the pipeline in model, else assets/vae-emoji64",
+        group="latents",
+    )
     vae_subfolder: str | None = option(None, "subfolder of the VAE, such as `vae` in a pipeline", group="latents")
     cache_latents: bool = option(
         True, "encode all images once, into cache_dir; false: encode them in every step", group="latents"
@@ -79,10 +83,19 @@ class LDMConfig(TrainingConfig):
     )
 
     model: str = option(
-        "emoji64", "preset (iptv2-s, dit-b-2 ...), config.json, or folder of a saved model", group="model"
+        "emoji64",
+        "preset (iptv2-s, dit-b-2 ...) or config.json for a new model; folder or Hub name of a saved model or of its "
+        "pipeline to fine-tune",
+        group="model",
     )
     model_overrides: dict = option(  # noqa: RUF009
         {}, 'arguments of the model to change, as JSON, such as {"channels": 64}', group="model"
+    )
+    lora_rank: int | None = option(
+        None,
+        "rank of a LoRA adapter that is trained instead of the weights of a saved model; none: train all weights",
+        group="model",
+        at_least=1,
     )
     num_classes: int | None = option(
         None,
@@ -91,19 +104,26 @@ class LDMConfig(TrainingConfig):
         at_least=0,
     )
 
-    objective: Literal["epsilon", "v_prediction", "flow"] = option(
-        "epsilon", "training target: noise, velocity, or flow matching", group="objective"
+    objective: Literal["epsilon", "v_prediction", "flow"] | None = option(
+        None,
+        "training target: noise, velocity, or flow matching; none: that of the pipeline in model, else epsilon",
+        group="objective",
     )
-    learned_variance: bool = option(False, "learn the variance in a range, as ADM and DiT do", group="objective")
+    learned_variance: bool | None = option(
+        None,
+        "learn the variance in a range, as ADM and DiT do; none: as the saved model in model, else false",
+        group="objective",
+    )
     timestep_sampling: Literal["uniform", "logit_normal"] = option(
         "uniform", "how timesteps are drawn in training", group="objective"
     )
     logit_mean: float = option(0.0, "mean of logit_normal timesteps", group="objective")
     logit_std: float = option(1.0, "standard deviation of logit_normal timesteps", group="objective", above=0)
     stratified_timesteps: bool = option(True, "spread the timesteps of a batch evenly", group="objective")
-    flow_shift: float = option(
-        1.0,
-        "shift of the flow's noise levels in training and sampling; above 1: towards noise",
+    flow_shift: float | None = option(
+        None,
+        "shift of the flow's noise levels in training and sampling; above 1: towards noise; none: that of the pipeline "
+        "in model, else 1",
         group="objective",
         above=0,
     )
@@ -191,14 +211,24 @@ class LDMConfig(TrainingConfig):
             raise ConfigError(
                 f"kid_every is {self.kid_every}, not a multiple of eval_every {self.eval_every}; use {near}"
             )
+        for name, value in (("kid_samples", self.kid_samples), ("num_classes", self.num_classes)):
+            if self.lora_rank and value:
+                raise ConfigError(
+                    f"{name} is {value}, which does not go with lora_rank {self.lora_rank}; leave one out"
+                )
+        if self.lora_rank and (self.ema == "power" or self.sharding != "none"):
+            raise ConfigError("lora_rank goes with --ema constant and --sharding none; a LoRA is too small to shard")
         if self.learned_variance and self.objective == "flow":
             raise ConfigError(
                 "learned_variance does not work with the objective flow; use epsilon or v_prediction, or leave it out"
             )
 
     def resolve(self) -> LDMConfig:
-        """A stream is never cached."""
-        return replace(self, cache_latents=False) if self.streaming else self
+        """A stream is never cached; training target and VAE are those of the saved model that the run starts from."""
+        from iptv2_diffusion.recipes.latent_diffusion.origin import resolved_options  # late: torch takes seconds
+
+        options = resolved_options(self)
+        return replace(self, **options, cache_latents=self.cache_latents and not self.streaming)
 
     @property
     def size(self) -> tuple[int, int]:

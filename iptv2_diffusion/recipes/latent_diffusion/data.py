@@ -25,7 +25,7 @@ from iptv2_diffusion.data.images import (
 from iptv2_diffusion.data.latent_cache import CachedLatents, LatentCache, StoredLatents, cached_latents
 from iptv2_diffusion.data.latent_encoding import EncodedLatents, Encoding, LatentSource
 from iptv2_diffusion.data.streaming import ImageStream, StreamedLatents, StreamOrder
-from iptv2_diffusion.files import user_path
+from iptv2_diffusion.files import shipped, user_path
 from iptv2_diffusion.imagenet_classes import imagenet_id2label
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.loading import load_vae
@@ -53,7 +53,7 @@ def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[Images, Im
     # One process prepares what `datasets` caches on the disk; the others then find it there.
     with user_errors(OSError, ValueError), accelerator.local_main_process_first():
         train, heldout = load_train_and_heldout(
-            config.data,
+            source_of(config),
             train_split=config.train_split,
             heldout_split=config.heldout_split,
             heldout_fraction=config.heldout_fraction,
@@ -150,12 +150,18 @@ def check_latents(config: LDMConfig, codec: LatentCodec, latents: StoredLatents)
     return f"note: {told}; set scaling_factor in the VAE's config.json to {better:.4g} instead of {scale}"
 
 
+def source_of(config: LDMConfig) -> str:
+    """The data as `load_image_dataset` takes them: a path, or a name on the Hub."""
+    path = shipped(config.data)
+    return str(path) if path.exists() else config.data
+
+
 def _load_stream(
     config: LDMConfig, accelerator: Accelerator, columns: dict[str, Any]
 ) -> tuple[ImageStream, ImageTensors | None, list[str]]:
     """The same for a stream, whose held-out images are the first of a split of their own, held in memory."""
     with user_errors(OSError, ValueError):
-        train = load_image_dataset(config.data, split=config.train_split, streaming=True, **columns)
+        train = load_image_dataset(source_of(config), split=config.train_split, streaming=True, **columns)
         names = class_names(train) or []
         if "label" in train.column_names and not names:
             if config.num_classes is None:
@@ -168,7 +174,7 @@ def _load_stream(
         if config.heldout_split is None:
             accelerator.print("no held-out loss: a stream needs a --heldout_split of its own for that")
         else:
-            first = load_image_dataset(config.data, split=config.heldout_split, streaming=True, **columns)
+            first = load_image_dataset(source_of(config), split=config.heldout_split, streaming=True, **columns)
             records = list(first.take(config.heldout_samples))
             dataset = datasets.Dataset.from_list(records, features=first.features)
             dataset = with_labels_of(dataset, train, f'{config.data}, split "{config.heldout_split}"')
@@ -182,7 +188,7 @@ def _load_stream(
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
     """The VAE's codec, frozen, on the device."""
     with user_errors(Exception):  # of diffusers and safetensors, about whatever the folder holds
-        vae = load_vae(os.path.expanduser(config.vae), config.vae_subfolder)
+        vae = load_vae(str(shipped(config.vae)), config.vae_subfolder)
     vae.to(device, memory_format=torch.channels_last)
     with user_errors(ValueError):
         codec = LatentCodec(vae)

@@ -6,9 +6,10 @@ Latents come from a VAE through `LatentCodec`, cached once or on the fly; `Diffu
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -21,8 +22,10 @@ from iptv2_diffusion.evaluation.feature_extractors import make_extractor
 from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
 from iptv2_diffusion.evaluation.results import cast, replaced
 from iptv2_diffusion.latents import LatentCodec
+from iptv2_diffusion.models.adaptation import adapt_denoiser, match_classes
 from iptv2_diffusion.models.fusion import trainable
-from iptv2_diffusion.models.presets import create_model
+from iptv2_diffusion.models.presets import count_parameters, create_model, find_weights
+from iptv2_diffusion.models.saved import SavedModel
 from iptv2_diffusion.objectives import DiffusionObjective, null_label
 from iptv2_diffusion.recipes.latent_diffusion.alignment import (
     TargetFeatures,
@@ -40,9 +43,11 @@ from iptv2_diffusion.recipes.latent_diffusion.data import (
     load_images,
     open_caches,
 )
+from iptv2_diffusion.recipes.latent_diffusion.origin import classes_of_base, noise_schedule
 from iptv2_diffusion.recipes.latent_diffusion.plan import show_plan
 from iptv2_diffusion.recipes.latent_diffusion.task import LatentDiffusionTask
 from iptv2_diffusion.training.accelerator import make_accelerator, resolve_sharding
+from iptv2_diffusion.training.adapters import adapter_state_dict, add_lora, merge_lora
 from iptv2_diffusion.training.errors import ConfigError, user_errors
 from iptv2_diffusion.training.loop import Outcome, Trainer
 from iptv2_diffusion.training.run_folder import command_to_train_longer, prepare_dry_run
@@ -56,21 +61,23 @@ def run(config: LDMConfig) -> int:
         config = prepare_dry_run(config, **sheet, **scores)
     config = resolve_sharding(config)
     accelerator = make_accelerator(config)
-    images = load_images(config, accelerator)
+    train, heldout, names = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
-    num_classes = count_classes(config, images[2], getattr(images[0], "labels", []))
-    if isinstance(images[0], FeatureFolder):
-        check_latents(config, codec, images[0])
+    num_classes, label_ids = count_classes(config, names, getattr(train, "labels", [])), None
+    if isinstance(train, FeatureFolder):
+        check_latents(config, codec, train)
+    if config.lora_rank:
+        num_classes, names, label_ids = classes_of_base(config, names)
     if config.plan:
-        show_plan(config, accelerator, codec, make_objective(config), partial(make_model, config, codec, num_classes))
+        fresh_model = partial(make_model, config, codec, num_classes, names)
+        show_plan(config, accelerator, codec, make_objective(config), fresh_model)
         return 0
-    model = make_model(config, codec, num_classes)
+    model = make_model(config, codec, num_classes, names)
     target = align(config, codec, model)
-    parameters = sum(p.numel() for p in model.parameters())
-    accelerator.print(f"{config.model}: {parameters / 1e6:.2f} M parameters on {accelerator.device}")
+    accelerator.print(f"{config.model}: {size_of(model)} on {accelerator.device}")
     trainer = Trainer(config, accelerator, model, result=without_alignment)
     trainer.resume()
-    task = make_task(config, trainer, codec, images, target)
+    task = make_task(config, trainer, codec, (train, heldout, names), target, label_ids)
     if trainer.fit(task) is Outcome.STOPPED:
         trainer.finish()
         return 0
@@ -89,27 +96,69 @@ def run(config: LDMConfig) -> int:
 # What the run is made of
 
 
-def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -> nn.Module:
-    """The denoiser for these latents and classes, initialised from the seed."""
-    channels = codec.latent_channels
+def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None, names: Sequence[str] = ()) -> nn.Module:
+    """The denoiser for these latents and classes: new, from the seed, or the saved one that `config.model` names."""
     height, width = codec.latent_size(*config.size)
-    out_channels = 2 * channels if config.learned_variance else channels
-    overrides = {
-        "sample_size": height if height == width else (height, width),
-        "in_channels": channels,
-        "out_channels": out_channels,
-        "num_class_embeds": num_classes,
-        **config.model_overrides,
-    }
+    sample_size = height if height == width else (height, width)
     set_seed(config.seed)
     with user_errors(OSError, ValueError):
-        model = trainable(create_model(config.model, **overrides))
+        saved = find_weights(config.model)
+        if saved is not None:
+            model = trainable(create_model(config.model, **config.model_overrides))
+            model = fine_tuned(model, saved, sample_size=sample_size, num_classes=num_classes, names=names)
+        else:
+            channels = codec.latent_channels
+            overrides = {
+                "sample_size": sample_size,
+                "in_channels": channels,
+                "out_channels": 2 * channels if config.learned_variance else channels,
+                "num_class_embeds": num_classes,
+                **config.model_overrides,
+            }
+            model = create_model(config.model, **overrides)
+    check_model(config, codec, num_classes, model)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
+    return model
+
+
+def size_of(model: nn.Module) -> str:
+    """Number of parameters, and of those that train if others do not."""
+    total, trained = count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{total / 1e6:.2f} M parameters" + (f", {trained / 1e6:.3f} M of them train," if trained < total else "")
+
+
+def fine_tuned(
+    model: nn.Module,
+    saved: SavedModel,
+    *,
+    sample_size: int | tuple[int, int],
+    num_classes: int | None,
+    names: Sequence[str],
+) -> nn.Module:
+    """A saved denoiser for the data's classes and size; the main process says which classes it knows."""
+    if "sample_size" not in model.config or "sigma_conditioning" in model.config:
+        raise ConfigError(f"{saved.folder} is a {type(model).__name__}, not a denoiser; train_restoration.py trains it")
+    kept = match_classes(names, saved.id2label, null_label(model))
+    if num_classes is not None and os.environ.get("RANK", "0") == "0":
+        known = f" ({', '.join(names[number] for number in list(kept)[:5])}{', …' if len(kept) > 5 else ''})"
+        print(
+            f"{len(kept)} of {num_classes} classes start from their rows in {saved.folder}{known if kept else ''}, "
+            f"{num_classes - len(kept)} from the row without a label"
+        )
+    return adapt_denoiser(model, sample_size=sample_size, num_classes=num_classes, kept=kept)
+
+
+def check_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None, model: nn.Module) -> None:
+    """Raise `ConfigError` for a model that does not fit the latents or the classes."""
+    channels = codec.latent_channels
+    out_channels = 2 * channels if config.learned_variance else channels
     if model.config.in_channels != channels:
         raise ConfigError(
             f"the model takes {model.config.in_channels} channels, the VAE {config.vae} gives {channels}; choose "
             "another VAE or leave in_channels out of model_overrides"
         )
-    if model.config.out_channels not in (None, out_channels):
+    if (model.config.out_channels or channels) != out_channels:
         raise ConfigError(
             f"the model gives {model.config.out_channels} channels for latents of {channels}; with learned_variance "
             f"{config.learned_variance} it must give {out_channels}: leave out_channels out of model_overrides"
@@ -119,13 +168,13 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None) -
             f"the model has {null_label(model)} classes, the data {num_classes}; set --num_classes and leave "
             "num_class_embeds out of model_overrides"
         )
+    height, width = codec.latent_size(*config.size)
     patch = model.config.patch_size
     if "num_embeds_ada_norm" in model.config and (height % patch or width % patch):
         raise ConfigError(
             f"latents of {height} x {width} do not divide into this DiT's patches of {patch}; choose a resolution in "
             f"multiples of {patch * codec.compression}"
         )
-    return model
 
 
 def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int | None:
@@ -147,7 +196,9 @@ def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int
 
 def make_objective(config: LDMConfig) -> DiffusionObjective:
     """The training loss with its scheduler."""
-    options: dict[str, Any] = {"shift": config.flow_shift} if config.objective == "flow" else {}
+    options = noise_schedule(config)
+    if config.objective == "flow":
+        options["shift"] = config.flow_shift
     scheduler = DiffusionObjective.make_scheduler(config.objective, learned_variance=config.learned_variance, **options)
     return DiffusionObjective(
         scheduler,
@@ -192,6 +243,7 @@ def make_task(
     codec: LatentCodec,
     images: tuple[Images, Images | None, list[str]],
     target_features: TargetFeatures | None,
+    label_ids: list[int] | None = None,
 ) -> LatentDiffusionTask:
     """Latents (cached or on the fly) and all that a step needs, ready to go on from the trainer's step."""
     accelerator, model = trainer.accelerator, trainer.state.module
@@ -223,6 +275,7 @@ def make_task(
         source=source,
         heldout=heldout_cache,
         names=names,
+        label_ids=label_ids,
         distance=distance,
         target_features=target_features,
     )
@@ -237,7 +290,13 @@ def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask,
     folder = trainer.output_dir / "pipeline"
     module = trainer.state.module
     model = type(module).from_config(module.config)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
     model.load_state_dict(without_alignment(weights))
+    if config.lora_rank:
+        with user_errors(OSError), replaced(trainer.output_dir / "lora") as temporary:
+            IPTV2Pipeline.save_lora_weights(temporary, adapter_state_dict(model))
+        merge_lora(model)
     with user_errors(OSError):
         with replaced(folder) as temporary:
             task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)
@@ -249,10 +308,11 @@ def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -
     """What was made, and commands to copy."""
     folder, quoted = trainer.output_dir, shlex.quote(str(trainer.output_dir))
     label = repr(task.id2label[0]) + ", " if task.id2label else ""
+    lora = "  lora/" if config.lora_rank else ""
     others = "--heldout_split none --output_dir runs/mine"
     return f"""
 trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
-  samples.png  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
+  samples.png  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/{lora}
 
 What to try next
   more images, in Python:

@@ -49,7 +49,8 @@ class LatentDiffusionTask(TrainingTask):
         objective: what is predicted.
         source: latents of the training images, with the draws of the run.
         heldout: latents of the held-out images, or None.
-        names: of the classes; empty if unknown.
+        names: of the model's classes; empty if unknown.
+        label_ids: the model's class for each label of the data; None if they are the same.
         distance: measures samples at `kid_every`, or None.
         target_features: what the model's `alignment` (see `alignment.py`) is aligned with, if it has one.
     """
@@ -67,12 +68,14 @@ class LatentDiffusionTask(TrainingTask):
         source: LatentSource,
         heldout: StoredLatents | None,
         names: list[str],
+        label_ids: list[int] | None = None,
         distance: KernelDistance | None = None,
         target_features: TargetFeatures | None = None,
     ) -> None:
         self.config, self.accelerator, self.codec, self.objective = config, accelerator, codec, objective
         self.source, self.heldout, self.distance = source, heldout, distance
         self.null_label = null_label(model)
+        self.label_ids = None if label_ids is None else torch.tensor(label_ids)
         self.images = source.images
         self.id2label = dict(enumerate(names))
         self.target_features = target_features
@@ -91,6 +94,8 @@ class LatentDiffusionTask(TrainingTask):
 
     def _prepare(self, latents: Tensor, labels: Tensor, draws: StepDraws, label_dropout: float) -> tuple[Tensor, ...]:
         """What `loss` takes: with timesteps, and labels dropped, as drawn; on the device."""
+        if self.label_ids is not None:
+            labels = self.label_ids[labels]
         if self.null_label is not None:
             labels = labels.masked_fill(draws.label_drops < label_dropout, self.null_label)
         timesteps = self.objective.sample_timesteps(draws.timesteps)

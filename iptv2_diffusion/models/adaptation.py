@@ -1,0 +1,85 @@
+"""Transfer of a trained denoiser to other classes and another size, with the rows of the classes that it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+
+from iptv2_diffusion.models.presets import disable_label_dropout, translate_overrides
+
+__all__ = ["adapt_denoiser", "match_classes"]
+
+_TABLES = ("class_embedder.weight", "class_embedder.embedding_table.weight")  # (classes + 1, D), the null label last
+
+
+def match_classes(names: Sequence[str], id2label: Mapping[int, str], classes: int | None) -> dict[int, int]:
+    """Find the row of the class embedding that each new class takes over: new class -> old class.
+
+    Classes match by name; an old name may list synonyms, separated by commas. Without names on either side, as for
+    labels that are bare numbers, classes match by number if there are as many.
+
+    Args:
+        names: names of the new classes.
+        id2label: names of the old classes.
+        classes: number of the old classes; None for an unconditional model.
+    """
+    if not classes:
+        return {}
+    if not id2label or list(names) == [str(number) for number in range(len(names))]:
+        return {number: number for number in range(classes)} if classes == len(names) else {}
+    rows: dict[str, int] = {}
+    for number, name in sorted(id2label.items()):
+        for synonym in (name, *name.split(",")):
+            rows.setdefault(synonym.strip(), number)
+    return {new: rows[name] for new, name in enumerate(names) if name in rows}
+
+
+@torch.no_grad()
+def adapt_denoiser(
+    model: nn.Module, *, sample_size: int | tuple[int, int], num_classes: int | None, kept: Mapping[int, int]
+) -> nn.Module:
+    """Make a denoiser with the weights of another, for other classes and latents of another size.
+
+    A new class starts from the row of the null label: the model then draws an image of any class for it. Without
+    classes, the null label's row becomes a part of the timestep's embedding, so that the new model computes what the
+    old one computes without a label.
+
+    Args:
+        model: `IPTV2Transformer2DModel`, not fused, or `DiTTransformer2DModel`.
+        sample_size: latent size of the new model.
+        num_classes: number of its classes; None for an unconditional model (a single class for DiT).
+        kept: new class -> old class whose row it takes over.
+
+    Raises:
+        ValueError: DiT is given a latent that is not square.
+    """
+    overrides = {"sample_size": sample_size, "num_class_embeds": num_classes}
+    if "window_size" in model.config:  # the windows, and with them the weights, stay what they are
+        overrides["window_fit_size"] = model.config.window_fit_size or model.config.sample_size
+    new = type(model).from_config(model.config, **translate_overrides(type(model), overrides))
+    state, wanted = model.state_dict(), new.state_dict()
+    for name in {*state, *wanted}:
+        if not name.endswith(_TABLES):
+            continue
+        if name not in state:  # unconditional before: every row adds nothing
+            state[name] = torch.zeros_like(wanted[name])
+            continue
+        table = state.pop(name)
+        if name in wanted:
+            state[name] = _new_table(table, len(wanted[name]), kept)
+        else:
+            bias = name.replace("class_embedder.weight", "timestep_embedder.linear_2.bias")
+            state[bias] = state[bias] + table[-1].to(state[bias].dtype)
+    new.load_state_dict(state)
+    if isinstance(new, DiTTransformer2DModel):
+        disable_label_dropout(new)
+    return new
+
+
+def _new_table(table: Tensor, rows: int, kept: Mapping[int, int]) -> Tensor:
+    """Rows of the new classes and of the null label, which stays the last."""
+    sources = [kept.get(row, -1) for row in range(rows - 1)] + [-1]
+    return table[sources].clone()

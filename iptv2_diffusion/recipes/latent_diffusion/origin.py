@@ -1,0 +1,113 @@
+"""What a run takes over from the saved model that it starts from: training target, VAE and classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+
+from iptv2_diffusion.models.adaptation import match_classes
+from iptv2_diffusion.models.presets import find_weights
+from iptv2_diffusion.models.saved import SavedModel
+from iptv2_diffusion.objectives import FLOW, PREDICTION_TYPES, noise_schedule_of, prediction_of
+from iptv2_diffusion.training.errors import ConfigError, user_errors
+
+if TYPE_CHECKING:
+    from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
+
+SHIPPED_VAE = "assets/vae-emoji64"
+
+
+def resolved_options(config: LDMConfig) -> dict[str, Any]:
+    """Values for the options that are None: those of the saved model, or of a new one.
+
+    Raises:
+        ConfigError: an option contradicts the saved model, or no training target samples as its scheduler does.
+    """
+    with user_errors(OSError, ValueError):
+        saved = find_weights(config.model)
+    found = {} if saved is None else _target(saved)
+    for name, value in found.items():
+        given = getattr(config, name)
+        if name != "flow_shift" and given not in (None, value):
+            raise ConfigError(
+                f"{name} is {_said(given)}, but {config.model} was trained with {_said(value)}; leave --{name} out, or "
+                f"give {saved.folder / 'config.json'} as --model to start from random weights"
+            )
+    options = {"objective": "epsilon", "learned_variance": False, "flow_shift": 1.0} | found
+    options = {name: value for name, value in options.items() if getattr(config, name) is None}
+    if config.vae is None:
+        own = saved is not None and saved.has_vae
+        options |= {"vae": str(saved.home), "vae_subfolder": "vae"} if own else {"vae": SHIPPED_VAE}
+    return options
+
+
+def noise_schedule(config: LDMConfig) -> dict[str, Any]:
+    """Arguments of the training scheduler: the noise schedule of the saved model; empty for a new one."""
+    saved = find_weights(config.model)
+    scheduler = None if saved is None else _scheduler(saved)
+    return (scheduler is not None and noise_schedule_of(scheduler)) or {}
+
+
+def classes_of_base(config: LDMConfig, names: list[str]) -> tuple[int | None, list[str], list[int]]:
+    """Classes of the model that an adapter changes, which stay as they are.
+
+    Args:
+        config: of the run, with a `lora_rank`.
+        names: of the data's classes; empty for data without labels.
+
+    Returns:
+        Number of the model's classes, their names, and for each label of the data the number of its class there: that
+        of the null label for data without labels.
+
+    Raises:
+        ConfigError: there is no saved model, or it does not have a class of the data.
+    """
+    saved = find_weights(config.model)
+    if saved is None:
+        raise ConfigError("lora_rank needs saved weights to change: give a folder, a pipeline or a Hub name as --model")
+    number = saved.config.get("num_class_embeds")
+    if number is None:
+        return None, [], [0]
+    own = [saved.id2label.get(label, str(label)) for label in range(number)]
+    kept = match_classes(names, saved.id2label, number)
+    absent = [name for label, name in enumerate(names) if label not in kept]
+    if absent:
+        raise ConfigError(
+            f"{config.model} has no class {absent[0]!r}, and an adapter adds none; give folders the names of its "
+            f"classes ({', '.join(own[:5])} ...), or train with --label_column ignore, or leave --lora_rank out"
+        )
+    return number, own, [kept[label] for label in range(len(names))] or [number]
+
+
+def _target(saved: SavedModel) -> dict[str, Any]:
+    """Training target of a saved model, as far as the files beside it tell."""
+    model, scheduler = saved.config, _scheduler(saved)
+    found: dict[str, Any] = {}
+    if {"in_channels", "out_channels"} <= model.keys():
+        found["learned_variance"] = model["out_channels"] == 2 * model["in_channels"]
+    if scheduler is None:
+        return found
+    found["objective"] = prediction_of(scheduler)
+    if found["objective"] not in PREDICTION_TYPES:
+        raise ConfigError(
+            f"the scheduler beside {saved.folder} predicts {found['objective']}; a training has "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    if found["objective"] == FLOW:
+        found["flow_shift"] = float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0)
+    return found
+
+
+def _scheduler(saved: SavedModel) -> diffusers.SchedulerMixin | None:
+    """The scheduler beside a saved model; None if there is none."""
+    config = saved.scheduler_config
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        return None
+    with user_errors(ValueError, NotImplementedError):  # of diffusers, about the values of the file
+        return kind.from_config(dict(config))
+
+
+def _said(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,84 @@
+"""LoRA adapters on `IPTV2Pipeline`, by diffusers' interface: load, set, fuse and unload."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from torch import Tensor
+
+Adapter = str | os.PathLike | dict[str, Tensor]
+
+
+class IPTV2LoraLoaderMixin(LoraBaseMixin):
+    """Mixin that loads LoRA adapters into the pipeline's transformer. diffusers documents the other methods."""
+
+    _lora_loadable_modules = ["transformer"]
+    transformer_name = "transformer"
+
+    @classmethod
+    def lora_state_dict(cls, adapter: Adapter, **kwargs: Any) -> dict[str, Tensor]:
+        """Read the tensors of an adapter from a safetensors file, a folder, a name on the Hub or a state dict.
+
+        Args:
+            adapter: the adapter.
+            **kwargs: where it is: weight_name, subfolder, revision, cache_dir, token, local_files_only ….
+
+        Raises:
+            OSError: there is no such file.
+        """
+        where = dict.fromkeys(("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token"))
+        where |= {"revision": None, "subfolder": None, **kwargs}
+        state, _ = _fetch_state_dict(adapter, use_safetensors=True, user_agent={}, allow_pickle=False, **where)
+        return state
+
+    def load_lora_weights(self, adapter: Adapter, adapter_name: str | None = None, **kwargs: Any) -> None:
+        """Load an adapter into the transformer and activate it.
+
+        Args:
+            adapter: safetensors file, folder, name on the Hub, or state dict, as `save_lora_weights` writes them.
+            adapter_name: name for `set_adapters`; by default "default_0", "default_1" …
+            **kwargs: as for `lora_state_dict`.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: the adapter is not one of this transformer.
+        """
+        state = self.lora_state_dict(adapter, **kwargs)
+        before = set(getattr(self.transformer, "peft_config", {}))
+        layers = {name: module for name, module in self.transformer.named_modules() if hasattr(module, "weight")}
+        named = {key.removeprefix("transformer.").split(".lora_")[0] for key in state}
+        unknown = sorted(name for name in named if name not in layers)
+        if not state or unknown or not all("lora" in key for key in state):
+            shown = f"it names the layers {', '.join(unknown[:3])}" if unknown else "it has other weights"
+            raise ValueError(
+                f"this is no adapter of a {type(self.transformer).__name__}: {shown}; use one that was trained on this "
+                "pipeline"
+            )
+        self.transformer.load_lora_adapter(state, prefix="transformer", adapter_name=adapter_name, _pipeline=self)
+        if set(self.transformer.peft_config) == before:
+            raise ValueError("the adapter's names do not begin with 'transformer.'; save it by save_lora_weights")
+
+    @classmethod
+    def save_lora_weights(
+        cls, save_directory: str | os.PathLike, transformer_lora_layers: dict[str, Tensor], **kwargs: Any
+    ) -> None:
+        """Write an adapter, from peft's `get_peft_model_state_dict`, as `pytorch_lora_weights.safetensors`."""
+        options: dict[str, Any] = {"is_main_process": True, "weight_name": None, "save_function": None, **kwargs}
+        layers, metadata = {cls.transformer_name: transformer_lora_layers}, options.pop("metadata", None)
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers=layers,
+            lora_metadata={cls.transformer_name: metadata},
+            safe_serialization=True,
+            **options,
+        )
+
+    def fuse_lora(self, components: tuple[str, ...] = ("transformer",), **kwargs: Any) -> None:
+        """Add the active adapters to the transformer's weights, times `lora_scale`."""
+        super().fuse_lora(components=list(components), **kwargs)
+
+    def unfuse_lora(self, components: tuple[str, ...] = ("transformer",), **kwargs: Any) -> None:
+        """Subtract what `fuse_lora` added."""
+        super().unfuse_lora(components=list(components), **kwargs)
