@@ -9,9 +9,10 @@ samples_NxHxWx3.npz for ADM's evaluator. Run the same command to continue after 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, generate, label_of, start_accelerator
+from iptv2_diffusion.evaluation.generation_options import GenerationConfig
+from iptv2_diffusion.evaluation.sample_folder import generate, label_of, start_accelerator
 from iptv2_diffusion.training.errors import UserError, run_main
 from iptv2_diffusion.training.options import option, parse_config
 
@@ -20,6 +21,7 @@ examples:
   DiT's protocol on 8 GPUs    accelerate launch --multi_gpu --num_processes 8 eval/generate_samples.py \\
                                 --pipeline facebook/DiT-XL-2-256 --scheduler ddpm --batch_size 128
   2 processes on a CPU        ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...
+  some classes                ... --labels flags,food_drink
   without labels              ... --labels none
 
 `accelerate launch --cpu --num_processes 2` starts a single process without a warning; use the command above instead.
@@ -49,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         seconds = folder.seconds_per_image()
         print(f"{config.num_samples} images in {folder.folder}/images, {seconds:.3f} s each on one process")
         if config.npz:
-            num_classes = folder.about()["recipe"]["num_classes"]
-            labels = [label_of(config, index, num_classes) for index in range(config.num_samples)]
+            recipe = folder.about()["recipe"]
+            drawn = replace(config, labels=recipe["labels"])  # class numbers where names were given
+            labels = [label_of(drawn, index, recipe["num_classes"]) for index in range(config.num_samples)]
             print(f"wrote {folder.write_npz(None if labels[0] is None else labels, config.num_samples)}")
     accelerator.end_training()
     return 0

@@ -1,11 +1,13 @@
 """iptv2-restore: restore photographs and folders of them from the command line.
 
-    iptv2-restore photo.jpg holiday/ -o restored --model assets/iptv2-denoise-color --sigma 25
+    iptv2-restore photo.jpg                                           (denoised, to the folder restored)
+    iptv2-restore photo.jpg -o clean.png --model assets/iptv2-deblur-color
+    iptv2-restore photo.jpg holiday/ -o out --sigma 25
 
 Every picture is written under OUT by its own name (folders keep their structure). OUT keeps a record of what was
 written, so the same command goes on after an interruption; what lies there otherwise is neither counted nor touched,
-and an input is never overwritten. EXIF and ICC profiles are kept, and so are the 16 bits a channel of PNG and TIFF
-files and the floats of TIFF files. Pictures are written upright.
+and an input is never overwritten. For a single picture OUT may also be the name of a picture. EXIF and ICC profiles are
+kept, and so are the 16 bits a channel of PNG and TIFF files and the floats of TIFF files. Pictures are written upright.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +29,15 @@ from PIL import Image
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, ImageFile, Limits, read_image_file
 from iptv2_diffusion.data.image_folders import image_files
 from iptv2_diffusion.data.own_folder import ForeignFolderError, OwnFolder
-from iptv2_diffusion.files import DISK_ERRORS, printable, user_path
+from iptv2_diffusion.files import DISK_ERRORS, atomic, printable, shipped, user_path
 
 from .command_line import CommandError, run_command
+from .devices import find_device
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
 FLOAT_SUFFIXES = {".tif", ".tiff"}
+DEFAULT_MODEL = "assets/iptv2-denoise-color"
 KIND = "restored pictures"
 JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 SAVE_OPTIONS = {".jpg": JPEG_OPTIONS, ".jpeg": JPEG_OPTIONS, ".webp": {"lossless": True}}
@@ -46,6 +51,8 @@ def run() -> None:
 def main(argv: Sequence[str]) -> int:
     """Restore everything that is named; 0 if all went well, 1 if a picture failed."""
     arguments = parse(argv)
+    if is_picture_name(arguments):
+        return restore_to_file(arguments)
     jobs = plan(arguments.inputs, arguments.output)
     folder = claim(arguments.output)
     todo = [(source, name) for source, name in jobs if not is_done(folder, name)]
@@ -59,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     for number, (source, name) in enumerate(todo, start=1):
         what = f"[{number}/{len(todo)}] {printable(source)}"
         try:
-            restore(pipeline, source, folder, name, arguments)
+            restore(pipeline, source, name, folder.writing, arguments)
             print(f"{what} -> {printable(arguments.output / name)}")
         except (ValueError, RuntimeError, MemoryError, OSError) as error:  # one picture (out of memory, say)
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # is so for all that follow
@@ -74,6 +81,29 @@ def main(argv: Sequence[str]) -> int:
     if failed:
         print(f"{failed} of {len(todo)} failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def is_picture_name(arguments: argparse.Namespace) -> bool:
+    """Whether a single picture is restored to a file of another name, rather than into a folder."""
+    single, output = len(arguments.inputs) == 1 and arguments.inputs[0].is_file(), arguments.output
+    return single and output.suffix.lower() in SUFFIXES and not output.is_dir()
+
+
+def restore_to_file(arguments: argparse.Namespace) -> int:
+    """Restore the picture that is named to the file that is named; 0 if all went well."""
+    ((source, _),), output = list(pictures(arguments.inputs[0], arguments.output)), arguments.output
+    if output.exists():
+        raise CommandError(f"{printable(output)} exists already; delete it, or choose another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        restore(load(arguments), source, output.name, lambda name: atomic(output.parent / name), arguments)
+    except OSError as error:
+        raise CommandError(f"cannot write to {printable(output)}: {error.strerror or error}") from error
+    except (ValueError, RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:240] or "out of memory"
+        raise CommandError(printable(reason)) from error
+    print(f"{printable(source)} -> {printable(output)}")
+    return 0
 
 
 def claim(output: Path) -> OwnFolder:
@@ -108,10 +138,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("inputs", nargs="+", type=user_path, metavar="IN", help="pictures, and folders of pictures")
     parser.add_argument(
-        "-o", "--output", required=True, type=user_path, metavar="OUT", help="folder for the restored pictures"
+        "-o",
+        "--output",
+        default="restored",
+        type=user_path,
+        metavar="OUT",
+        help="folder for the restored pictures, or a file's name for a single picture [restored]",
     )
     parser.add_argument(
-        "--model", required=True, type=os.path.expanduser, help="folder or Hub name of a restoration pipeline"
+        "--model",
+        default=DEFAULT_MODEL,
+        type=model_name,
+        help=f"folder or Hub name of a restoration pipeline [{DEFAULT_MODEL}, a denoiser]",
     )
     parser.add_argument("--sigma", type=float, help="noise level on the 0-255 scale [estimated for each picture]")
     parser.add_argument("--task", type=int, help="number of the task, for a model that has several")
@@ -140,7 +178,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=DEFAULT_LIMITS.pixels,
         help=f"largest number of pixels of a picture; larger ones are refused unread [{DEFAULT_LIMITS.pixels}]",
     )
-    parser.add_argument("--device", default="cpu", help="device to run on: cpu, cuda or mps [cpu]")
+    parser.add_argument(
+        "--device", default="auto", help="device to run on: cpu, cuda, mps, or auto for the GPU if there is one [auto]"
+    )
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.strength <= 1:
         parser.error(f"--strength is {arguments.strength:g}; it must lie in [0, 1]")
@@ -152,6 +192,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         arguments.tile = int(arguments.tile)
     arguments.tile = None if arguments.tile == "none" else arguments.tile
     return arguments
+
+
+def model_name(text: str) -> str:
+    """A model as a user gives it: a folder here or where the code is, else a name on the Hub."""
+    path = shipped(text)
+    return str(path) if path.exists() else os.path.expanduser(text)
 
 
 def plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, str]]:
@@ -195,6 +241,7 @@ def load(arguments: argparse.Namespace):
     from iptv2_diffusion.memory import keep_freed_memory
     from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
 
+    arguments.device = find_device(arguments.device)
     if arguments.device == "cpu":
         keep_freed_memory()  # about twice as fast: docs/performance.md
     kind = pipeline_class(Path(arguments.model))
@@ -226,8 +273,14 @@ def pipeline_class(folder: Path) -> str | None:
         return None
 
 
-def restore(pipeline, source: Path, folder: OwnFolder, name: str, arguments: argparse.Namespace) -> None:
-    """One picture: restored, then written under its final name at once."""
+def restore(
+    pipeline,
+    source: Path,
+    name: str,
+    writing: Callable[[str], AbstractContextManager[Path]],
+    arguments: argparse.Namespace,
+) -> None:
+    """One picture: restored, then written under its final name at once, by `writing`."""
     options = {
         option: getattr(arguments, option)
         for option in ("sigma", "task", "strength", "tile", "overlap", "memory", "self_ensemble")
@@ -241,7 +294,7 @@ def restore(pipeline, source: Path, folder: OwnFolder, name: str, arguments: arg
         raise ValueError(f"{name} cannot hold floats; only {' '.join(sorted(FLOAT_SUFFIXES))} can, or add --bits 8")
     output_type = "pil" if kind == "uint8" else "np"
     result = pipeline(picture.pixels, output_type=output_type, clip=kind != "float32", **options).images[0]
-    with folder.writing(name) as temporary:
+    with writing(name) as temporary:
         write(result, kind, temporary, picture)
     for note in picture.metadata.notes:
         warnings.warn(f"{printable(source)}: {note}", stacklevel=1)

@@ -39,6 +39,12 @@ BELOW = {
     "iptv2_diffusion.data": ["iptv2_diffusion.files", "iptv2_diffusion.latents"],
     "iptv2_diffusion.training": [*FOUNDATION, "iptv2_diffusion.data"],
     "iptv2_diffusion.evaluation": TRAINING,
+    "iptv2_diffusion.commands": [
+        *TRAINING,
+        "iptv2_diffusion.evaluation",
+        "iptv2_diffusion.pipelines",
+        "iptv2_diffusion.recipes",
+    ],
     "iptv2_diffusion.recipes": [*TRAINING, "iptv2_diffusion.evaluation"],
     "iptv2_diffusion.pipelines": [
         "iptv2_diffusion.imagenet_classes",

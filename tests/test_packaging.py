@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "iptv2_diffusion", "pipelines")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "assets", "configs", "iptv2_diffusion", "pipelines")
 PIPELINE = ROOT / "assets" / "iptv2-emoji64"
 
 
 def run(*command, cwd, **environment):
     """Standard output of a command that must succeed."""
     result = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -31,8 +31,10 @@ def wheel(tmp_path_factory):
     """The wheel, built offline from a copy of the sources: a build leaves files beside them."""
     folder = tmp_path_factory.mktemp("build")
     for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "iptv2-emoji64"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "dist")
     run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=folder)
     (path,) = (folder / "dist").glob("*.whl")
@@ -67,6 +69,16 @@ def test_the_wheel_installs_one_name_with_every_module_and_its_types(wheel):
     assert "iptv2_diffusion/py.typed" in installed
 
 
+def test_the_wheel_carries_the_recipes_and_the_default_models(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    recipes = {f"iptv2_diffusion/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.yaml")}
+    assert {name for name in names if name.endswith(".yaml")} == recipes
+    models = ("iptv2-denoise-color/model", "vae-emoji64")
+    files = {f"iptv2_diffusion/assets/{m}/diffusion_pytorch_model.safetensors" for m in models}
+    assert {name for name in names if name.endswith(".safetensors")} == files
+    assert wheel.stat().st_size < 12e6
+
+
 def test_the_citation_names_the_version_of_the_wheel(wheel):
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert wheel.name.split("-")[1] == citation["version"]
@@ -75,11 +87,58 @@ def test_the_citation_names_the_version_of_the_wheel(wheel):
 def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
     entries = configparser.ConfigParser()
     entries.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
-    assert {"iptv2-convert", "iptv2-restore"} == set(entries["console_scripts"])
+    wanted = {"cache", "convert", "fid", "generate", "restore", "train", "train-restoration", "train-vae"}
+    assert {f"iptv2-{name}" for name in wanted} == set(entries["console_scripts"])
     for name, target in entries["console_scripts"].items():
         module, function = target.split(":")
         program = f"import sys; sys.argv = [{name!r}, '--help']; from {module} import {function} as run; run()"
         assert name in run(sys.executable, "-c", program, cwd=elsewhere, PYTHONPATH=str(installed))
+
+
+def test_help_imports_neither_torch_nor_diffusers(installed, elsewhere):
+    """Which take seconds."""
+    for module in ("commands.train", "commands.fid", "commands.generate", "pipelines.restore_cli"):
+        program = f"""
+import contextlib, io, sys
+from iptv2_diffusion.{module} import run
+sys.argv = ["iptv2", "--help"]
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    run()
+print({{"torch", "diffusers", "accelerate", "datasets"}} & set(sys.modules))
+"""
+        assert run(sys.executable, "-c", program, cwd=elsewhere, PYTHONPATH=str(installed)) == "set()\n"
+
+
+USE = """
+import sys
+from PIL import Image
+from iptv2_diffusion.commands.generate import main as generate
+from iptv2_diffusion.files import shipped
+from iptv2_diffusion.pipelines.restore_cli import main as restore
+from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
+from iptv2_diffusion.training.errors import UserError
+from iptv2_diffusion.training.options import parse_config
+
+Image.effect_noise((40, 24), 40).convert("RGB").save("photo.png")
+assert restore(["photo.png"]) == 0
+assert restore(["photo.png", "-o", "clean.jpg"]) == 0
+assert Image.open("restored/photo.png").size == Image.open("clean.jpg").size == (40, 24)
+assert generate(["flags", "-n", "2", "--steps", "1", "--pipeline", sys.argv[1], "--grid", "sheet.png"]) == 0
+assert Image.open("generated/flags-1.png").size == (64, 64)
+try:
+    generate(["flags"])
+except UserError as error:
+    print(error)
+config = parse_config(LDMConfig, ["--config", "emoji64"])
+assert config.objective == "flow" and (shipped(config.vae) / "config.json").is_file()
+print(shipped(config.vae))
+"""
+
+
+def test_the_commands_of_the_wheel_work_without_the_repository(installed, elsewhere):
+    told = run(sys.executable, "-c", USE, str(PIPELINE), cwd=elsewhere, PYTHONPATH=str(installed)).splitlines()
+    assert told[-2].startswith("the default pipeline assets/iptv2-emoji64 is a part of the repository")
+    assert told[-1] == str(installed / "iptv2_diffusion/assets/vae-emoji64")
 
 
 WHERE = """

@@ -16,9 +16,9 @@ import struct
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -32,16 +32,16 @@ from tqdm import tqdm
 
 from iptv2_diffusion.data.draws import derive_seed, generator_for
 from iptv2_diffusion.data.own_folder import OwnFolder
-from iptv2_diffusion.files import file_sha256
+from iptv2_diffusion.evaluation.generation_options import CPU_GROUP_SIZE, LABEL_WORDS, GenerationConfig
+from iptv2_diffusion.files import file_sha256, shipped
 from iptv2_diffusion.models.presets import count_macs, count_parameters
 from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.accelerator import PROCESS_TIMEOUT, set_threads
 from iptv2_diffusion.training.checkpoint import differing_fields
 from iptv2_diffusion.training.errors import ConfigError, LocalError, UserError, loading, user_errors
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.options import Config, frozen_fields, option
+from iptv2_diffusion.training.options import frozen_fields
 
-CPU_GROUP_SIZE = 8
 RECIPE = "generation.json"
 IMAGES = "images"
 KIND = "generated images"
@@ -57,71 +57,6 @@ NOISE_SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
 }
 FLOW_SCHEDULERS = {"flow-euler": "FlowMatchEulerDiscreteScheduler", "flow-heun": "FlowMatchHeunDiscreteScheduler"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig(Config):
-    """Options that determine the generated images."""
-
-    pipeline: str = option(
-        "assets/iptv2-emoji64", "folder or Hub name of an IPT-V2 or DiT pipeline", group="images", free=True
-    )
-    num_samples: int = option(50_000, "number of images to draw", group="images", free=True, at_least=1)
-    labels: Literal["balanced", "random", "none"] = option(
-        "balanced",
-        "how labels are chosen: balanced: image i has class i mod K; random; none: the null label",
-        group="images",
-    )
-    class_counts: list[int] | None = option(  # noqa: RUF009
-        None,
-        "number of images of each class among every sum(class_counts) images, with balanced labels; none: equal shares",
-        group="images",
-        at_least=1,
-        nonempty=True,
-    )
-    seed: int = option(0, "seed; image i depends on (seed, i) alone", group="images")
-    num_inference_steps: int = option(250, "number of denoising steps", group="sampler", at_least=1)
-    guidance_scale: float = option(1.0, "classifier-free guidance scale; 1: no guidance", group="sampler")
-    guidance_interval: tuple[float, float] = option(
-        (0.0, 1.0),
-        "part of the sampling during which guidance acts, as two fractions of the steps",
-        group="sampler",
-        within=(0, 1),
-    )
-    scheduler: Literal[
-        "saved", "ddpm", "ddim", "dpm++", "euler", "euler-ancestral", "heun", "flow-euler", "flow-heun"
-    ] = option("saved", "sampler; saved: the one of the pipeline", group="sampler")
-    batch_size: int = option(
-        32,
-        "number of images that go through the networks together on a GPU, unless group_size is given",
-        group="machine",
-        free=True,
-        at_least=1,
-    )
-    group_size: int | None = option(
-        None,
-        "number of images that go through the networks together; another number rounds differently, by one grey level "
-        f"in about one value of 20,000; none: on a CPU {CPU_GROUP_SIZE}, which is as fast as more and gives the same "
-        "bytes for any batch_size",
-        group="machine",
-        at_least=1,
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast precision of the denoiser", group="machine")
-    num_threads: int = option(
-        1,
-        "CPU threads per process; another number rounds differently, so start more processes instead",
-        group="machine",
-        at_least=1,
-    )
-    overwrite: bool = option(False, "delete the images in output_dir and start again", group="results", free=True)
-
-    def validate(self) -> None:
-        """Raise a `ConfigError` that names the options if two of them contradict each other."""
-        if self.class_counts is not None and self.labels != "balanced":
-            raise ConfigError(f"class_counts goes with balanced labels, but labels is {self.labels}; leave one out")
-        start, stop = self.guidance_interval
-        if start >= stop:
-            raise ConfigError(f"guidance_interval is {start:g},{stop:g}; the first number must be the smaller one")
 
 
 def start_accelerator(num_threads: int) -> Accelerator:
@@ -152,7 +87,8 @@ def load_pipeline(config: GenerationConfig, device: torch.device) -> tuple[Any, 
 
     diffusers.utils.logging.disable_progress_bar()
     with loading(config.pipeline):
-        folder = config.pipeline if Path(config.pipeline).is_dir() else DiffusionPipeline.download(config.pipeline)
+        local = shipped(config.pipeline)
+        folder = local if local.is_dir() else DiffusionPipeline.download(config.pipeline)
         pipeline = DiffusionPipeline.from_pretrained(folder)
     if isinstance(pipeline, DiTPipeline):
         pipeline = IPTV2Pipeline(pipeline.transformer, pipeline.vae, pipeline.scheduler)
@@ -358,12 +294,27 @@ def label_of(config: GenerationConfig, index: int, num_classes: int | None) -> i
     """Return the class of image `index`; None for the null label or an unconditional pipeline."""
     if config.labels == "none" or num_classes is None:
         return None
+    if config.labels not in LABEL_WORDS:  # numbers, see `numbered_labels`
+        chosen = config.labels.split(",")
+        return int(chosen[index % len(chosen)])
     if config.labels == "random":
         return derive_seed(config.seed, "label", index) % num_classes
     if config.class_counts is None:
         return index % num_classes
     order = spread_labels(tuple(config.class_counts))
     return order[index % len(order)]
+
+
+def numbered_labels(config: GenerationConfig, pipeline: Any) -> GenerationConfig:
+    """The options with class names in `labels` replaced by their numbers. Raises a `ConfigError` for unknown ones."""
+    if config.labels in LABEL_WORDS:
+        return config
+    if pipeline.num_classes is None:
+        raise ConfigError(f"labels is {config.labels}, but {config.pipeline} has no classes; use --labels none")
+    words = [word.strip() for word in config.labels.split(",")]
+    with user_errors(ValueError, as_error=ConfigError):
+        numbers = pipeline.get_label_ids([int(word) if word.isdigit() else word for word in words])
+    return replace(config, labels=",".join(map(str, numbers)))
 
 
 @functools.cache
@@ -412,6 +363,7 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
         KeyboardInterrupt: the run was interrupted. The message gives the number of complete images.
     """
     pipeline, made_by = load_pipeline(config, accelerator.device)
+    config = numbered_labels(config, pipeline)
     if config.class_counts is not None and len(config.class_counts) != pipeline.num_classes:
         raise ConfigError(
             f"class_counts has {len(config.class_counts)} numbers, the pipeline {pipeline.num_classes} classes"

@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from iptv2_diffusion.files import user_path, write_text
+from iptv2_diffusion.files import shipped, write_text
 from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml
 from iptv2_diffusion.training.coercion import coerce, read_word, type_name
 from iptv2_diffusion.training.errors import ConfigError
@@ -359,9 +359,9 @@ def frozen_fields(config: Any) -> dict[str, Any]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = read_yaml(user_path(path).read_text(encoding="utf-8"))
+        values = read_yaml(find_recipe(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{_recipes(path)}") from error
     except StrictSyntaxError as error:
         reason = str(error)
         joined = f"{path}, {reason}" if reason.startswith("line ") else f"{path} is not YAML: {reason}"
@@ -373,6 +373,23 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `name: value` lines; it holds a {type(values).__name__}")
     return values
+
+
+def find_recipe(name: str) -> Path:
+    """The YAML file of that path, or the recipe of that name: configs/NAME.yaml here or where the code is."""
+    path = shipped(name)
+    named = shipped(f"configs/{name}.yaml")
+    return named if not path.exists() and named.is_file() else path
+
+
+def _recipes(name: str) -> str:
+    """The end of an error about a configuration that is not there: the names of recipes like it."""
+    folder = shipped("configs")
+    if Path(name).suffix or not folder.is_dir():
+        return ""
+    known = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(n for n in known if "/" not in n)
+    return f"; recipes have the names {', '.join(near)} ..."
 
 
 def _normalise(argv: Sequence[str] | None) -> list[str]:
@@ -404,7 +421,12 @@ def _make_parser(config_type: type, description: str, examples: str) -> argparse
         epilog=examples,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file; may be given several times")
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="YAML file, or a recipe's name such as emoji64; may be given several times",
+    )
     hints, groups = typing.get_type_hints(config_type), {}
     for field in dataclasses.fields(config_type):
         title = field.metadata.get("group", "options")

@@ -48,9 +48,17 @@ def prepare_dry_run(config: RunConfig, **shorter: Any) -> RunConfig:
     return dataclasses.replace(config, output_dir=str(folder), report_to="none", **length, **every, **shorter)
 
 
+def this_command() -> str:
+    """The command that was started, to copy: a console script by its name, anything else through accelerate."""
+    program = sys.argv[0]
+    return (
+        Path(program).name if Path(program).name.startswith("iptv2-") else f"accelerate launch {shlex.quote(program)}"
+    )
+
+
 def command_to_train_longer(config: TrainingConfig, step: int) -> str:
     """This run's command, for twice the `step` steps that it has done and for as long as they take."""
-    words = ["accelerate launch", *(shlex.quote(word) for word in sys.argv), f"--max_train_steps {2 * step}"]
+    words = [this_command(), *(shlex.quote(word) for word in sys.argv[1:]), f"--max_train_steps {2 * step}"]
     words += ["--overwrite false"] if config.overwrite else []
     words += ["--max_train_minutes none"] if config.max_train_minutes else []
     return " ".join(words)

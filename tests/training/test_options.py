@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from iptv2_diffusion.evaluation.sample_folder import GenerationConfig
+from iptv2_diffusion.evaluation.generation_options import GenerationConfig
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.recipes.restoration.config import RestorationConfig
 from iptv2_diffusion.recipes.vae.config import VAEConfig

@@ -50,7 +50,7 @@ from iptv2_diffusion.training.accelerator import make_accelerator, resolve_shard
 from iptv2_diffusion.training.adapters import adapter_state_dict, add_lora, merge_lora
 from iptv2_diffusion.training.errors import ConfigError, user_errors
 from iptv2_diffusion.training.loop import Outcome, Trainer
-from iptv2_diffusion.training.run_folder import command_to_train_longer, prepare_dry_run
+from iptv2_diffusion.training.run_folder import command_to_train_longer, prepare_dry_run, this_command
 
 
 def run(config: LDMConfig) -> int:
@@ -301,13 +301,14 @@ def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask,
         with replaced(folder) as temporary:
             task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)
         pipeline = IPTV2Pipeline.from_pretrained(folder).to(trainer.accelerator.device)
-        task.sheet(pipeline, trainer.output_dir / "samples.png")
+        task.sheet(pipeline, trainer.output_dir / "samples.png", show_progress=True)
 
 
 def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -> str:
     """What was made, and commands to copy."""
     folder, quoted = trainer.output_dir, shlex.quote(str(trainer.output_dir))
     label = repr(task.id2label[0]) + ", " if task.id2label else ""
+    label_word = shlex.quote(task.id2label[0]) + " " if task.id2label else ""
     lora = "  lora/" if config.lora_rank else ""
     others = "--heldout_split none --output_dir runs/mine"
     return f"""
@@ -315,11 +316,12 @@ trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/
   samples.png  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/{lora}
 
 What to try next
-  more images, in Python:
+  more images:       iptv2-generate {label_word}-n 8 --pipeline {quoted}/pipeline --grid sheet.png
+  the same in Python:
     from iptv2_diffusion import IPTV2Pipeline
     pipe = IPTV2Pipeline.from_pretrained({str(folder / "pipeline")!r})
     pipe({label}num_images_per_label=4, guidance_scale={config.guidance_scale:g}).images[0].show()
   curves:            tensorboard --logdir {quoted}
   train longer:      {command_to_train_longer(config, trainer.step)}
-  your own images:   accelerate launch train/train_ldm.py --config {quoted}/config.yaml --data MY_FOLDER {others}
-  all options:       python train/train_ldm.py --help"""
+  your own images:   {this_command()} --config {quoted}/config.yaml --data MY_FOLDER {others}
+  all options:       {this_command()} --help"""

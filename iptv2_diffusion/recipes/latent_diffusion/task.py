@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from iptv2_diffusion.data.draws import DataOrder, StepDraws, draw_step
 from iptv2_diffusion.data.latent_cache import StoredLatents
@@ -197,16 +198,23 @@ class LatentDiffusionTask(TrainingTask):
         process: int = 0,
         processes: int = 1,
         interrupt: Callable[[], None] = no_interruption,
+        show_progress: bool = False,
     ) -> Path:
         """Draw samples, one row a class (at most `config.preview_classes`), and write them as one picture.
 
         With several processes each draws every n-th row (all the same number of them, as a sharded model needs) and
-        the first writes.
+        the first writes. `show_progress` shows a bar over the rows' steps.
         """
         config = self.config
         pipeline.set_progress_bar_config(disable=True)
         classes: list[int | None] = [*range(min(self.null_label or 0, config.preview_classes))] or [None]
         drawn = []
+        bar = tqdm(total=len(classes) * config.sample_steps, desc=path.name, disable=not show_progress, leave=False)
+
+        def count_step(*_: Any) -> dict[str, Any]:
+            bar.update()
+            return {}
+
         for start in range(0, len(classes), processes):
             interrupt()
             row = (start + process) % len(classes)
@@ -219,6 +227,7 @@ class LatentDiffusionTask(TrainingTask):
                     num_inference_steps=config.sample_steps,
                     guidance_scale=config.guidance_scale,
                     generator=seeds,
+                    callback_on_step_end=count_step,
                 ).images
             except NonFiniteImageError as error:  # the others go on, and what is missing is white
                 print(f"{path.name}, row {row + 1}: {error}", flush=True)
@@ -226,6 +235,7 @@ class LatentDiffusionTask(TrainingTask):
                 for index in error.indices:
                     images[index] = Image.new("RGB", images[index].size, "white")
             drawn.append((row, images))
+        bar.close()
         rows = dict(gather_object(drawn) if processes > 1 else drawn)
         names = [self.id2label.get(label, f"class {label}") for label in classes if label is not None]
         if process == 0:

@@ -20,7 +20,7 @@ from iptv2_diffusion.recipes.restoration.task import RestorationTask
 from iptv2_diffusion.training.accelerator import check_batch_size, make_accelerator, resolve_sharding
 from iptv2_diffusion.training.errors import ConfigError, user_errors
 from iptv2_diffusion.training.loop import Outcome, Trainer
-from iptv2_diffusion.training.run_folder import command_to_train_longer, prepare_dry_run
+from iptv2_diffusion.training.run_folder import command_to_train_longer, prepare_dry_run, this_command
 
 
 def run(config: RestorationConfig) -> int:
@@ -110,4 +110,4 @@ What to try next
   restore pictures:  iptv2-restore photo.png -o restored --model {quoted}
   measure it:        python eval/restoration_benchmark.py --models {quoted}
   train longer:      {command_to_train_longer(config, trainer.step)}
-  all options:       python train/train_restoration.py --help"""
+  all options:       {this_command()} --help"""

@@ -1,0 +1,1 @@
+"""Command lines, for console scripts, `python -m`, `accelerate launch -m`, and the scripts of `train/` and `eval/`."""

@@ -1,0 +1,78 @@
+"""The options that determine generated images, for `eval/generate_samples.py` and `iptv2-fid`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from iptv2_diffusion.training.errors import ConfigError
+from iptv2_diffusion.training.options import Config, option
+
+CPU_GROUP_SIZE = 8
+LABEL_WORDS = ("balanced", "random", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(Config):
+    """Options that determine the generated images."""
+
+    pipeline: str = option(
+        "assets/iptv2-emoji64", "folder or Hub name of an IPT-V2 or DiT pipeline", group="images", free=True
+    )
+    num_samples: int = option(50_000, "number of images to draw", group="images", free=True, at_least=1)
+    labels: str = option(
+        "balanced",
+        "how labels are chosen: balanced: image i has class i mod K; random; none: the null label; or names or numbers "
+        "of classes, separated by commas, in turn",
+        group="images",
+    )
+    class_counts: list[int] | None = option(  # noqa: RUF009
+        None,
+        "number of images of each class among every sum(class_counts) images, with balanced labels; none: equal shares",
+        group="images",
+        at_least=1,
+        nonempty=True,
+    )
+    seed: int = option(0, "seed; image i depends on (seed, i) alone", group="images")
+    num_inference_steps: int = option(250, "number of denoising steps", group="sampler", at_least=1)
+    guidance_scale: float = option(1.0, "classifier-free guidance scale; 1: no guidance", group="sampler")
+    guidance_interval: tuple[float, float] = option(
+        (0.0, 1.0),
+        "part of the sampling during which guidance acts, as two fractions of the steps",
+        group="sampler",
+        within=(0, 1),
+    )
+    scheduler: Literal[
+        "saved", "ddpm", "ddim", "dpm++", "euler", "euler-ancestral", "heun", "flow-euler", "flow-heun"
+    ] = option("saved", "sampler; saved: the one of the pipeline", group="sampler")
+    batch_size: int = option(
+        32,
+        "number of images that go through the networks together on a GPU, unless group_size is given",
+        group="machine",
+        free=True,
+        at_least=1,
+    )
+    group_size: int | None = option(
+        None,
+        "number of images that go through the networks together; another number rounds differently, by one grey level "
+        f"in about one value of 20,000; none: on a CPU {CPU_GROUP_SIZE}, which is as fast as more and gives the same "
+        "bytes for any batch_size",
+        group="machine",
+        at_least=1,
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast precision of the denoiser", group="machine")
+    num_threads: int = option(
+        1,
+        "CPU threads per process; another number rounds differently, so start more processes instead",
+        group="machine",
+        at_least=1,
+    )
+    overwrite: bool = option(False, "delete the images in output_dir and start again", group="results", free=True)
+
+    def validate(self) -> None:
+        """Raise a `ConfigError` that names the options if two of them contradict each other."""
+        if self.class_counts is not None and self.labels != "balanced":
+            raise ConfigError(f"class_counts goes with balanced labels, but labels is {self.labels}; leave one out")
+        start, stop = self.guidance_interval
+        if start >= stop:
+            raise ConfigError(f"guidance_interval is {start:g},{stop:g}; the first number must be the smaller one")
