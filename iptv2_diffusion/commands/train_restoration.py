@@ -21,7 +21,7 @@ examples, where ... is accelerate launch train/train_restoration.py, and * needs
   your pairs                     ... --layout folders --data my_pairs --model_overrides '{"sigma_conditioning": null}'
                                  (my_pairs/input/*, my_pairs/target/*)
   GoPro                          ... --config configs/restoration/pairs-b.yaml --data GoPro
-  start from shipped weights *   ... --model assets/iptv2-denoise-color/model --output_dir runs/more
+  start from shipped weights *   ... --model assets/iptv2-denoise-color --output_dir runs/more
   start from a generator *       ... --config configs/restoration/denoise-color-emoji64.yaml
   held-out PSNR of your data     ... --data my_photos --heldout my_heldout_photos
   try every stage in seconds     any of these with --dry_run

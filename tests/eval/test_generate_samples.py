@@ -208,6 +208,12 @@ class TestLabelsAndFormats:
         assert np.array_equal(differing, ~same)
         assert (np.abs(null - pixels(reference)).max(axis=(1, 2, 3)) > 1).all()
 
+    def test_classes_are_chosen_by_name_or_number(self, run):
+        with np.load(run("some", "--labels", "c,0", kind="dit") / f"samples_{COUNT}x16x16x3.npz") as archive:
+            assert archive["arr_1"].tolist() == [2, 0] * (COUNT // 2) + [2]
+        with pytest.raises(ConfigError, match="unknown class name 'd'; the nearest of 3 names: "):
+            run("other", "--labels", "d", kind="dit")
+
     def test_unconditional_pipelines_have_no_labels(self, run):
         folder = run("unconditional", kind="unconditional")
         with np.load(folder / f"samples_{COUNT}x16x16x3.npz") as archive:

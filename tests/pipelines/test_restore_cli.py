@@ -51,6 +51,24 @@ def test_a_folder_keeps_its_structure_and_the_command_resumes(model, pictures, t
     assert (tmp_path / "out/a.png").stat().st_mtime_ns == results[tmp_path / "out/a.png"]
 
 
+def test_a_picture_is_restored_to_a_file_of_another_name(model, pictures, tmp_path, capsys):
+    command = [str(pictures / "a.png"), "-o", str(tmp_path / "new/clean.jpg"), "--model", model, "--sigma", "25"]
+    assert main(command) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["clean.jpg"]
+    assert Image.open(tmp_path / "new/clean.jpg").format == "JPEG"
+    with pytest.raises(CommandError, match=r"clean.jpg exists already; delete it, or choose another --output"):
+        main(command)
+    with pytest.raises(CommandError, match="exists already"):
+        main([str(pictures / "a.png"), "-o", str(pictures / "a.png")])
+
+
+def test_no_option_is_needed(pictures, monkeypatch, tmp_path):
+    """The shipped denoiser, the folder `restored`."""
+    monkeypatch.chdir(tmp_path)
+    assert main([str(pictures / "a.png")]) == 0
+    assert Image.open("restored/a.png").size == (20, 24)
+
+
 def test_metadata_is_kept(model, tmp_path):
     exif = Image.Exif()
     exif[0x010F] = "a camera"

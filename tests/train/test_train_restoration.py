@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from iptv2_diffusion.commands.train_restoration import EXAMPLES
 from iptv2_diffusion.recipes.restoration.config import RestorationConfig
 from iptv2_diffusion.recipes.restoration.data import make_sources
 from iptv2_diffusion.recipes.restoration.run import make_model
@@ -222,9 +223,7 @@ def test_bad_options_are_named(photos, words, message):
         train(photos, "bad", *words)
 
 
-EXAMPLES = [
-    shlex.split(line.split(" ... ")[1]) for line in train_restoration.EXAMPLES.splitlines() if " ... --" in line
-]
+EXAMPLES = [shlex.split(line.split(" ... ")[1]) for line in EXAMPLES.splitlines() if " ... --" in line]
 
 
 @pytest.mark.parametrize("words", EXAMPLES, ids=lambda words: " ".join(words[-2:]))

@@ -1,0 +1,99 @@
+"""iptv2-generate: pictures of chosen classes, by seed, with a sheet, an adapter and errors of one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from iptv2_diffusion import IPTV2Pipeline, create_model
+from iptv2_diffusion.commands import generate
+from iptv2_diffusion.training.adapters import adapter_state_dict, add_lora
+from iptv2_diffusion.training.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4)
+    model = create_model("tiny", num_class_embeds=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("pipeline")
+    names = {0: "ant", 1: "bee", 2: "sea / lake"}
+    IPTV2Pipeline(model, vae, FlowMatchEulerDiscreteScheduler(), id2label=names).save_pretrained(folder / "base")
+    add_lora(model, 2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    IPTV2Pipeline.save_lora_weights(folder / "lora", adapter_state_dict(model))
+    return folder / "base"
+
+
+@pytest.fixture
+def draw(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def draw(*words):
+        return generate.main([*map(str, words), "--pipeline", str(pipeline), "--steps", "2"])
+
+    return draw
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_pictures_depend_on_class_and_seed_alone(draw, tmp_path, capsys):
+    assert draw("bee", 2, "-n", 3, "--seed", 5, "--grid", "out/sheet.png", "-o", "a", "--json") == 0
+    written = json.loads(capsys.readouterr().out)
+    assert [(row["class"], row["seed"]) for row in written] == [
+        *(("bee", seed) for seed in (5, 6, 7)),
+        *(("sea / lake", seed) for seed in (5, 6, 7)),
+    ]
+    assert written[3]["file"] == "a/sea-lake-5.png"
+    assert Image.open("a/bee-5.png").size == (16, 16)
+    sheet = Image.open("out/sheet.png")
+    assert sheet.size[0] > 3 * 64
+    assert draw("bee", "-n", 1, "--seed", 7, "-o", "b") == 0
+    assert abs(pixels("a/bee-7.png") - pixels("b/bee-7.png")).max() <= 1  # another batch rounds differently
+    assert abs(pixels("a/bee-7.png") - pixels("a/bee-6.png")).max() > 1
+    assert capsys.readouterr().out == "1 pictures in b/\n"
+
+
+def test_classes_are_listed(draw, capsys):
+    assert draw("--list-classes") == 0
+    assert capsys.readouterr().out.split("\n")[:2] == ["    0  ant", "    1  bee"]
+    assert draw("--list-classes", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["2"] == "sea / lake"
+
+
+def test_an_adapter_changes_the_pictures(draw, pipeline):
+    assert draw("bee", "-n", 1) == 0
+    assert draw("bee", "-n", 1, "-o", "adapted", "--lora", pipeline.parent / "lora") == 0
+    assert abs(pixels("generated/bee-0.png") - pixels("adapted/bee-0.png")).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bea"], "unknown class name 'bea'; the nearest of 3 names: "),
+        (["3"], "class label 3 is out of range; the model has classes 0 to 2"),
+        (["bee", "--height", "17"], "17"),
+        (["bee", "--lora", "absent"], "cannot load absent: no such folder here"),
+        (["bee", "--device", "gpu"], "gpu"),
+        (["bee", "-o", "foreign"], "foreign"),
+    ],
+)
+def test_errors_are_one_line(draw, tmp_path, words, message):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=message) as error:
+        draw(*words)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "foreign/notes.txt").read_text() == "mine"
