@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from iptv2_diffusion.data.own_folder import OwnFolder
+from iptv2_diffusion.evaluation.feature_extractors import FeatureExtractor, extract_features, make_extractor
 from iptv2_diffusion.evaluation.fid_options import BenchmarkConfig
 from iptv2_diffusion.evaluation.generation_metrics import (
-    FeatureExtractor,
-    extract_features,
     frechet_distance,
     half_half_floor,
     half_sample_error,
     inception_score,
     kid,
-    make_extractor,
     mean_kernel,
     precision_recall,
     principal_axes,
