@@ -255,8 +255,7 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
 
     from iptv2_diffusion.evaluation import generation_metrics
     from iptv2_diffusion.evaluation.feature_extractors import extract_features
-    from iptv2_diffusion.evaluation.generation_options import GenerationConfig
-    from iptv2_diffusion.evaluation.sample_folder import generate, start_accelerator
+    from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, generate, start_accelerator
 
     drawn = GenerationConfig(
         pipeline=str(run.folder / "pipeline"),
