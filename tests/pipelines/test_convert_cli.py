@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from safetensors.torch import save_file
 from udit_references import TINY, forward, merge_in_place, weights
 
-from iptv2_diffusion import IPTV2Pipeline
+from iptv2_diffusion import IPTV2Pipeline, create_model
 from iptv2_diffusion.imagenet_classes import imagenet_id2label
 from iptv2_diffusion.pipelines.command_line import CommandError
 from iptv2_diffusion.pipelines.convert_cli import main
@@ -69,6 +69,21 @@ def test_training_goes_on_from_a_converted_model(vae, tmp_path):
     model = IPTV2Pipeline.from_pretrained(tmp_path / "out").transformer.train()
     model(torch.randn(1, 4, 16, 16), torch.tensor([1]), torch.tensor([0])).sample.mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"num_class_embeds": 9}, "num_class_embeds=5, not 9"),
+        ({"sample_size": 32}, "sample_size=16, not 32"),
+        ({"out_channels": 4}, "out_channels=8, not 4"),
+    ],
+)
+def test_training_for_other_classes_or_another_size_is_refused_in_one_line(vae, tmp_path, wanted, told):
+    main(["udit", checkpoint(tmp_path / "x.pt", weights()), str(tmp_path / "out"), "--vae", vae])
+    with pytest.raises(ValueError, match=f"was saved with {told}") as caught:
+        create_model(str(tmp_path / "out" / "transformer"), **wanted)
+    assert "\n" not in str(caught.value)
 
 
 def write_wrong(kind, path, state):
