@@ -21,6 +21,26 @@ the plain formulas everywhere.
 
 # Each adds its forms to the registry.
 from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add, triton_fcsa  # noqa: F401
-from .registry import fast_forms_in_use, operator, upcast, use_fast_forms, without_autocast
+from .registry import (
+    fast_forms_in_use,
+    has_symbolic_sizes,
+    is_quantized,
+    is_recording,
+    operator,
+    symbolic_form,
+    upcast,
+    use_fast_forms,
+    without_autocast,
+)
 
-__all__ = ["fast_forms_in_use", "operator", "upcast", "use_fast_forms", "without_autocast"]
+__all__ = [
+    "fast_forms_in_use",
+    "has_symbolic_sizes",
+    "is_quantized",
+    "is_recording",
+    "operator",
+    "symbolic_form",
+    "upcast",
+    "use_fast_forms",
+    "without_autocast",
+]

@@ -10,13 +10,13 @@ in float32, `F.linear` takes 11.2 ms and 15.5 ms with `F.gelu`; oneDNN takes 8.6
 import torch
 from torch import Tensor
 
-from .registry import fast_form, wants_gradient
+from .registry import fast_form, is_quantized, wants_gradient
 
 
 def takes_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> bool:
     plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     inference = not wants_gradient(x, weight, bias) and torch.backends.mkldnn.is_available()
-    return plain and inference and x.dim() > 1 and x.numel() > 0
+    return plain and inference and x.dim() > 1 and x.numel() > 0 and not is_quantized(weight)
 
 
 @fast_form("linear", device="cpu", takes=takes_linear)

@@ -82,8 +82,10 @@ def rotary_embedding(
     Channel pair 2i turns by the angle column·10000^(-4i/d) and pair 2i+1 by row·10000^(-4i/d). Rows and columns are
     integer indices inside the group (model.md §4) [lineage].
     """
-    frequency = 10000.0 ** (-torch.arange(0, head_dim, 4, dtype=dtype, device=device) / head_dim)  # (d/4,)
-    row = torch.arange(rows, dtype=dtype, device=device)[:, None, None] * frequency  # (rows, 1, d/4)
-    column = torch.arange(columns, dtype=dtype, device=device)[None, :, None] * frequency
-    angle = torch.stack(torch.broadcast_tensors(column, row), dim=-1).reshape(rows * columns, head_dim // 2)
+    pair = torch.arange(head_dim // 2, device=device)
+    frequency = 10000.0 ** (-4 * torch.div(pair, 2, rounding_mode="floor").to(dtype) / head_dim)  # (d/2,)
+    token = torch.arange(rows * columns, device=device)
+    row = torch.div(token, columns, rounding_mode="floor")  # (T,)
+    column = token - row * columns
+    angle = torch.where(pair % 2 == 0, column[:, None], row[:, None]).to(dtype) * frequency  # (T, d/2)
     return angle.cos(), angle.sin()

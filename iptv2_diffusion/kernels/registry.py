@@ -19,7 +19,18 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["fast_form", "fast_forms_in_use", "operator", "upcast", "use_fast_forms", "wants_gradient"]
+__all__ = [
+    "fast_form",
+    "fast_forms_in_use",
+    "has_symbolic_sizes",
+    "is_quantized",
+    "is_recording",
+    "operator",
+    "symbolic_form",
+    "upcast",
+    "use_fast_forms",
+    "wants_gradient",
+]
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -42,6 +53,7 @@ class FastForm:
 
 
 _FORMS: dict[str, list[FastForm]] = defaultdict(list)
+_SYMBOLIC_FORMS: dict[str, Callable[..., Any]] = {}
 _off: set[str] = {"all"} if os.environ.get("IPTV2_KERNELS", "auto") == "off" else set()
 
 
@@ -55,6 +67,8 @@ def operator(plain: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(plain)
     def dispatch(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if has_symbolic_sizes(x):
+            return _SYMBOLIC_FORMS.get(name, plain)(x, *args, **kwargs)
         for form in _FORMS[name]:
             if is_usable(form, name, x) and form.takes(x, *args, **kwargs):
                 return form.run(x, *args, **kwargs)
@@ -74,6 +88,33 @@ def fast_form(
         return run
 
     return register
+
+
+def symbolic_form(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register the decorated function as the form of the operator `name` for maps of symbolic size.
+
+    A recorded graph serves other sizes than the example's if no Python branch of it depends on a size. A plain formula
+    that has such branches needs this form.
+    """
+
+    def register(run: Callable[P, R]) -> Callable[P, R]:
+        _SYMBOLIC_FORMS[name] = run
+        return run
+
+    return register
+
+
+def is_recording() -> bool:
+    """Return whether `torch.export` or `torch.jit.trace` is recording, as the exporters to ONNX do."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def has_symbolic_sizes(x: Tensor) -> bool:
+    """Return whether x is being recorded (`is_recording`) with a size that is not a plain number.
+
+    Under `torch.jit.trace` every size is symbolic.
+    """
+    return is_recording() and not all(type(size) is int for size in x.shape)
 
 
 def is_usable(form: FastForm, name: str, x: Tensor) -> bool:
@@ -121,6 +162,11 @@ def use_fast_forms(enabled: bool, *names: str) -> Iterator[None]:
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Return whether autograd records operations on any of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Return whether torchao has quantised a weight. Only PyTorch's own operators accept such a tensor."""
+    return type(weight).__module__.startswith("torchao.")
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iptv2_diffusion.kernels import operator, upcast, without_autocast
+from iptv2_diffusion.kernels import has_symbolic_sizes, operator, upcast, without_autocast
 from iptv2_diffusion.kernels.geometry import (
     grid_merge,
     grid_partition,
@@ -155,10 +155,11 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, affine: Tensor, temperatu
     """
     with without_autocast(v):
         a, tau = upcast(affine)[..., None], upcast(temperature)[:, None, None]
-        q_hat = F.normalize(a * upcast(q), dim=-2)  # q̂, (G, h, N, d)
-        k_hat = F.normalize(a * upcast(k), dim=-2)  # k̂, (G, h, N, d)
-        attention = (tau * (q_hat.transpose(-2, -1) @ k_hat)).softmax(dim=-1)  # A, (G, h, d, d)
-        return v @ attention.to(v.dtype).transpose(-2, -1)  # (G, h, N, d)
+        # No negative dimensions: the tracing exporter to ONNX resolves them by a rank that it guesses.
+        q_hat = F.normalize(a * upcast(q), dim=2)  # q̂, (G, h, N, d)
+        k_hat = F.normalize(a * upcast(k), dim=2)  # k̂, (G, h, N, d)
+        attention = (tau * (q_hat.transpose(2, 3) @ k_hat)).softmax(dim=3)  # A, (G, h, d, d)
+        return v @ attention.to(v.dtype).transpose(2, 3)  # (G, h, N, d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,14 +215,15 @@ class GlobalGridAttention(nn.Module):
         x = add_depthwise(x, self.depthwise)  # x + DW5×5(x): (B, C, H, W)
         qkv = self.qkv(x.permute(0, 2, 3, 1))  # 1×1: (B, H, W, 3C)
         scale = upcast(self.logit_scale).exp().clamp(max=self.max_logit_scale)  # s, (h,)
-        out = grid_attention(qkv, scale, self.num_heads, self.strides(height, width))  # (B, H, W, C)
+        stride = self.strides(height, width, clip=not has_symbolic_sizes(x))
+        out = grid_attention(qkv, scale, self.num_heads, stride)  # (B, H, W, C)
         return self.out_proj(out).permute(0, 3, 1, 2)  # 1×1: (B, C, H, W)
 
-    def strides(self, height: int, width: int) -> tuple[int, int]:
-        """Vertical and horizontal stride on a map of this size; at most H and W, so that no group is empty."""
+    def strides(self, height: int, width: int, clip: bool = True) -> tuple[int, int]:
+        """Vertical and horizontal stride on a map of this size; if `clip`, at most H and W, so no group is empty."""
         if self.grid_size is not None:
-            return math.ceil(height / self.grid_size), math.ceil(width / self.grid_size)
-        return min(self.stride, height), min(self.stride, width)
+            return (height + self.grid_size - 1) // self.grid_size, (width + self.grid_size - 1) // self.grid_size
+        return (min(self.stride, height), min(self.stride, width)) if clip else (self.stride, self.stride)
 
 
 @operator

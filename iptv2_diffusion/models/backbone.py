@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iptv2_diffusion.kernels import operator
+
+from . import symbolic_sizes  # noqa: F401  (its forms are registered)
 from .blocks import Downsample, FGBlock, FGBlockConfig, SkipConnection, Upsample
 
 __all__ = ["IPTV2Backbone"]
@@ -93,7 +96,7 @@ class IPTV2Backbone(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Run the U: x (B, C, H, W), conditioning (B, D), one (B, D) per level, or None -> (B, out_channels, H, W)."""
-        height, width = x.shape[-2:]
+        _, _, height, width = x.shape
         x = pad_replicate(x, multiple=2 ** (self.levels - 1)).contiguous(memory_format=torch.channels_last)
         vectors = conditioning if isinstance(conditioning, (tuple, list)) else [conditioning] * self.levels
         vectors = [vectors[level] for level in self.width_levels]  # one per stage, that of the stage's width
@@ -126,6 +129,7 @@ class IPTV2Backbone(nn.Module):
         return x
 
 
+@operator
 def pad_replicate(x: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column of a (B, C, H, W) map until H and W are multiples of `multiple`."""
     height, width = x.shape[-2:]

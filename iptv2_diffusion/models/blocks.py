@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .attention import FocalContextAttention, GlobalGridAttention
 from .feed_forward import FeedForward, RepLeFFN
-from .layers import LayerNorm2d, Linear, scale_add
+from .layers import LayerNorm2d, Linear, pixel_shuffle, pixel_unshuffle, scale_add
 
 __all__ = ["AdaLayerNormZero2d", "Downsample", "FGBlock", "FGBlockConfig", "SkipConnection", "Upsample"]
 
@@ -145,7 +145,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(self.conv(x), 2)
+        return pixel_unshuffle(self.conv(x), 2)
 
 
 class Upsample(nn.Module):
@@ -156,7 +156,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv(x), 2)
+        return pixel_shuffle(self.conv(x), 2)
 
 
 class SkipConnection(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iptv2_diffusion.kernels import fast_forms_in_use, operator, without_autocast
+from iptv2_diffusion.kernels import fast_forms_in_use, is_quantized, is_recording, operator, without_autocast
 from iptv2_diffusion.kernels.strides import keep_strides
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "linear_pair",
     "merge_depthwise",
     "merge_pair",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "scale_add",
 ]
 
@@ -47,6 +49,18 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def scale_add(x: Tensor, scale: Tensor, base: Tensor) -> Tensor:
     """base + scale · x: x (B, C, H, W), scale (B, C, 1, 1), base of either shape -> (B, C, H, W)."""
     return torch.addcmul(base, scale, x)
+
+
+@operator
+def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
+    """Turn channels into cells of factor × factor pixels: (B, C·factor², H, W) -> (B, C, H·factor, W·factor)."""
+    return F.pixel_shuffle(x, factor)
+
+
+@operator
+def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
+    """Turn cells of factor × factor pixels into channels: (B, C, H, W) -> (B, C·factor², H/factor, W/factor)."""
+    return F.pixel_unshuffle(x, factor)
 
 
 class Linear(nn.Linear):
@@ -97,9 +111,10 @@ def linear_pair(x: Tensor, first: nn.Linear, second: nn.Linear, gelu: bool = Fal
     position.
     """
     inner, middle, outer = first.in_features, first.out_features, second.out_features
-    saved = x.numel() // inner * (middle * (inner + outer) - inner * outer)
-    if may_merge(first, second) and saved > inner * middle * outer:
-        return linear(x, *merge_pair(first, second), gelu)
+    if may_merge(first, second):
+        saved = x.numel() // inner * (middle * (inner + outer) - inner * outer)
+        if saved > inner * middle * outer:
+            return linear(x, *merge_pair(first, second), gelu)
     x = first(x)
     if gelu:
         return linear_gelu(x, second)
@@ -133,11 +148,16 @@ def merge_depthwise(*branches: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
 def may_merge(*layers: nn.Module) -> bool:
     """Return whether the layers' weights may be read and merged instead of calling the layers.
 
-    A layer inside an adapter (LoRA), or one whose weights a hook loads only during its forward, must be called.
-    `use_fast_forms(False)` also disables merging.
+    A layer inside an adapter (LoRA), one whose weight torchao has quantised, or one whose weights a
+    hook loads only during its forward, must be called.
+    `use_fast_forms(False)` also disables merging. A recorded graph is not merged: whether it pays depends on the size,
+    and exporters want weights that are constants; `fuse()` the model first.
     """
-    plain = all(type(layer) in (Linear, DepthwiseConv2d) and not is_hooked(layer) for layer in layers)
-    return plain and fast_forms_in_use("merged_weights")
+    plain = all(
+        type(layer) in (Linear, DepthwiseConv2d) and not is_hooked(layer) and not is_quantized(layer.weight)
+        for layer in layers
+    )
+    return plain and fast_forms_in_use("merged_weights") and not is_recording()
 
 
 def is_hooked(module: nn.Module) -> bool:

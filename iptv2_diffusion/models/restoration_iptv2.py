@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .backbone import IPTV2Backbone, pad_replicate
 from .blocks import FGBlockConfig
 from .fusion import FusibleModelMixin
+from .layers import pixel_shuffle, pixel_unshuffle
 from .loading import AlignedLoadingMixin
 
 __all__ = ["IPTV2RestorationModel"]
@@ -179,21 +179,24 @@ class IPTV2RestorationModel(
         """
         batch, _, height, width = image.shape
         self.check_conditions(sigma, task)
+        # `as_tensor` of a tensor would be a constant to `torch.jit.trace`
         if sigma is not None:
-            sigma = scale_sigma(torch.as_tensor(sigma, device=image.device)).to(image.dtype).expand(batch)
+            sigma = sigma if isinstance(sigma, Tensor) else torch.as_tensor(sigma)
+            sigma = scale_sigma(sigma.to(image.device)).to(image.dtype).expand(batch)
         if task is not None:
-            task = torch.as_tensor(task, device=image.device).expand(batch)
+            task = task if isinstance(task, Tensor) else torch.as_tensor(task)
+            task = task.to(image.device).expand(batch)
         vector = None if self.embedder is None else self.embedder(sigma, task)  # (B, D)
 
         factor = self.config.unshuffle
         x = 4 * (image - 0.5)  # gives contrasts and noise a standard deviation near 1 [ours, untested]
-        x = F.pixel_unshuffle(pad_replicate(x, factor), factor)  # (B, planes, H/factor, W/factor)
+        x = pixel_unshuffle(pad_replicate(x, factor), factor)  # (B, planes, H/factor, W/factor)
         if self.config.sigma_conditioning == "map":
             # (B, planes + 1, H/factor, W/factor)
-            x = torch.cat((x, sigma[:, None, None, None].expand(-1, 1, *x.shape[-2:])), dim=1)
+            x = torch.cat((x, sigma[:, None, None, None].expand(batch, 1, x.shape[2], x.shape[3])), dim=1)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, H/factor, W/factor)
         x = self.backbone(x, vector)  # (B, 2C, H/factor, W/factor), C if there is a single level
-        residual = F.pixel_shuffle(self.head(x), factor)[..., :height, :width]  # (B, in_channels, H, W)
+        residual = pixel_shuffle(self.head(x), factor)[..., :height, :width]  # (B, in_channels, H, W)
         sample = image + residual
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 

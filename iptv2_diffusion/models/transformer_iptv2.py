@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .backbone import IPTV2Backbone, pad_replicate
 from .blocks import AdaLayerNormZero2d, FGBlockConfig
 from .fusion import FusibleModelMixin
+from .layers import pixel_shuffle, pixel_unshuffle
 from .loading import AlignedLoadingMixin
 
 __all__ = ["IPTV2Transformer2DModel"]
@@ -170,16 +170,18 @@ class IPTV2Transformer2DModel(
             `Transformer2DModelOutput` with `sample` (B, out_channels, H, W), or a tuple with this tensor.
         """
         batch, _, height, width = hidden_states.shape
-        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
+        if not isinstance(timestep, Tensor):  # `as_tensor` of a tensor would be a constant to `torch.jit.trace`
+            timestep = torch.as_tensor(timestep)
+        timestep = timestep.to(hidden_states.device).expand(batch)
         if class_labels is None and self.config.num_class_embeds is not None:
             class_labels = torch.full_like(timestep, self.config.num_class_embeds, dtype=torch.long)
         vectors = [embedder(timestep, class_labels, hidden_states.dtype) for embedder in self.embedders]  # (B, D) each
 
         patch = self.config.patch_size
-        x = F.pixel_unshuffle(pad_replicate(hidden_states, patch), patch)  # (B, in_channels·patch², H/patch, W/patch)
+        x = pixel_unshuffle(pad_replicate(hidden_states, patch), patch)  # (B, in_channels·patch², H/patch, W/patch)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, H/patch, W/patch)
         x = self.backbone(x, vectors if len(vectors) > 1 else vectors[0])  # (B, 2C, H/patch, W/patch)
         x, _ = self.norm_out(self.head(x), vectors[min(len(vectors), 2) - 1])  # (B, 2C, H/patch, W/patch)
-        x = F.pixel_shuffle(self.proj_out(x), patch)  # (B, out_channels, H, W), padded to multiples of patch
+        x = pixel_shuffle(self.proj_out(x), patch)  # (B, out_channels, H, W), padded to multiples of patch
         sample = x[..., :height, :width].contiguous()
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
