@@ -11,7 +11,7 @@ from iptv2_diffusion.pipelines.command_line import CommandError
 
 def test_only_this_machine_reaches_the_page_by_default():
     assert parse([]).host == "127.0.0.1"
-    assert [str(folder) for folder in parse([]).models] == ["assets"]
+    assert [folder.name for folder in parse([]).models] == ["assets"]
 
 
 @pytest.mark.parametrize("option", ["--port=70000", "--max-pixels=0", "--max-megabytes=0"])
