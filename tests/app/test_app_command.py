@@ -26,7 +26,7 @@ def test_a_port_in_use_is_one_line(model_folder):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(CommandError, match=rf"port {port}: Address already in use; choose another --port") as caught:
+        with pytest.raises(CommandError, match=rf"port {port}: Address already in use; choose") as caught:
             main([str(model_folder), "--port", str(port)])
     assert "\n" not in str(caught.value)
     assert free_port("127.0.0.1", port) == port
