@@ -204,7 +204,7 @@ def restored(
             result = pipeline(picture.pixels, output_type="np", **options)
     finally:
         del pipeline.progress_bar
-    notes = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    notes = [str(warning.message).partition("; clip=")[0] for warning in caught if warning.category is UserWarning]
     return result.images[0], result.sigmas[0] if result.sigmas else None, notes
 
 

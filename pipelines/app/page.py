@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ..command_line import CommandError
+from ..restore_cli import DEFAULT_MODEL
 from .actions import (
     AS_SAVED,
     GenerateSettings,
@@ -230,11 +232,11 @@ def sampling_fields() -> list[Any]:
     """Class names, number, seed, steps and guidance."""
     labels = gr.Dropdown(label="Classes", info="Type to search.", multiselect=True, filterable=True)
     with gr.Row():
-        number = gr.Slider(1, 16, 4, step=1, label="Images of each class", min_width=140)
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=140)
+        number = gr.Slider(1, 16, 4, step=1, label="Images of each class", min_width=240)
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=240)
     with gr.Row():
-        steps = gr.Slider(1, 250, 25, step=1, label="Steps", min_width=140)
-        scale = gr.Slider(1, 10, 3, step=0.1, label="Guidance scale", min_width=140)
+        steps = gr.Slider(1, 250, 25, step=1, label="Steps", min_width=240)
+        scale = gr.Slider(1, 10, 3, step=0.1, label="Guidance scale", min_width=240)
     return [labels, number, seed, steps, scale]
 
 
@@ -278,10 +280,11 @@ def generate_tab(page: Page, blocks: gr.Blocks) -> None:
 def restore_tab(page: Page, blocks: gr.Blocks) -> None:
     """A photograph to a restored one."""
     names = list(page.models.restorers)
+    shipped = Path(DEFAULT_MODEL).name
     with gr.Row():
         with gr.Column(min_width=300):
             photograph = gr.File(label="Photograph", file_types=PICTURES, type="filepath", height=120)
-            name = gr.Dropdown(names, value=names[0], label="Model")
+            name = gr.Dropdown(names, value=shipped if shipped in names else names[0], label="Model")
             task = gr.Dropdown(label="Task", visible=False)
             sigma = gr.Slider(0, 100, 0, step=0.1, label="Noise level σ", info="Estimated; on the 0–255 scale.")
             strength = gr.Slider(0, 1, 1, step=0.05, label="Strength", info="0: the photograph, 1: fully restored.")
@@ -313,7 +316,8 @@ def compare_tab(page: Page, blocks: gr.Blocks) -> None:
     generates = bool(page.models.generators)
     with gr.Row():
         first = gr.Dropdown(names, value=names[0], label="First model")
-        second = gr.Dropdown(names, value=names[min(1, len(names) - 1)], label="Second model")
+        alike = list(page.models.generators or page.models.restorers)
+        second = gr.Dropdown(names, value=alike[-1], label="Second model")
     with gr.Column(visible=generates) as of_generators:
         fields = sampling_fields()
     with gr.Column(visible=not generates) as of_restorers:
