@@ -31,8 +31,8 @@ class LayeredRain:
 
     Args:
         low, high: range of the number of layers, whole numbers of at least 1, drawn uniformly.
-        haze: probability of a veil. What colours a veil hides is ambiguous: a small model trained with 0.35 took streaks
-            off, but shifted the tones of clear photographs.
+        haze: probability of a veil. The colours behind a veil are ambiguous: a small model trained with 0.35 removed
+            streaks, but shifted the tones of clear photographs.
     """
 
     low: float
