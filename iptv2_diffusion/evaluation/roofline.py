@@ -8,7 +8,7 @@ buffers that it reads and writes. The kernels are then counted in one of three f
   a chain iterate over the same elements. A sum over rows ends the pass over a row, and a sum over positions ends the
   kernel. A chain does not cross an operator that it both feeds and needs. Matrix products, convolutions and attention
   are separate kernels. A buffer that only one kernel uses costs nothing.
-- kernels: as compiled, with this package's Triton kernels for FCSA, counted by their own loads and stores.
+- kernels: as compiled, with this package's Triton kernels for FCSA and GGSA, counted by their own loads and stores.
 
 The time of a kernel is its launch time plus the larger of two times: its products at the machine's rate, and its bytes
 at the machine's bandwidth. This prediction is usually a lower bound: it ignores caches, tail effects, layouts and slow

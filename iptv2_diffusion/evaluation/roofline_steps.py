@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from iptv2_diffusion.evaluation.roofline import Recorder
 from iptv2_diffusion.evaluation.timed_steps import parse_spec
-from iptv2_diffusion.kernels.triton_fcsa import focal_attention, traffic
+from iptv2_diffusion.kernels import triton_fcsa, triton_ggsa
 from iptv2_diffusion.models import attention as attention_module
+from iptv2_diffusion.models.attention import grid_attention as plain_grid_attention
 from iptv2_diffusion.models.presets import PRESETS, create_model
 
 __all__ = ["make_on_meta", "record"]
@@ -66,11 +67,26 @@ def attention_backward_cost(grad, q, k, v, out) -> tuple[int, int, int]:
 
 
 def focal_cost(qkv, affine, temperature, merge_logits, heads, window) -> tuple[int, int, int]:
-    return traffic(qkv.shape, qkv.element_size(), heads, window, merge_logits is not None)[0]
+    return triton_fcsa.traffic(qkv.shape, qkv.element_size(), heads, window, merge_logits is not None)[0]
 
 
 def focal_backward_cost(grad, qkv, affine, temperature, merge_logits, heads, window) -> tuple[int, int, int]:
-    return traffic(qkv.shape, qkv.element_size(), heads, window, merge_logits is not None)[1]
+    return triton_fcsa.traffic(qkv.shape, qkv.element_size(), heads, window, merge_logits is not None)[1]
+
+
+def grid_cost(qkv, scale, heads, step_y, step_x) -> tuple[int, int, int]:
+    return triton_ggsa.traffic(qkv.shape, qkv.element_size(), heads, (step_y, step_x))[0]
+
+
+def grid_backward_cost(grad, qkv, scale, out, normaliser, heads, step_y, step_x) -> tuple[int, int, int]:
+    return triton_ggsa.traffic(qkv.shape, qkv.element_size(), heads, (step_y, step_x))[1]
+
+
+def grid_attention(qkv: Tensor, scale: Tensor, num_heads: int, stride: tuple[int, int]) -> Tensor:
+    """Take the kernel for the groups that it supports on a GPU, and the plain formula for larger ones."""
+    if triton_ggsa.fits(qkv, num_heads, stride):
+        return triton_ggsa.grid_attention(qkv, scale, num_heads, stride)
+    return plain_grid_attention(qkv, scale, num_heads, stride)
 
 
 OWN: dict[str, Callable[..., tuple[int, int, int]]] = {
@@ -78,6 +94,8 @@ OWN: dict[str, Callable[..., tuple[int, int, int]]] = {
     "attention_backward": attention_backward_cost,
     "focal_attention": focal_cost,
     "focal_attention_backward": focal_backward_cost,
+    "grid_attention": grid_cost,
+    "grid_attention_backward": grid_backward_cost,
 }
 
 
@@ -101,7 +119,8 @@ def record(model: nn.Module, batch_size: int, training: bool, form: str) -> Reco
     recorder = Recorder(model, OWN)
     with ExitStack() as stack:
         if form == "kernels":
-            stack.enter_context(mock.patch.object(attention_module, "focal_attention", focal_attention))
+            stack.enter_context(mock.patch.object(attention_module, "focal_attention", triton_fcsa.focal_attention))
+            stack.enter_context(mock.patch.object(attention_module, "grid_attention", grid_attention))
         stack.enter_context(OneAttentionKernel())
         stack.enter_context(torch.set_grad_enabled(training))
         stack.enter_context(recorder)

@@ -11,16 +11,16 @@ These files import only torch and depend on no model.
 | `cpu_linear.py` | `linear` | `F.linear` copies the bias before the product; GELU is a separate pass |
 | `cpu_scale_add.py` | `scale_add` | the backward of `torch.addcmul` makes two extra passes |
 | `triton_fcsa.py` | `focal_attention` | on a GPU: window copies, and four passes over maps of 3C channels |
+| `triton_ggsa.py` | `grid_attention` | on a GPU: grid copies, and separate passes for norms and rotations |
 
-`strides.py` keeps the gradients of depthwise kernels in the strides that DDP expects. `triton_depthwise.py` is not used
-yet: it has not been measured on a GPU.
+`strides.py` keeps the gradients of depthwise kernels in the strides that DDP expects.
 
 docs/performance.md gives the speed-up of each form. Set `IPTV2_KERNELS=off`, or call `use_fast_forms(False)`, to run
 the plain formulas everywhere.
 """
 
 # Each adds its forms to the registry.
-from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add, triton_fcsa  # noqa: F401
+from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add, triton_fcsa, triton_ggsa  # noqa: F401
 from .registry import (
     fast_forms_in_use,
     has_symbolic_sizes,

@@ -23,12 +23,14 @@ except ImportError:  # torch's CPU builds come without it
 
 __all__ = [
     "INTERPRETED",
+    "as_map",
     "block_of",
     "device_of",
     "dot",
     "dot_precision",
     "is_usable",
     "jit",
+    "load_part",
     "tl",
 ]
 
@@ -53,6 +55,13 @@ def dot(a, b, PRECISION: tl.constexpr):
     if IN_INTERPRETER:  # the interpreter would read bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@jit
+def load_part(base, y, x, stride_y, stride_x, channel, inside):
+    """Load the channels of a map at the positions: (n, d), zero outside the map."""
+    offsets = y.to(tl.int64)[:, None] * stride_y + (x * stride_x)[:, None] + channel[None, :]
+    return tl.load(base + offsets, mask=inside, other=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,3 +153,8 @@ def dot_precision(dtype: torch.dtype) -> str:
     """Return the precision of float32 products: TF32 only if the user allows it for PyTorch's own products."""
     allowed = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None and not INTERPRETED
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def as_map(x: Tensor) -> Tensor:
+    """Make the channels of a map contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -14,7 +14,7 @@ from torch import nn
 
 from iptv2_diffusion.evaluation.roofline import FORMS, MACHINES, Machine, Recorder, count, fuse, measure_this_machine
 from iptv2_diffusion.evaluation.roofline_steps import make_on_meta, record
-from iptv2_diffusion.kernels import triton_fcsa
+from iptv2_diffusion.kernels import triton_fcsa, triton_ggsa
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "roofline.py"
 UNIT = Machine("unit", {"float32": 2.0}, vector_flops=2.0, bandwidth=1.0, launch=0.0)  # a MAC or a byte a second
@@ -105,6 +105,21 @@ class TestOperators:
         sums = 16 * heads * (positions + 48)
         assert backward == (5 * (positions + 48) * width * 8, 2 * width * (7 * positions + 10 * 48) + sums, 2)
         assert triton_fcsa.traffic((3, 8, 8, 3 * width), 2, heads, 8, merged=True)[0][2] == 1  # one window
+
+    def test_grid_attention_by_its_own_loads_and_stores(self):
+        """Stride 2 on 8×6: groups of 4·3 tokens. Loads 3 C and stores C; one float32 number a token and head."""
+        positions, heads, width = 3 * 48, 2, 16
+        forward, backward = triton_ggsa.traffic((3, 8, 6, 3 * width), 2, heads, (2, 2))
+        assert forward == (2 * positions * 12 * width, 2 * width * 4 * positions + 4 * heads * positions, 1)
+        assert backward == (7 * positions * 12 * width, 2 * width * 8 * positions + 4 * heads * positions, 1)
+
+    @pytest.mark.parametrize(("latent", "kernels"), [(32, True), (256, False)])
+    def test_groups_beyond_the_kernel_take_the_plain_formula(self, latent, kernels):
+        """With stride 4 a group of the first level has 64 tokens at 32×32, and 4,096 at 256×256."""
+        step = record(make_on_meta("iptv2-s", latent, "bfloat16", fused=True), 1, False, "kernels")
+        names = [o.name for o in step.operators]
+        assert ("grid_attention" in names) == kernels
+        assert ("attention" in names) != kernels
 
 
 @pytest.fixture(scope="module")
