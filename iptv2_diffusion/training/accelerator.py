@@ -126,6 +126,7 @@ def prepare(
         model.enable_gradient_checkpointing()
     if config.torch_compile:
         compile_blocks(model)
+        accelerator.print(compile_notice(model))
     if sharded:
         shard(model, accelerator, reshard_after_forward=config.sharding == "zero3")
     optimizer = make_optimizer(model, config, fused=accelerator.scaler is None)
@@ -141,3 +142,15 @@ def compile_blocks(model: nn.Module) -> None:
         model.compile_repeated_blocks(dynamic=False)  # dynamic shapes recompile slowly, and there are few shapes
     else:
         model.compile()
+
+
+def compile_notice(model: nn.Module) -> str:
+    """Return what `compile_blocks` costs and where its result is kept."""
+    names = getattr(model, "_repeated_blocks", None) or ()
+    blocks = sum(type(module).__name__ in names for module in model.modules())
+    what = f"{blocks} blocks of the model compile" if blocks else "the model compiles"
+    notice = f"torch_compile: {what} during the first training step and the first evaluation, which can take minutes"
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if folder:
+        return f"{notice}; the result is kept in {folder}"
+    return f"{notice}; set TORCHINDUCTOR_CACHE_DIR to a folder that stays, and later runs reuse the result"

@@ -52,6 +52,22 @@ class TestCompile:
         torch.testing.assert_close(sample(model, **given), expected, rtol=1e-4, atol=1e-5)
         assert counter.frame_count == 3
 
+    def test_repeated_blocks_train_with_checkpointing_and_evaluate_in_between(self):
+        """What `--torch_compile --gradient_checkpointing` runs: the gradients are those of the eager model."""
+        model = denoiser(layers_per_stage=(1,), grid_stride=2).train()
+        model(**inputs()).sample.square().mean().backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+        names = list(model.state_dict())
+        model.enable_gradient_checkpointing()
+        model.compile_repeated_blocks(dynamic=False, backend="aot_eager")
+        for _ in range(2):
+            model.zero_grad()
+            model.train()(**inputs()).sample.square().mean().backward()
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+            sample(model.eval(), **inputs())
+        assert list(model.state_dict()) == names  # checkpoints of eager and compiled runs are interchangeable
+
     def test_fused(self):
         model, given = denoiser(layers_per_stage=(1,), grid_stride=2).fuse(), inputs()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
