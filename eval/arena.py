@@ -6,9 +6,8 @@
 A model may have several shapes (for DiT: patch sizes 2 and 1). Short runs of each shape on a grid of learning rates
 select one shape and learning rate per model. The selected one is trained in full with every seed. All runs use
 `train/train_ldm.py`, one after another, in OUTPUT_DIR/SIZE. Run the same command to resume; it skips finished runs.
-Samples of every full run are scored by the metrics of `iptv2_diffusion/evaluation/generation_metrics.py`. The results
-are a JSON list of rows. NAME-about.json beside it has the machine, the recipe and the scores of real images.
-`eval/arena_report.py` makes tables and plots of the results.
+The metrics of `evaluation/generation_metrics.py` score the samples of every full run. The results are a JSON list of
+rows. NAME-about.json has the machine, the recipe and the scores of real images. See `eval/arena_report.py` for tables.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from iptv2_diffusion.files import write_text
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.options import Config, config_to_dict, option, parse_config
+from iptv2_diffusion.training.options import Config, config_to_dict, option
+from iptv2_diffusion.training.parsing import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = ("kid", "kid_error", "fd_pca64", "fd_train", "nearest_neighbour_median", "sampling_seconds_per_image")
@@ -255,7 +255,8 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
 
     from iptv2_diffusion.evaluation import generation_metrics
     from iptv2_diffusion.evaluation.feature_extractors import extract_features
-    from iptv2_diffusion.evaluation.sample_folder import GenerationConfig, generate, start_accelerator
+    from iptv2_diffusion.evaluation.generation_options import GenerationConfig
+    from iptv2_diffusion.evaluation.sampling import generate, start_accelerator
 
     drawn = GenerationConfig(
         pipeline=str(run.folder / "pipeline"),
@@ -276,9 +277,8 @@ def score(config: ArenaConfig, run: Run, reference: Reference) -> dict[str, floa
     if saved.get("about") == about:
         return saved["scores"]
     samples = torch.cat(list(folder.batches(config.num_samples)))
-    features = extract_features(reference.extractor, samples.split(64))["pool"]
+    features, heldout = extract_features(reference.extractor, samples.split(64))["pool"], reference.heldout_features
     distance, _ = generation_metrics.nearest_neighbour_distance(samples, reference.train)
-    heldout = reference.heldout_features
     result = {
         "kid": generation_metrics.kid(features, heldout),
         "kid_error": generation_metrics.half_sample_error(lambda part: generation_metrics.kid(part, heldout), features),

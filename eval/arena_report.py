@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
-from iptv2_diffusion.training.options import Config, option, parse_config
+from iptv2_diffusion.training.options import Config, option
+from iptv2_diffusion.training.parsing import parse_config
 
 METRICS = {
     "held_out_loss": "held-out loss",

@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from iptv2_diffusion.evaluation.generation_options import GenerationConfig
-from iptv2_diffusion.evaluation.sample_folder import generate, label_of, start_accelerator
+from iptv2_diffusion.evaluation.sampling import generate, label_of, start_accelerator
 from iptv2_diffusion.training.errors import UserError, run_main
-from iptv2_diffusion.training.options import option, parse_config
+from iptv2_diffusion.training.options import option
+from iptv2_diffusion.training.parsing import parse_config
 
 EXAMPLES = """
 examples:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from iptv2_diffusion.files import write_text
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
-from iptv2_diffusion.training.options import Config, option, parse_config
+from iptv2_diffusion.training.options import Config, option
+from iptv2_diffusion.training.parsing import parse_config
 
 if TYPE_CHECKING:
     from torch import Tensor

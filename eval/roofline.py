@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iptv2_diffusion.training.errors import ConfigError, run_main, user_errors
-from iptv2_diffusion.training.options import Config, option, parse_config
+from iptv2_diffusion.training.options import Config, option
+from iptv2_diffusion.training.parsing import parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,8 @@ def make_rows(config: RooflineConfig) -> list[dict[str, Any]]:
 
     from diffusers import DiTTransformer2DModel
 
-    from iptv2_diffusion.evaluation.roofline import MACHINES, count, measure_this_machine
+    from iptv2_diffusion.evaluation.machines import MACHINES, measure_this_machine
+    from iptv2_diffusion.evaluation.roofline import count
     from iptv2_diffusion.evaluation.roofline_steps import make_on_meta, record
 
     machine = measure_this_machine(config.precision) if config.machine == "this" else MACHINES[config.machine]
@@ -96,7 +98,7 @@ def make_rows(config: RooflineConfig) -> list[dict[str, Any]]:
 
 def measure(spec: str, size: int | None, mode: str, config: RooflineConfig) -> float:
     """Measure an eager step on this CPU, in milliseconds."""
-    from iptv2_diffusion.evaluation.roofline import best_of
+    from iptv2_diffusion.evaluation.machines import best_of
     from iptv2_diffusion.evaluation.timed_steps import deploy, make_model, make_step
 
     model = make_model(spec, size)

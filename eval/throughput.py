@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iptv2_diffusion.training.errors import ConfigError, UserError, run_main, user_errors
-from iptv2_diffusion.training.options import Config, option, parse_config
+from iptv2_diffusion.training.options import Config, option
+from iptv2_diffusion.training.parsing import parse_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,22 +2,24 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 
-from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, from_pillow, read_image_file
+from iptv2_diffusion.data.image_files import Limits
 from iptv2_diffusion.models.activations import activation_bytes_per_pixel
 from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
 from iptv2_diffusion.non_finite import NonFiniteImageError
+
+from .image_io import Picture, read_pictures, to_output
+from .noise_estimation import estimate_sigma
+from .tiling import blending, overlap_of, starts
 
 __all__ = ["IPTV2RestorationPipeline", "RestorationPipelineOutput", "estimate_sigma"]
 
@@ -35,14 +37,6 @@ class RestorationPipelineOutput(BaseOutput):
 
     images: Any
     sigmas: list[float] | None
-
-
-@dataclass
-class Picture:
-    """An image in the pipeline's form: pixels (C, H, W) and alpha (1, H, W) or None, float32 on [0, 1]."""
-
-    pixels: Tensor
-    alpha: Tensor | None = None
 
 
 class IPTV2RestorationPipeline(DiffusionPipeline):
@@ -284,163 +278,7 @@ def cut(pixels: Tensor) -> Tensor:
     return pixels.clamp_(0, 1)
 
 
-def overlap_of(side: int, step: int, overlap: int | None) -> int:
-    """Overlap in pixels, a multiple of `step`: the given one rounded up, or an eighth of the tile."""
-    if overlap is not None and overlap < 1:
-        raise ValueError(f"overlap is {overlap}; tiles must share at least 1 pixel")
-    wanted = side // 8 if overlap is None else overlap
-    return max(step, -(-wanted // step) * step)
-
-
-def starts(length: int, side: int, overlap: int, step: int) -> list[int]:
-    """First pixels of tiles that cover `length`, each a multiple of `step`; the last tile may be shorter."""
-    result = [0]
-    while result[-1] + side < length:
-        last = -(-max(0, length - side) // step) * step  # no further than where the last tile must begin
-        result.append(min(result[-1] + side - overlap, last))
-    return result
-
-
-def blending(begins: list[int], side: int, length: int) -> list[Tensor]:
-    """Weights of each tile along one axis, which sum to 1 at each pixel.
-
-    Where two tiles overlap, the outer quarter of each is not used, since it lacks context; a smooth ramp lies between.
-    """
-    ends = [min(begin + side, length) for begin in begins]
-    weights = [torch.ones(end - begin) for begin, end in zip(begins, ends, strict=True)]
-    for index in range(1, len(begins)):
-        shared = ends[index - 1] - begins[index]
-        ramp = (2 * (torch.arange(shared) + 0.5) / shared - 0.5).clamp(0, 1)
-        ramp = ramp * ramp * (3 - 2 * ramp)  # smooth at both ends
-        weights[index - 1][-shared:] *= 1 - ramp
-        weights[index][:shared] *= ramp
-    total = torch.zeros(length)  # not 1 where the last tile reaches over two others
-    for begin, end, weight in zip(begins, ends, weights, strict=True):
-        total[begin:end] += weight
-    return [weight / total[begin:end] for begin, end, weight in zip(begins, ends, weights, strict=True)]
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
     words = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
-
-
-def estimate_sigma(pixels: Tensor) -> float:
-    """Standard deviation of white noise in an image (C, H, W) on [0, 1], on the 0–255 scale; mean over the channels.
-
-    The median absolute deviation of diagonal Haar coefficients (Donoho & Johnstone 1994) takes fine texture for noise.
-    So it is taken in squares of 32 pixels, of which the smoothest quarter decides: the lower quartile, divided by what
-    it would be of pure noise [ours]. Squares that are black or white in more than a tenth of their pixels do not
-    count, since noise is clipped there.
-    """
-    height, width = pixels.shape[-2] // 2 * 2, pixels.shape[-1] // 2 * 2
-    if not height or not width:
-        return 0.0
-    top, bottom = pixels[:, 0:height:2, :width], pixels[:, 1:height:2, :width]
-    diagonal = ((top - bottom)[..., 0::2] - (top - bottom)[..., 1::2]) / 2  # (C, H/2, W/2)
-    deviations = []
-    for plane, coefficients in zip(pixels, diagonal, strict=True):
-        deviations.append(coefficients.abs().median() / 0.6745)
-        if min(coefficients.shape) < 16:
-            continue
-        squares = in_squares(coefficients.abs(), 16)
-        extreme = in_squares(((plane == plane.min()) | (plane == plane.max())).float(), 32).mean(dim=1)
-        squares = squares[extreme <= 0.1]
-        if len(squares) >= 16:  # enough to choose from
-            # 0.0729: relative standard deviation of the median of 256 magnitudes; the quartile lies 0.6745 of it below.
-            lower = squares.median(dim=1).values.quantile(0.25)
-            deviations[-1] = lower / 0.6745 / (1 - 0.6745 * 0.0729)
-    return float(torch.stack(deviations).mean() * 255)
-
-
-def in_squares(plane: Tensor, side: int) -> Tensor:
-    """(H, W) -> (squares, side²): its whole squares, without what is left at the right and below."""
-    return plane.unfold(0, side, side).unfold(1, side, side).flatten(2).flatten(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images in and out
-
-
-def read_pictures(image: Any, limits: Limits = DEFAULT_LIMITS) -> Iterator[Picture]:
-    """Whatever `__call__` takes, as `Picture`s."""
-    if isinstance(image, (list, tuple)):
-        for item in image:
-            yield from read_pictures(item, limits)
-    elif isinstance(image, (str, Path)):
-        yield read_file_picture(Path(image), limits)
-    elif isinstance(image, Image.Image):
-        yield from from_array(from_pillow(image).pixels)
-    elif isinstance(image, (np.ndarray, Tensor)):
-        yield from from_array(image)
-    else:
-        raise ValueError(f"{type(image).__name__} is no image; give a path, PIL image, array, tensor or a list of them")
-
-
-def read_file_picture(path: Path, limits: Limits) -> Picture:
-    """An image file; what has more than 8 bits a channel, or floats, keeps its depth."""
-    try:
-        return next(from_array(read_image_file(path, limits).pixels))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be read as an image: {reason}") from error
-
-
-def check_values(values: np.ndarray) -> None:
-    """Raise a ValueError unless floats can be those of an image on [0, 1], with noise on it."""
-    if not np.isfinite(values).all():
-        raise ValueError("the image holds NaN or infinite values")
-    if np.abs(values).max() > 16:
-        raise ValueError(f"the image is of floats up to {values.max():g}; give floats on [0, 1], or uint8 or uint16")
-
-
-def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
-    """Arrays have their channels last, tensors first."""
-    last = isinstance(image, np.ndarray)
-    if image.ndim == 2:
-        image = image[..., None] if last else image[None]
-    if image.ndim == 4:
-        for item in image:
-            yield from from_array(item)
-        return
-    shape = tuple(image.shape)
-    if image.ndim != 3 or not min(shape):
-        raise ValueError(f"an image of shape {shape} cannot be restored; give (H, W, C) arrays or (C, H, W) tensors")
-    if not last:
-        image = image.detach().float() if image.is_floating_point() else image.detach()  # NumPy has no bfloat16
-    array = np.asarray(image) if last else image.cpu().permute(1, 2, 0).numpy()
-    channels = array.shape[2]
-    if channels not in (1, 2, 3, 4):
-        order = "(H, W, C)" if last else "(C, H, W)"
-        raise ValueError(f"an image of shape {shape} has {channels} channels; {order} with 1 to 4 is expected")
-    if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"an image of {array.dtype} is ambiguous; give uint8, uint16, or floats on [0, 1]")
-    peak = float(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else 1.0
-    values = array.astype(np.float32) / np.float32(peak)
-    check_values(values)
-    colours = 1 if channels < 3 else 3
-    planes = torch.from_numpy(values).permute(2, 0, 1)
-    alpha = planes[-1:].clamp(0, 1) if channels in (2, 4) else None
-    yield Picture(planes[:colours].contiguous(), alpha)
-
-
-def to_output(pictures: list[Picture], output_type: str) -> Any:
-    """PIL images with their alpha; or arrays or tensors, with alpha as a last channel where there was one."""
-    if output_type == "pil":
-        return [to_pil(picture) for picture in pictures]
-    tensors = [p.pixels if p.alpha is None else torch.cat((p.pixels, p.alpha)) for p in pictures]
-    if output_type == "np":
-        arrays = [tensor.permute(1, 2, 0).numpy() for tensor in tensors]
-        return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
-    return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
-
-
-def to_pil(picture: Picture) -> Image.Image:
-    """8 bits a channel."""
-    parts = [picture.pixels] if picture.alpha is None else [picture.pixels, picture.alpha]
-    arrays = [(part.clamp(0, 1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for part in parts]
-    images = [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array) for array in arrays]
-    if picture.alpha is not None:
-        images[0].putalpha(images[1])
-    return images[0]

@@ -342,7 +342,7 @@ class Targets:
         """Configurations, and models made of what they say."""
         from iptv2_diffusion.models.presets import create_model
         from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
-        from iptv2_diffusion.training.options import parse_config
+        from iptv2_diffusion.training.parsing import parse_config
 
         self.input = mutate_text(self.yaml, rng).encode("utf-8", "replace")
         (scratch / "c.yaml").write_bytes(self.input)

@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check: what imports what, and how long things may be (ARCHITECTURE)."""
 
 import ast
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ FOUNDATION = [
         "objectives",
         "sixteen_bit",
         "strict_yaml",
+        "variational_bound",
     )
 ]
 TRAINING = [*FOUNDATION, "iptv2_diffusion.data", "iptv2_diffusion.training"]
@@ -34,7 +36,8 @@ BELOW = {
     "iptv2_diffusion.latents": [],
     "iptv2_diffusion.memory": [],
     "iptv2_diffusion.non_finite": [],
-    "iptv2_diffusion.objectives": [],
+    "iptv2_diffusion.objectives": ["iptv2_diffusion.variational_bound"],
+    "iptv2_diffusion.variational_bound": [],
     "iptv2_diffusion.sixteen_bit": ["iptv2_diffusion.data.image_files", "iptv2_diffusion.data.image_metadata"],
     "iptv2_diffusion.data": ["iptv2_diffusion.files", "iptv2_diffusion.latents"],
     "iptv2_diffusion.training": [*FOUNDATION, "iptv2_diffusion.data"],
@@ -66,17 +69,19 @@ FOREIGN = ("accelerate", "datasets", "torchmetrics", "torch_fidelity", "diffuser
 
 
 def imports(path):
-    """Every module named by an import statement, wherever in the file it stands."""
+    """Every module named by an import statement, wherever in the file it stands; relative names are resolved."""
+    package = module_name(path) if path.stem == "__init__" else module_name(path).rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+            yield resolve_name("." * node.level + (node.module or ""), package)
 
 
 def module_name(path):
     """The dotted name; pipelines/ is a folder at the top and a package inside ours."""
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
     return ".".join(("iptv2_diffusion", *parts) if parts[0] == "pipelines" else parts)
 
 
@@ -124,11 +129,18 @@ def test_no_two_modules_share_a_name():
     assert not {name: paths for name, paths in names.items() if len(paths) > 1 or name in RECIPE_FILES}
 
 
+# Longer modules, each with its limit and the reason
+LONGER = {
+    "pipelines/pipeline_iptv2.py": 530,  # one call from labels to images, in one file as diffusers' pipelines are
+    "iptv2_diffusion/kernels/triton_fcsa.py": 560,  # two kernels that share their launch
+}
+LONGER_FUNCTIONS = {"backward_kernel": 110}  # Triton kernels call no closures
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_the_functions_of_scripts_are_short(path):
+def test_modules_and_functions_are_short(path):
     text = path.read_text(encoding="utf-8")
-    is_script = path.parent.name in ("train", "eval")
-    assert len(text.splitlines()) <= (400 if is_script else 600)
+    assert len(text.splitlines()) <= LONGER.get(path.relative_to(ROOT).as_posix(), 400)
     for node in ast.walk(ast.parse(text)):
-        if is_script and isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno + 1 <= 80, node.name
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno + 1 <= LONGER_FUNCTIONS.get(node.name, 80), node.name

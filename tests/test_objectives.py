@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from iptv2_diffusion import DiffusionObjective, IPTV2Transformer2DModel
-from iptv2_diffusion.objectives import discretized_gaussian_nll, gaussian_kl
+from iptv2_diffusion.variational_bound import discretized_gaussian_nll, gaussian_kl
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "flow"]
 TIMESTEPS = (0, 1, 37, 500, 998, 999)

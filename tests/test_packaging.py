@@ -117,7 +117,7 @@ from iptv2_diffusion.files import shipped
 from iptv2_diffusion.pipelines.restore_cli import main as restore
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import UserError
-from iptv2_diffusion.training.options import parse_config
+from iptv2_diffusion.training.parsing import parse_config
 
 Image.effect_noise((40, 24), 40).convert("RGB").save("photo.png")
 assert restore(["photo.png"]) == 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import run_main
-from iptv2_diffusion.training.options import parse_config
+from iptv2_diffusion.training.parsing import parse_config
 
 EXAMPLES = """
 examples:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from iptv2_diffusion.recipes.restoration.config import RestorationConfig
 from iptv2_diffusion.training.errors import run_main
-from iptv2_diffusion.training.options import parse_config
+from iptv2_diffusion.training.parsing import parse_config
 
 EXAMPLES = """
 examples, where ... is accelerate launch train/train_restoration.py, and * needs python data/photographs/fetch.py first:

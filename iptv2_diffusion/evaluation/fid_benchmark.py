@@ -29,7 +29,8 @@ from iptv2_diffusion.evaluation.generation_metrics import (
     statistics,
 )
 from iptv2_diffusion.evaluation.reference_images import ReferenceImages
-from iptv2_diffusion.evaluation.sample_folder import SampleFolder, generate, start_accelerator
+from iptv2_diffusion.evaluation.sample_folder import SampleFolder
+from iptv2_diffusion.evaluation.sampling import generate, start_accelerator
 from iptv2_diffusion.training.accelerator import available_cores
 from iptv2_diffusion.training.errors import ConfigError, user_errors
 from iptv2_diffusion.training.options import config_to_dict

@@ -10,7 +10,8 @@ from iptv2_diffusion.evaluation.generation_options import GenerationConfig
 from iptv2_diffusion.files import inside
 from iptv2_diffusion.training.errors import ConfigError
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.options import coerce_fields, option
+from iptv2_diffusion.training.options import option
+from iptv2_diffusion.training.parsing import coerce_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 from iptv2_diffusion.data.image_files import ImageFile, Limits
 from iptv2_diffusion.models.presets import count_macs, count_parameters
 
-from ..pipeline_iptv2_restoration import estimate_sigma, from_array, to_pil
+from ..image_io import from_array, to_pil
+from ..noise_estimation import estimate_sigma
 from ..restore_cli import read, write
 from .jobs import Report
 

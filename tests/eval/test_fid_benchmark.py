@@ -31,7 +31,7 @@ from iptv2_diffusion.evaluation.generation_metrics import (
 from iptv2_diffusion.evaluation.sample_folder import SampleFolder
 from iptv2_diffusion.models.presets import PRESETS
 from iptv2_diffusion.training.errors import ConfigError, UserError
-from iptv2_diffusion.training.options import parse_config
+from iptv2_diffusion.training.parsing import parse_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "eval" / "fid_benchmark.py"

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from iptv2_diffusion.evaluation.roofline import FORMS, MACHINES, Machine, Recorder, count, fuse, measure_this_machine
+from iptv2_diffusion.evaluation.machines import MACHINES, Machine, measure_this_machine
+from iptv2_diffusion.evaluation.roofline import FORMS, Recorder, count, fuse
 from iptv2_diffusion.evaluation.roofline_steps import make_on_meta, record
 from iptv2_diffusion.kernels import triton_fcsa, triton_ggsa
 

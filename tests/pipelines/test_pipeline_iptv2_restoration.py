@@ -12,7 +12,8 @@ from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.models.activations import activation_bytes_per_pixel
-from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import blending, estimate_sigma, starts
+from iptv2_diffusion.pipelines.noise_estimation import estimate_sigma
+from iptv2_diffusion.pipelines.tiling import blending, starts
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from iptv2_diffusion.models.adaptation import adapt_denoiser, match_classes
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.recipes.latent_diffusion.task import LatentDiffusionTask
 from iptv2_diffusion.training.errors import ConfigError, UserError
-from iptv2_diffusion.training.options import parse_config
+from iptv2_diffusion.training.parsing import parse_config
 
 BASE = ("ant", "bee", "bird", "cat", "cow", "dog", "fish", "fox", "moth, night butterfly")  # nine classes, as `tiny`
 

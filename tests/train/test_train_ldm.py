@@ -19,7 +19,7 @@ from iptv2_diffusion.data.images import load_image_dataset
 from iptv2_diffusion.data.own_folder import RECORD
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import UserError
-from iptv2_diffusion.training.options import parse_config
+from iptv2_diffusion.training.parsing import parse_config
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "vae" not in path.name)

@@ -22,7 +22,7 @@ from iptv2_diffusion.recipes.restoration.data import make_sources
 from iptv2_diffusion.recipes.restoration.run import make_model
 from iptv2_diffusion.training.errors import UserError
 from iptv2_diffusion.training.logging import read_metrics
-from iptv2_diffusion.training.options import parse_config
+from iptv2_diffusion.training.parsing import parse_config
 
 ROOT = Path(__file__).parents[2]
 train_restoration = load_script("train/train_restoration.py")

@@ -14,7 +14,8 @@ from iptv2_diffusion.training.cuda_graphs import PositionalCall, wants_graphs
 from iptv2_diffusion.training.errors import ConfigError, NonFiniteLossError
 from iptv2_diffusion.training.logging import read_metrics
 from iptv2_diffusion.training.loop import Outcome, Trainer
-from iptv2_diffusion.training.options import TrainingConfig, parse_config
+from iptv2_diffusion.training.options import TrainingConfig
+from iptv2_diffusion.training.parsing import parse_config
 from iptv2_diffusion.training.training_task import TrainingTask
 
 

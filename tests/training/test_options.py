@@ -13,7 +13,8 @@ from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.recipes.restoration.config import RestorationConfig
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.training.errors import ConfigError
-from iptv2_diffusion.training.options import Range, TrainingConfig, frozen_fields, option, parse_config, save_config
+from iptv2_diffusion.training.options import Range, TrainingConfig, frozen_fields, option, save_config
+from iptv2_diffusion.training.parsing import parse_config
 
 
 @dataclass(frozen=True, kw_only=True)

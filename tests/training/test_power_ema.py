@@ -10,7 +10,8 @@ from test_loop import equal, rows, run, snapshot
 
 from iptv2_diffusion.training.ema import ModelState
 from iptv2_diffusion.training.errors import ConfigError
-from iptv2_diffusion.training.options import TrainingConfig, parse_config
+from iptv2_diffusion.training.options import TrainingConfig
+from iptv2_diffusion.training.parsing import parse_config
 from iptv2_diffusion.training.power_ema import PowerEMA, coefficients, find_snapshots, gamma_of, reconstruct
 
 

@@ -15,7 +15,7 @@ from iptv2_diffusion.recipes.restoration.config import RestorationConfig
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_json, read_yaml
 from iptv2_diffusion.training.errors import UserError
-from iptv2_diffusion.training.options import parse_config
+from iptv2_diffusion.training.parsing import parse_config
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

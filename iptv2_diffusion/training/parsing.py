@@ -1,0 +1,149 @@
+"""From the command line and YAML files to a run configuration.
+
+    config = parse_config(LDMConfig)          # --config file.yaml --data my_photos --learning_rate 3e-4
+
+The command line takes precedence over YAML files, and they over the defaults of the dataclass. The word none means None
+in both. An unknown option is an error that names the nearest options. Only the standard library and yaml are imported
+here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from iptv2_diffusion.files import shipped
+from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml
+from iptv2_diffusion.training.coercion import coerce, read_word, type_name
+from iptv2_diffusion.training.errors import ConfigError
+from iptv2_diffusion.training.options import ConfigType
+
+
+def parse_config(
+    config_type: type[ConfigType], argv: Sequence[str] | None = None, *, description: str = "", examples: str = ""
+) -> ConfigType:
+    """Read `--config FILE` and `--name value` overrides into `config_type`, resolved. Raises `ConfigError`."""
+    parser, arguments = _make_parser(config_type, description, examples), _normalise(argv)
+    known, rest = parser.parse_known_args(arguments)
+    if rest:
+        names = [field.name for field in dataclasses.fields(config_type)]
+        raise ConfigError(_unknown(rest[0].lstrip("-").split("=")[0], names, "on the command line"))
+    hints = typing.get_type_hints(config_type)
+    values: dict[str, Any] = {}
+    for path in known.config or []:
+        values |= coerce_fields(config_type, _read_yaml(path), path)
+    for name, text in vars(known).items():
+        if name != "config" and text is not None:
+            values[name] = coerce(read_word(text, hints[name]), hints[name], name)
+    return config_type(**expand_home(config_type, values)).resolve()
+
+
+def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values by field name, each turned into its field's type. Raises `ConfigError` for a name that is no field."""
+    hints = typing.get_type_hints(config_type)
+    names = [field.name for field in dataclasses.fields(config_type)]
+    for name in values:
+        if name not in names:
+            raise ConfigError(_unknown(str(name), names, f"in {where}"))
+    return expand_home(config_type, {name: coerce(value, hints[name], name) for name, value in values.items()})
+
+
+def expand_home(config_type: type, values: dict[str, Any]) -> dict[str, Any]:
+    """~ in fields that no checkpoint holds; the others, and defaults, are expanded where they are used."""
+    free = {field.name: field.default for field in dataclasses.fields(config_type) if field.metadata.get("free")}
+    return {
+        name: os.path.expanduser(value) if isinstance(value, str) and free.get(name, value) != value else value
+        for name, value in values.items()
+    }
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = read_yaml(find_recipe(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{_recipes(path)}") from error
+    except StrictSyntaxError as error:
+        reason = str(error)
+        joined = f"{path}, {reason}" if reason.startswith("line ") else f"{path} is not YAML: {reason}"
+        raise ConfigError(joined) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `name: value` lines; it holds a {type(values).__name__}")
+    return values
+
+
+def find_recipe(name: str) -> Path:
+    """The YAML file of that path, or the recipe of that name: configs/NAME.yaml here or where the code is."""
+    path = shipped(name)
+    named = shipped(f"configs/{name}.yaml")
+    return named if not path.exists() and named.is_file() else path
+
+
+def _recipes(name: str) -> str:
+    """The end of an error about a configuration that is not there: the names of recipes like it."""
+    folder = shipped("configs")
+    if Path(name).suffix or not folder.is_dir():
+        return ""
+    known = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(n for n in known if "/" not in n)
+    return f"; recipes have the names {', '.join(near)} ..."
+
+
+def _normalise(argv: Sequence[str] | None) -> list[str]:
+    """Accept --max-train-steps for --max_train_steps."""
+    words = sys.argv[1:] if argv is None else argv
+    result = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        result.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if word[:2] == "--" else word)
+    return result
+
+
+def _unknown(name: str, known: list[str], where: str) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help for the options"
+    return f"unknown option {name!r} {where}; {hint}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def _make_parser(config_type: type, description: str, examples: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [--option VALUE ...]",
+        description=description,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        epilog=examples,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="YAML file, or a recipe's name such as emoji64; may be given several times",
+    )
+    hints, groups = typing.get_type_hints(config_type), {}
+    for field in dataclasses.fields(config_type):
+        title = field.metadata.get("group", "options")
+        group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+        missing = field.default is dataclasses.MISSING
+        default = field.default_factory() if missing else field.default  # type: ignore[misc]
+        shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
+        shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else shown
+        text = f"{field.metadata.get('help', '')} [{shown}]".replace("%", "%%")
+        is_flag = bool in (hints[field.name], *typing.get_args(hints[field.name]))
+        flag = {"nargs": "?", "const": "true"} if is_flag else {}
+        group.add_argument(f"--{field.name}", metavar=type_name(hints[field.name]), help=text, **flag)
+    return parser
