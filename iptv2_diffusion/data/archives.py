@@ -1,7 +1,7 @@
-"""Tars read in place: of one tar per class, as ImageNet is handed out, and of class folders.
+"""Tars that are read without unpacking: a tar of one tar per class, as ImageNet is distributed, and a tar of folders.
 
-`ILSVRC2012_img_train.tar` holds n01440764.tar ..., each with its class's JPEG files. Tars are not compressed, so every
-image is a piece of the outer file; one pass over the headers finds where, and nothing is unpacked.
+`ILSVRC2012_img_train.tar` contains n01440764.tar ..., each with the JPEG files of a class. Tars are not compressed, so
+every image is a piece of the outer file. One pass over the headers finds these pieces.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from iptv2_diffusion.data.image_folders import METADATA, Listing, is_of_tools
 _PIECE = re.compile(r"^(?P<file>.+\.tar)::(?P<offset>\d+)\+(?P<size>\d+)::.+$")
 
 
-LOOKED_AT = 64  # files of a tar, to tell what it is
-# What lies beside the image of a WebDataset's sample
+LOOKED_AT = 64  # files of a tar that decide its kind
+# Files next to the image in a sample of a WebDataset
 SIDE_FILES = (".cls", ".cls2", ".txt", ".json", ".caption", ".npy", ".id", ".index", ".pyd")
-WAITS = (0.5, 2.0)  # seconds before further attempts at what a network did not give
+WAITS = (0.5, 2.0)  # seconds to wait before each further attempt after a network error
 
 
 def kind_of_tar(path: Path, suffixes: set[str]) -> str:
-    """What a tar is by its first files: "tars", of one tar a class; "folders", of class folders; "samples", WebDataset.
+    """Return the kind of a tar by its first files: "tars" (one per class), "folders" (classes) or "samples".
 
-    Class folders hold images alone; a sample of a WebDataset has files beside the image, or lies in no folder.
-    Raises ValueError for a file that is no tar, or a damaged one.
+    Class folders contain only images. Samples of a WebDataset have other files next to the image, or no folder.
+
+    Raises:
+        ValueError: the file is not a tar, or is damaged.
     """
     images = 0
     with opened_tar(path) as archive:
@@ -53,7 +55,7 @@ def kind_of_tar(path: Path, suffixes: set[str]) -> str:
 
 
 def check_end(path: Path) -> None:
-    """Raise a ValueError for a tar that does not end in the zeros that tars end in: it is cut, or none."""
+    """Raise a ValueError unless the file ends with the zeros that end a tar. Otherwise it is cut short or not a tar."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - tarfile.BLOCKSIZE))
@@ -63,14 +65,14 @@ def check_end(path: Path) -> None:
 
 
 def check_whole(path: str | Path, member: tarfile.TarInfo, end: int) -> None:
-    """Raise a ValueError if a member goes on beyond the `end` of its tar, in bytes."""
+    """Raise a ValueError if a member extends beyond the `end` of its tar, in bytes."""
     if member.offset_data + member.size > end:
         raise ValueError(f"{path} is cut short inside {member.name}; download it again")
 
 
 @contextlib.contextmanager
 def opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """An uncompressed tar. A damaged one, at opening or later, is a ValueError that names it."""
+    """Open an uncompressed tar. Damage, at opening or later, raises a ValueError that names the file."""
     try:
         with tarfile.open(path, "r:") as archive:
             yield archive
@@ -83,7 +85,7 @@ def opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
 def list_tar(path: Path, listing: Listing, suffixes: set[str]) -> None:
     """Add the images of a tar of class folders to a listing, as pieces of the file.
 
-    A single folder around all of them does not count. Raises ValueError for a damaged tar.
+    A single folder around all class folders is ignored. Raises a ValueError for a damaged tar.
     """
     end, found = path.stat().st_size, {}
     with opened_tar(path) as archive:
@@ -100,16 +102,16 @@ def list_tar(path: Path, listing: Listing, suffixes: set[str]) -> None:
 
 
 def load_nested_tar(path: Path, suffixes: set[str], cache_dir: str | None = None) -> datasets.Dataset:
-    """The images of a tar of tars: "image" (a piece of the file, undecoded) and "label", named by the inner tars.
+    """Return the images of a tar of tars: "image" (an undecoded piece of the file) and "label" (named by inner tars).
 
-    `datasets` keeps the list in its cache, under the file's name, size and time. Raises ValueError for a damaged tar.
+    `datasets` caches the list under the file's name, size and time. Raises a ValueError for a damaged tar.
     """
     state = path.stat()
     with opened_tar(path) as outer:
         names = sorted(Path(member.name).stem for member in outer if _is_class(member))
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path}: holds two tars called {twice}.tar; which images are of the class cannot be told")
+        raise ValueError(f"{path}: contains two tars called {twice}.tar; rename or remove one")
     features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
     try:
         return datasets.Dataset.from_generator(
@@ -118,7 +120,7 @@ def load_nested_tar(path: Path, suffixes: set[str], cache_dir: str | None = None
             gen_kwargs={"path": str(path), "suffixes": sorted(suffixes), "state": (state.st_size, state.st_mtime_ns)},
             **({} if cache_dir is None else {"cache_dir": cache_dir}),
         )
-    except datasets.exceptions.DatasetGenerationError as error:  # which hides ours
+    except datasets.exceptions.DatasetGenerationError as error:  # hides our error
         cause = error.__cause__ or error
         raise ValueError(first_line(cause)) from error
 
@@ -147,27 +149,27 @@ def _pieces(path: str, suffixes: list[str], state: tuple[int, int]) -> Iterator[
 
 
 def file_of(path: str) -> Path:
-    """The file on the disk that an image is, or is a piece of."""
+    """Return the file that an image is, or is a piece of."""
     match = _PIECE.match(path)
     return Path(match["file"] if match else path)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where there is none."""
+    """Return the first line of an error's message, or its class if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class FetchError(OSError):
-    """What a URL names could not be fetched now."""
+    """Raised if a URL could not be fetched, which may succeed later."""
 
 
 def fetch(url: str) -> bytes:
-    """What an fsspec URL names, in `len(WAITS) + 1` attempts. FetchError if none succeeds."""
+    """Fetch the bytes of an fsspec URL in `len(WAITS) + 1` attempts. Raises a FetchError if none succeeds."""
     for wait in (*WAITS, None):
         try:
             with fsspec.open(url, "rb") as file:
                 return file.read()
-        except (FileNotFoundError, ImportError, ValueError):  # another attempt would not help
+        except (FileNotFoundError, ImportError, ValueError):  # a further attempt would not help
             raise
         except Exception as error:  # fsspec's backends have errors of their own
             if wait is None:
@@ -177,9 +179,10 @@ def fetch(url: str) -> bytes:
 
 
 def read_bytes(path: str, limit: int | None = None) -> bytes:
-    """The bytes of an image: a file, a piece of a tar, or what a URL of fsspec names (as of the Hub).
+    """Return the bytes of an image: a file, a piece of a tar, or an fsspec URL (such as one of the Hub).
 
-    Raises ValueError for more than `limit` bytes, and for a piece beyond the end of its tar.
+    Raises:
+        ValueError: the image has more than `limit` bytes, or the piece extends beyond the end of its tar.
     """
     match = _PIECE.match(path)
     if match is None and "://" in path:

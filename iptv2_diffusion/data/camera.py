@@ -1,7 +1,7 @@
-"""Noise of a camera: back to the sensor, shot and read noise, mosaic, and forward through the camera's processing.
+"""Camera noise: unprocess a photograph to raw sensor data, add shot and read noise, and process it again.
 
-A photograph is not noisy as white Gaussian noise is. The noise of a sensor grows with the light; demosaicing, white
-balance, colour correction and the tone curve then colour it and give it a grain of several pixels. The steps and the
+The noise of a photograph is not white Gaussian noise. Sensor noise grows with the light. Demosaicing, white balance,
+colour correction and the tone curve then colour it and give it a grain of several pixels. The steps and the
 distributions of noise levels and gains are those of Brooks et al., "Unprocessing Images for Learned Raw Denoising",
 CVPR 2019 (arXiv 1811.11127), §3. The colour matrices are ours: the paper draws them from those of four cameras.
 """
@@ -17,19 +17,19 @@ from torch import Tensor
 
 __all__ = ["CameraNoise"]
 
-BRIGHTNESS = 1e-8  # smallest linear value that a power is taken of
+BRIGHTNESS = 1e-8  # smallest linear value whose power is computed
 READ_SLOPE, READ_OFFSET, READ_SPREAD = 2.18, 1.20, 0.26  # log(read) ~ N(slope · log(shot) + offset, spread), §3.1
 
 
 @dataclass(frozen=True)
 class CameraNoise:
-    """Shot and read noise of a sensor, as a camera's processing leaves it in an sRGB photograph.
+    """Shot and read noise of a sensor, after a camera's processing, in an sRGB photograph.
 
     Args:
         low, high: range of the shot noise λ_shot, drawn log-uniformly; 0.0001 to 0.012 in the paper. The variance of a
             linear value y in [0, 1] is λ_read + λ_shot · y.
-        mosaic: probability that a sample goes through a Bayer mosaic. The others are as a photograph that was
-            shrunk: their noise is independent from pixel to pixel before colour correction.
+        mosaic: probability that a sample passes through a Bayer mosaic. The noise of the others is independent from
+            pixel to pixel before colour correction, as in a photograph that was reduced.
     """
 
     low: float
@@ -38,7 +38,7 @@ class CameraNoise:
     margin: int = 0
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
-        """(B, 3, H, W) or (B, 1, H, W) of sRGB on [0, 1] -> the same shape, clipped to [0, 1]. σ is unknown."""
+        """Degrade sRGB images, (B, 3, H, W) or (B, 1, H, W) on [0, 1], to the same shape, clipped. σ is unknown."""
         count = len(clean)
         camera = draw_camera(count, generator)
         shot, read = draw_noise_levels(count, self.low, self.high, generator)
@@ -58,16 +58,16 @@ class CameraNoise:
 
 @dataclass(frozen=True)
 class Camera:
-    """What a camera does to linear light: gains of white balance and exposure (B, 3), colour matrices (B, 3, 3)."""
+    """Parameters of a camera's processing: gains of white balance and exposure (B, 3), colour matrices (B, 3, 3)."""
 
     gains: Tensor
     matrix: Tensor
 
 
 def draw_camera(count: int, generator: torch.Generator) -> Camera:
-    """Gains as in §3.4 of the paper; a matrix that takes a share of 10 to 35 % of the neighbours' colours away [ours].
+    """Draw gains as in §3.4 of the paper, and matrices that subtract 10 to 35 % of the other colours [ours].
 
-    Its rows add up to 1, so that gray stays gray.
+    The rows of a matrix add up to 1, so gray stays gray.
     """
     exposure = 1 / (0.8 + 0.1 * torch.randn(count, generator=generator)).clamp(0.5, 1.2)
     red = 1.9 + 0.5 * torch.rand(count, generator=generator)
@@ -80,40 +80,40 @@ def draw_camera(count: int, generator: torch.Generator) -> Camera:
 
 
 def draw_noise_levels(count: int, low: float, high: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """λ_shot and λ_read, each (B,): equation 3 of the paper."""
+    """Draw λ_shot and λ_read, each (B,), by equation 3 of the paper."""
     log_shot = math.log(low) + (math.log(high) - math.log(low)) * torch.rand(count, generator=generator)
     spread = READ_SPREAD * torch.randn(count, generator=generator)
     return log_shot.exp(), (READ_SLOPE * log_shot + READ_OFFSET + spread).exp()
 
 
 def unprocess(images: Tensor, camera: Camera) -> Tensor:
-    """sRGB (B, 3, H, W) on [0, 1] -> the linear light that the sensor saw, on [0, 1]. `process` inverts it."""
+    """Convert sRGB (B, 3, H, W) on [0, 1] to the linear light on the sensor, on [0, 1]. `process` is the inverse."""
     linear = images.clamp(min=BRIGHTNESS).pow(2.2)
     linear = torch.einsum("bij,bjhw->bihw", torch.linalg.inv(camera.matrix), linear)
     return (linear / camera.gains[:, :, None, None]).clamp(0, 1)
 
 
 def process(raw: Tensor, camera: Camera) -> Tensor:
-    """Linear light of the sensor (B, 3, H, W) -> sRGB on [0, 1]: white balance, colour correction, gamma."""
+    """Convert linear light on the sensor (B, 3, H, W) to sRGB on [0, 1]: white balance, colour correction, gamma."""
     balanced = (raw * camera.gains[:, :, None, None]).clamp(0, 1)
     corrected = torch.einsum("bij,bjhw->bihw", camera.matrix, balanced)
     return corrected.clamp(BRIGHTNESS, 1).pow(1 / 2.2)
 
 
 def demosaic(image: Tensor, pattern: int) -> Tensor:
-    """Keep the one colour a pixel that a Bayer sensor sees and interpolate the others: (3, H, W), H and W at least 3.
+    """Keep the colour of each pixel that a Bayer sensor sees and interpolate the others: (3, H, W), H and W at least 3.
 
     The interpolation is the gradient-corrected linear one of Malvar, He and Cutler, "High-quality linear interpolation
     for demosaicing of Bayer-patterned color images", ICASSP 2004, figure 2.
 
-    pattern: 0 to 3, the shift of the 2×2 cell R G / G B by rows (bit 0) and columns (bit 1).
+    `pattern` is 0 to 3: the shift of the 2×2 cell R G / G B by rows (bit 0) and columns (bit 1).
     """
     _, height, width = image.shape
     even_rows = ((torch.arange(height) + (pattern & 1)) % 2 == 0)[:, None]  # rows with R and G
     even_columns = ((torch.arange(width) + (pattern >> 1)) % 2 == 0)[None]
     is_red, is_blue = even_rows & even_columns, ~even_rows & ~even_columns  # (H, W); the others are green
     seen = torch.where(is_red, image[0], torch.where(is_blue, image[2], image[1]))
-    # A border that repeats no pixel keeps the pattern.
+    # Reflection without repeating the border pixel keeps the pattern.
     padded = F.pad(seen[None, None], (2, 2, 2, 2), mode="reflect")
     cross, along, across, corner = F.conv2d(padded, KERNELS.to(image.dtype))[0]
     green = torch.where(is_red | is_blue, cross, seen)

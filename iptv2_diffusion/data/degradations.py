@@ -1,9 +1,9 @@
-"""Synthetic degradations, made on the fly from clean patches: noise, blur, rain, JPEG.
+"""Synthetic degradations of clean patches during training: noise, blur, rain, JPEG.
 
-Each is a callable `(clean, generator) -> (degraded, sigma)` over a batch (B, C, H, W) on [0, 1]: `sigma` is the
-standard deviation of the noise on the 0–255 scale, (B,), or None where there is no such thing. All numbers come from a
-given generator: a step is a function of (seed, step). `margin` pixels at each side of the input are lost: patches
-are cut that much larger, so that a blur sees what lies outside.
+Each is a callable `(clean, generator) -> (degraded, sigma)` on a batch (B, C, H, W) in [0, 1]. `sigma` is the standard
+deviation of the noise on the 0–255 scale, (B,), or None if there is none. All random numbers come from the generator,
+so a step is a function of (seed, step). The output is `margin` pixels smaller than the input on each side. Patches are
+cut larger by this margin, so that a blur sees the pixels outside.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class Degradation(Protocol):
-    """What all degradations are."""
+    """Interface of all degradations."""
 
     margin: int
 
@@ -42,13 +42,13 @@ class Degradation(Protocol):
 
 
 def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    """(count,) uniform numbers in [low, high]."""
+    """Draw uniform numbers (count,) in [low, high]."""
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """Additive white Gaussian noise, neither clipped nor quantised; σ uniform in [low, high] on the 0–255 scale."""
+    """Additive white Gaussian noise, not clipped or quantised, with σ uniform in [low, high] on the 0–255 scale."""
 
     low: float
     high: float
@@ -62,7 +62,7 @@ class GaussianNoise:
 
 @dataclass(frozen=True)
 class GaussianBlur:
-    """Anisotropic Gaussian blur: standard deviations uniform in [low, high] pixels, a random angle."""
+    """Anisotropic Gaussian blur with standard deviations uniform in [low, high] pixels and a random angle."""
 
     low: float
     high: float
@@ -80,7 +80,7 @@ class GaussianBlur:
 
 @dataclass(frozen=True)
 class MotionBlur:
-    """Blur of a moving hand: a smooth random path, its length uniform in [low, high] pixels."""
+    """Motion blur of a hand-held camera: a smooth random path with a length uniform in [low, high] pixels."""
 
     low: float
     high: float
@@ -93,7 +93,7 @@ class MotionBlur:
         count = len(clean)
         length = uniform(count, self.low, self.high, generator)
         angle = uniform(count, 0, 2 * math.pi, generator)
-        bend = uniform(count, -1.5, 1.5, generator)  # radians by which the direction turns over the path
+        bend = uniform(count, -1.5, 1.5, generator)  # change of direction over the path, in radians
         return blur(clean, motion_kernels(length, angle, bend, self.margin)), None
 
 
@@ -101,8 +101,8 @@ class MotionBlur:
 class RainStreaks:
     """Rain as sparse bright dots drawn out into streaks, added to the image [ours; after the usual Photoshop recipe].
 
-    density: share of pixels where a drop starts, uniform in [low, high]; streaks of `length` pixels, within 0.6 rad of
-    vertical; brightness 0.3 to 0.9.
+    The density, the share of pixels where a drop starts, is uniform in [low, high]. Streaks have `length` pixels, are
+    within 0.6 rad of vertical and have a brightness of 0.3 to 0.9.
     """
 
     low: float
@@ -131,9 +131,9 @@ class RainStreaks:
 
 @dataclass(frozen=True)
 class JPEGCompression:
-    """JPEG with a quality uniform in [low, high]. The result is quantised to 8 bits, as in a file.
+    """JPEG compression with a quality uniform in [low, high]. The result is quantised to 8 bits, as in a file.
 
-    The grid of 8×8 blocks starts at a random pixel, because photographs are cropped after they were compressed.
+    The grid of 8×8 blocks starts at a random pixel, as in photographs that were cropped after compression.
     """
 
     low: float
@@ -155,7 +155,7 @@ class JPEGCompression:
 
 @dataclass(frozen=True)
 class Sometimes:
-    """A degradation that each sample receives with a probability; the others keep their pixels."""
+    """Apply a degradation to each sample with a probability. The other samples do not change."""
 
     step: Degradation
     probability: float
@@ -175,7 +175,7 @@ class Sometimes:
 
 
 class Sequential:
-    """Several degradations, one after another; σ is that of the one that adds noise."""
+    """Apply several degradations in order. σ comes from the one that adds noise."""
 
     def __init__(self, *steps: Degradation) -> None:
         self.steps = steps
@@ -197,14 +197,14 @@ class Sequential:
 
 
 def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """(H, W, C) of uint8, C 1 or 3, written as JPEG and read back."""
+    """Compress an (H, W, C) uint8 image, C 1 or 3, as JPEG and decode it."""
     file = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, format="JPEG", quality=quality)
     return np.asarray(Image.open(file)).reshape(image.shape)
 
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
-    """Each image (B, C, H, W) by its own kernel (B, K, K), K odd, without padding: (B, C, H - K + 1, W - K + 1)."""
+    """Filter each image (B, C, H, W) by its own kernel (B, K, K), K odd, without padding: (B, C, H-K+1, W-K+1)."""
     batch, channels, _, _ = images.shape
     kernels = kernels.repeat_interleave(channels, dim=0)[:, None]
     blurred = F.conv2d(images.flatten(0, 1)[None], kernels, groups=batch * channels)[0]
@@ -212,7 +212,7 @@ def blur(images: Tensor, kernels: Tensor) -> Tensor:
 
 
 def gaussian_kernels(along: Tensor, across: Tensor, angle: Tensor, radius: int) -> Tensor:
-    """Normalised Gaussian kernels (B, 2·radius + 1, 2·radius + 1); standard deviations (B,) in pixels, angle in rad."""
+    """Return normalised Gaussian kernels (B, 2·radius+1, 2·radius+1); deviations (B,) in pixels, angle in radians."""
     grid = torch.arange(-radius, radius + 1, dtype=torch.float32)
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
@@ -222,10 +222,10 @@ def gaussian_kernels(along: Tensor, across: Tensor, angle: Tensor, radius: int) 
 
 
 def motion_kernels(length: Tensor, angle: Tensor, bend: Tensor, radius: int, samples: int = 64) -> Tensor:
-    """Normalised kernels (B, 2·radius + 1, 2·radius + 1) of paths of `length` pixels whose direction turns by `bend`.
+    """Return normalised kernels (B, 2·radius+1, 2·radius+1) of paths of `length` pixels that turn by `bend` radians.
 
-    The path, `samples` points at equal distances, is centred on its centre of mass; each point is spread over the four
-    pixels around it.
+    A path has `samples` points at equal distances and is centred on its centre of mass. Each point is spread over the
+    four pixels around it.
     """
     time = torch.linspace(-0.5, 0.5, samples)
     direction = angle[:, None] + bend[:, None] * time

@@ -1,16 +1,17 @@
-"""Randomness without state: everything random in training is a pure function of (seed, step, position in the batch).
+"""Randomness without state: every random number of a training is a function of (seed, step, position in the batch).
 
-* Data order: position i of the endless stream is epoch i // N, item perm(seed, epoch)[i % N]. Every item is seen once
-  an epoch, whatever the number of processes; with weights, as often as its weight says, up to one time.
-* Everything else of optimiser step n (flips, noise, timesteps, label drops) is drawn for the *whole* global batch from
-  one CPU generator seeded with (seed, n); each process and micro-batch takes its slice.
+* Data order: position i of the endless stream is item perm(seed, epoch)[i % N] of epoch i // N. Every epoch has each
+  item once, for any number of processes. With weights, it has each item in proportion to its weight, rounded up or
+  down at random.
+* All other numbers of optimiser step n (flips, noise, timesteps, label drops) are drawn for the *whole* global batch
+  from one CPU generator seeded with (seed, n). Each process and micro-batch takes its slice.
 
-So a resumed run needs no random state, the loss curve does not depend on the number of processes, and gradient
-accumulation equals the large batch. The price is that each process draws the whole batch's noise: about 1 ms for 64
-latents of 16x16x4, 25 ms for 256 of 32x32x4.
+A resumed run therefore needs no random state, the loss curve does not depend on the number of processes, and gradient
+accumulation equals the large batch. The cost is that each process draws the noise of the whole batch: about 1 ms for
+64 latents of 16x16x4, 25 ms for 256 of 32x32x4.
 
-A step is drawn once, by `RunDraws`. Sources that read ahead draw ahead, and hand each micro-batch out together with its
-pixels (`read_ahead`): nothing is derived a second time.
+`RunDraws` draws a step once. Sources that read ahead also draw ahead, and return each micro-batch together with its
+pixels (`read_ahead`).
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
-    """A 63-bit seed from the run's seed and what it is for, equal on every machine.
+    """Derive a 63-bit seed from the run's seed and a purpose, the same on every machine.
 
-    Hashed, so that neighbouring steps or seeds have unrelated streams (torch's CPU generator uses the low 32 bits).
+    The hash gives neighbouring steps or seeds unrelated streams (torch's CPU generator uses the low 32 bits).
     """
     text = "/".join(str(part) for part in (seed, *parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def generator_for(seed: int, *parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`."""
+    """Return a CPU generator seeded by `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *parts))
 
 
@@ -48,24 +49,25 @@ class DataOrder:
 
     Args:
         num_items: N, the size of an epoch.
-        seed: of the run.
-        weights: (N,), not negative: how often each item comes, in proportion (see `class_balanced_weights`). None:
-            all alike. Of w N / sum(w) expected times an item comes the whole ones, and once more by chance.
+        seed: seed of the run.
+        weights: frequency of each item, (N,), not negative, up to a common factor (see `class_balanced_weights`); None
+            for equal frequencies. An item is expected w N / sum(w) times an epoch. It comes this number of times,
+            rounded up or down at random.
     """
 
     def __init__(self, num_items: int, seed: int, weights: Tensor | None = None) -> None:
         if num_items < 1:
-            raise ValueError("the data set is empty: there is nothing to train on")
+            raise ValueError("the data set is empty; there is nothing to train on")
         self.num_items, self.seed = num_items, seed
         self._shares = None if weights is None else (weights.double() / weights.double().sum()).cumsum(0)
         self._epochs: dict[int, Tensor] = {}
 
     def permutation(self, epoch: int) -> Tensor:
-        """Item numbers (N,) of an epoch; the last two asked for are remembered."""
+        """Return the item numbers (N,) of an epoch. The last two epochs are cached."""
         if epoch not in self._epochs:
             generator = generator_for(self.seed, "order", epoch)
             order = torch.randperm(self.num_items, generator=generator)
-            if self._shares is not None:  # systematic resampling: N points at equal distances over the weights
+            if self._shares is not None:  # systematic resampling: N equidistant points over the cumulative weights
                 offset = torch.rand((), generator=generator, dtype=torch.float64)
                 points = (torch.arange(self.num_items) + offset) / self.num_items
                 order = torch.searchsorted(self._shares, points).clamp_(max=self.num_items - 1)[order]
@@ -73,7 +75,7 @@ class DataOrder:
         return self._epochs[epoch]
 
     def items(self, start: int, count: int) -> Tensor:
-        """Item numbers (count,) of positions start ... start + count - 1 of the stream."""
+        """Return the item numbers (count,) of positions start ... start + count - 1 of the stream."""
         pieces, end = [], start + count
         while start < end:
             epoch, offset = divmod(start, self.num_items)
@@ -84,27 +86,27 @@ class DataOrder:
 
 
 def class_balanced_weights(labels: Tensor, balance: float) -> Tensor | None:
-    """Weights (N,) for `DataOrder` by which a class of n images comes in proportion to n^(1 - balance).
+    """Return weights (N,) for `DataOrder` that draw a class of n images in proportion to n^(1 - balance).
 
     Args:
         labels: (N,) int64.
-        balance: 0: as often as the data has it (None is returned); 1: every class as often as any other.
+        balance: 0 keeps the frequencies of the data (and returns None), 1 makes all classes equally frequent.
     """
     return labels.bincount().double()[labels] ** -balance if balance else None
 
 
 @dataclass(frozen=True)
 class StepDraws:
-    """What is random at one optimiser step; the first dimension of each is the (slice of the) global batch.
+    """Random numbers of one optimiser step. The first dimension of each is the global batch or a slice of it.
 
     Attributes:
         items: data items, int64.
-        flips: mirror the image?, bool.
+        flips: whether to mirror the image, bool.
         timesteps: uniform numbers in [0, 1) for `DiffusionObjective.sample_timesteps`.
         label_drops: uniform numbers in [0, 1); a label is dropped where the number is below the drop probability.
-        noise: standard normal (B, C, H, W), the diffusion noise; None where nothing is diffused.
-        posterior_noise: likewise, to sample the VAE's posterior; None where it has no spread.
-        crops: uniform numbers in [0, 1) that choose among the crops of an image, where there are several.
+        noise: standard normal diffusion noise, (B, C, H, W); None if the training needs none.
+        posterior_noise: standard normal noise that samples the VAE's posterior; None for a deterministic VAE.
+        crops: uniform numbers in [0, 1) that choose among the crops of an image.
     """
 
     items: Tensor
@@ -116,22 +118,22 @@ class StepDraws:
     crops: Tensor
 
     def views(self, flips: bool, crops: int) -> Tensor:
-        """Which stored or decoded form of each image, int64: crop 0 upright (and mirrored, with `flips`), crop 1 ..."""
+        """Return the view of each image, int64. The order is crop 0 upright (and mirrored, with `flips`), crop 1 ..."""
         view = (self.crops * crops).long()
         return 2 * view + self.flips.long() if flips else view
 
     def __getitem__(self, part: slice) -> StepDraws:
-        """The same for a slice of the batch."""
+        """Return the draws of a slice of the batch."""
         return StepDraws(*(None if value is None else value[part] for value in vars(self).values()))
 
 
 class Order(Protocol):
-    """Which items the batches are made of."""
+    """Interface of the order of the items."""
 
     seed: int
 
     def items(self, start: int, count: int) -> Tensor:
-        """Items (count,) int64 of places start ... start + count - 1 of the endless stream."""
+        """Return the items (count,) int64 at positions start ... start + count - 1 of the endless stream."""
 
 
 def draw_step(
@@ -144,17 +146,17 @@ def draw_step(
     posterior: bool = True,
     stratified: bool = True,
 ) -> StepDraws:
-    """Everything random at optimiser step `step` (from 0), for the whole global batch.
+    """Draw all random numbers of an optimiser step for the whole global batch.
 
     Args:
-        order: which items the batches are made of; it holds the run's seed.
-        step: the optimiser step.
+        order: order of the items, with the run's seed.
+        step: optimiser step, counted from 0.
         batch_size: B.
-        latent_shape: (C, H, W) of the noise.
-        diffusion: draw the diffusion noise. Without it the other numbers are the same.
-        posterior: draw the noise of the VAE's posterior.
-        stratified: the batch's timestep numbers fall one into each of B equal strata, in random order: each is still
-            uniform, but the mean loss of a small batch scatters much less.
+        latent_shape: shape of the noise, (C, H, W).
+        diffusion: whether to draw the diffusion noise. The other numbers do not depend on it.
+        posterior: whether to draw the noise of the VAE's posterior.
+        stratified: whether to draw one timestep number from each of B equal strata, in random order. Each is still
+            uniform, but the mean loss of a small batch has a much smaller variance.
     """
     generator = generator_for(order.seed, "step", step)
     flips = torch.rand(batch_size, generator=generator) < 0.5
@@ -176,9 +178,10 @@ def draw_step(
 
 
 def _pass_over_normals(count: int, generator: torch.Generator) -> None:
-    """Bring the generator to where it is after `torch.randn(count)`, without the normal numbers.
+    """Advance the generator as `torch.randn(count)` does, without computing the normal numbers.
 
-    From 16 on, torch makes each from one uniform number, and the last 16 anew where 16 does not divide the count.
+    For a count of 16 or more, torch uses one uniform number for each, and draws the last 16 again if the count is not a
+    multiple of 16.
     """
     if count < 16:
         torch.randn(count, generator=generator)
@@ -187,7 +190,7 @@ def _pass_over_normals(count: int, generator: torch.Generator) -> None:
 
 
 def own_slices(batch_size: int, num_processes: int, process: int, micro_batches: int = 1) -> list[slice]:
-    """The parts of the global batch that a process takes, one slice a micro-batch; together they cover it once."""
+    """Return a process's parts of the global batch, one slice per micro-batch. All parts together cover it once."""
     parts = num_processes * micro_batches
     if batch_size % parts:
         raise ValueError(
@@ -200,14 +203,14 @@ def own_slices(batch_size: int, num_processes: int, process: int, micro_batches:
 
 @dataclass(frozen=True)
 class RunDraws:
-    """What is random in a run, as one process sees it: its micro-batches of every step.
+    """Random numbers of a run for one process: those of its micro-batches of every step.
 
     Attributes:
-        order: which items the batches are made of; it holds the run's seed.
-        batch_size: B, of an optimiser step over all processes.
-        latent_shape: (C, H, W) of the noise.
-        slices: this process's parts of the global batch, one a micro-batch (see `own_slices`).
-        diffusion, posterior, stratified: as for `draw_step`.
+        order: order of the items, with the run's seed.
+        batch_size: batch size B of an optimiser step, over all processes.
+        latent_shape: shape of the noise, (C, H, W).
+        slices: this process's parts of the global batch, one per micro-batch (see `own_slices`).
+        diffusion, posterior, stratified: see `draw_step`.
     """
 
     order: Order
@@ -219,25 +222,25 @@ class RunDraws:
     stratified: bool = True
 
     def micro_batches(self, step: int) -> Iterator[StepDraws]:
-        """The draws of this process's micro-batches of a step."""
+        """Return the draws of this process's micro-batches of a step."""
         options = {"diffusion": self.diffusion, "posterior": self.posterior, "stratified": self.stratified}
         draws = draw_step(self.order, step, self.batch_size, self.latent_shape, **options)
         for part in self.slices:
             yield draws[part]
 
     def starting_at(self, step: int) -> Iterator[StepDraws]:
-        """The draws of every micro-batch from `step` on, without end."""
+        """Yield the draws of every micro-batch from `step` on, without end."""
         return itertools.chain.from_iterable(map(self.micro_batches, itertools.count(step)))
 
 
 class StepBatches:
-    """A batch sampler: this process's [(item, view), ...] of each micro-batch from optimiser step `start` on.
+    """Batch sampler that yields this process's [(item, view), ...] of each micro-batch from optimiser step `start` on.
 
-    For a DataLoader over images (`batch_sampler=`), so that workers read ahead in the very order of the run. The view
+    As the `batch_sampler` of a DataLoader over images, it lets workers read ahead in the order of the run. The view
     (see `StepDraws.views`) is 1 for a mirrored image and 0 for an upright one, unless there are several crops.
 
     Attributes:
-        waiting: the draws whose pixels were asked for and have not arrived, oldest first.
+        waiting: draws whose pixels were requested and have not arrived, oldest first.
     """
 
     def __init__(self, draws: RunDraws, *, start: int, flip: bool, crops: int = 1) -> None:
@@ -254,9 +257,9 @@ class StepBatches:
 def read_ahead(
     dataset: Dataset, draws: RunDraws, *, start: int, flip: bool, crops: int = 1, num_workers: int = 0
 ) -> Iterator[tuple[Any, StepDraws]]:
-    """Each micro-batch of `dataset` from optimiser step `start` on, with the draws that it was read for.
+    """Yield each micro-batch of `dataset` from optimiser step `start` on, together with its draws.
 
-    `dataset` maps (item, view) to a sample; `num_workers` processes read ahead.
+    `dataset` maps (item, view) to a sample. `num_workers` processes read ahead.
     """
     sampler = StepBatches(draws, start=start, flip=flip, crops=crops)
     workers: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": leave_signals_to_parent}
@@ -265,9 +268,9 @@ def read_ahead(
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: a signal to all processes of a run asks the parent to save, and needs it alive.
+    """Ignore signals in a worker of a DataLoader (`worker_init_fn`): the parent handles them and needs its workers.
 
-    Workers end when the parent does.
+    Workers end when the parent ends.
     """
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):

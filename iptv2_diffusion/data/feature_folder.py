@@ -1,14 +1,14 @@
-"""Published latents: folders and tars of .npy files, as fast-DiT and U-DiT make and publish them of ImageNet.
+"""Published latents: folders and tars of .npy files in the layout in which fast-DiT and U-DiT store ImageNet.
 
     imagenet_feature/
-        imagenet256_features/0.npy ...   (1, C, h, w) float: one latent, drawn from the posterior, in model units
+        imagenet256_features/0.npy ...   (1, C, h, w) float: one latent, sampled from the posterior, in model units
         imagenet256_labels/0.npy ...     (1,) int: its class
 
-The tar holds the same files below one folder. Both codes encode each image once, mirrored by chance, draw from the
-posterior, and multiply by the VAE's scaling factor. So there is neither a spread nor a second view to draw from.
+The tar contains the same files inside one folder. Both projects encode each image once, randomly mirrored, sample from
+the posterior and multiply by the VAE's scaling factor. A file therefore has one view and no standard deviation.
 
-Latents are read when they are needed. Which file is which item, and all labels, are found once and kept in an index:
-a directory of a million files is listed once, and a tar is read by offsets.
+Latents are read when they are needed. An index stores the file of each item and all labels, so that a directory of a
+million files is listed once, and a tar is read by offsets.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from iptv2_diffusion.files import atomic, printable
 
 __all__ = ["FeatureFolder", "holds_features"]
 
-FEATURES, LABELS = "_features", "_labels"  # how the names of the two folders end
-SHOWN = 3  # names in a message
+FEATURES, LABELS = "_features", "_labels"  # suffixes of the names of the two folders
+SHOWN = 3  # number of names in a message
 
 
 def holds_features(path: Path) -> bool:
-    """Whether this is a folder, or a tar, of latents: it has a sub-folder *_features or *_labels of .npy files."""
+    """Return whether a folder or tar holds latents, in a sub-folder *_features or *_labels of .npy files."""
     if path.is_dir():
         folders = (child for child in path.iterdir() if child.is_dir() and _part(child.name) is not None)
         return any(
@@ -60,7 +60,7 @@ def holds_features(path: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Index:
-    """Where each item's latent is, in the order of the items.
+    """Location of each item's latent, in the order of the items.
 
     Attributes:
         names: (N, width) uint8, the file names, padded with zeros.
@@ -74,16 +74,16 @@ class _Index:
 
 
 class FeatureFolder(StoredLatents):
-    """Latents of a folder or tar of .npy files, or some of them; read when they are needed.
+    """Latents of a folder or tar of .npy files, or a subset of them, read when they are needed.
 
     Args:
         path: the folder or the tar.
         cache_dir: folder for the index.
-        labelled: whether to read the labels; without them all are 0.
-        num_workers: threads that read the files of a batch; 0 reads them one by one.
+        labelled: whether to read the labels; otherwise all labels are 0.
+        num_workers: number of threads that read the files of a batch; 0 reads them one by one.
 
     Raises:
-        ValueError: labels or latents are missing, or a file is not what it should be; a damaged tar.
+        ValueError: labels or latents are missing, or a file or the tar is damaged or has other contents.
     """
 
     has_spread = False
@@ -102,7 +102,7 @@ class FeatureFolder(StoredLatents):
         self.latent_shape = tuple(self._read(0).shape)
 
     def select(self, items: Sequence[int]) -> FeatureFolder:
-        """Return the same with these items alone."""
+        """Return the latents of these items only."""
         some = object.__new__(FeatureFolder)
         some.__dict__.update(self.__dict__)
         chosen = torch.as_tensor(items, dtype=torch.long)
@@ -111,24 +111,24 @@ class FeatureFolder(StoredLatents):
 
     @property
     def kind(self) -> str:
-        """What the name of the folder of latents begins with, such as "imagenet256"."""
+        """Prefix of the name of the folder of latents, such as "imagenet256"."""
         name = self._folders[0].name if self._folders else PurePosixPath(self._name(0)).parent.name
         return name[: -len(FEATURES)]
 
     @property
     def labels(self) -> list[int]:
-        """The labels as a list, empty without labels."""
+        """Labels as a list, empty without labels."""
         return self.class_labels.tolist() if self.labelled else []
 
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) float32 and labels (B,)."""
+        """Read the latents (B, C, h, w) float32 and the labels (B,) of a batch."""
         return self.means(draws.items), self.class_labels[draws.items]
 
     def means(self, items: Tensor) -> Tensor:
-        """Latents (B, C, h, w) float32 of items.
+        """Read the latents (B, C, h, w) float32 of items.
 
         Raises:
-            ValueError: a file is damaged, NaN, or of another shape than the first.
+            ValueError: a file is damaged, has NaN, or has another shape than the first.
         """
         chosen = self._chosen[items].tolist()
         read = map(self._read, chosen) if self._pool is None else self._pool.map(self._read, chosen)
@@ -146,7 +146,7 @@ class FeatureFolder(StoredLatents):
         return bytes(self._index.names[item].numpy()).rstrip(b"\0").decode()
 
     def _source(self, item: int) -> str:
-        """What `read_bytes` takes."""
+        """Return the argument of `read_bytes` for an item."""
         name = self._name(item)
         if self._folders:
             return str(self._folders[0] / name)
@@ -154,7 +154,7 @@ class FeatureFolder(StoredLatents):
         return f"{self.path}::{offset}+{size}::{name}"
 
     def _read(self, item: int) -> Tensor:
-        """A latent (C, h, w) float32."""
+        """Read a latent (C, h, w) float32."""
         source = self._source(item)
         array = _parse(_bytes_of(source), source)
         shape = array.shape[1:] if array.ndim == 4 and len(array) == 1 else array.shape
@@ -171,19 +171,19 @@ class FeatureFolder(StoredLatents):
 
 
 def _part(folder: str) -> str | None:
-    """Which of the two folders a name is."""
+    """Return which of the two folders has this name."""
     return next((part for part in (FEATURES, LABELS) if folder.endswith(part)), None)
 
 
 def _place(name: str) -> tuple[str, str] | None:
-    """Which of the two folders a file of a tar lies in, and its name there; None for other files."""
+    """Return which of the two folders contains a file of a tar, and its name there; None for other files."""
     inner = PurePosixPath(name)
     part = _part(inner.parent.name) if inner.suffix == ".npy" and inner.name[0] != "." else None
     return None if part is None else (part, inner.name)
 
 
 def _find_folders(path: Path, labelled: bool) -> list[Path]:
-    """The folder of latents and, with labels, that of the labels."""
+    """Return the folder of the latents and, if `labelled`, the folder of the labels."""
     found = []
     for part in (FEATURES, LABELS)[: 1 + labelled]:
         folders = [child for child in sorted(path.iterdir()) if child.is_dir() and child.name.endswith(part)]
@@ -196,13 +196,13 @@ def _find_folders(path: Path, labelled: bool) -> list[Path]:
 
 
 def _stored_index(path: Path, folders: list[Path] | None, cache_dir: Path, labelled: bool) -> _Index:
-    """The index from the cache; made, and kept there, where it is missing or the files have changed."""
+    """Load the index from the cache, or build and cache it if it is missing or the files have changed."""
     states = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in folders or [path] for s in [p.stat()]]
     key = f"{derive_seed(0, json.dumps([2, labelled, states])):016x}"
     file = cache_dir / f"features-{key}.safetensors"
     try:
         return _Index(**load_file(file))
-    except (OSError, SafetensorError, TypeError):  # not there, damaged, or somebody else's
+    except (OSError, SafetensorError, TypeError):  # missing, damaged or not an index
         pass
     index = _make_index(path, folders, labelled)
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def _make_index(path: Path, folders: list[Path] | None, labelled: bool) -> _Inde
 def _files(
     path: Path, folders: list[Path] | None, labelled: bool
 ) -> Iterator[tuple[str, str, str, tuple[int, int], bytes]]:
-    """Each .npy file: folder, name, name inside the tar, (offset, size) there, and the content of a label."""
+    """Yield for each .npy file: folder, name, name inside the tar, (offset, size) there, and the content of a label."""
     if folders is not None:
         for part, folder in zip((FEATURES, LABELS), folders, strict=False):
             with os.scandir(folder) as entries:
@@ -250,7 +250,7 @@ def _files(
     end = path.stat().st_size
     with opened_tar(path) as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile keeps a kilobyte for each of millions
+            archive.members.clear()  # tarfile would keep a kilobyte for each of millions of files
             place = _place(member.name) if member.isfile() else None
             if place is None:
                 continue
@@ -264,7 +264,7 @@ def _files(
 
 
 def _check_pairs(path: Path, latents: Iterable[str], labels: Iterable[str]) -> None:
-    """Raise a ValueError unless each latent has a label of its name, and each label a latent."""
+    """Raise a ValueError unless each latent has a label of the same name, and each label a latent."""
     latents, labels = set(latents), set(labels)
     for alone, what, other in ((latents - labels, "latents", "label"), (labels - latents, "labels", "latent")):
         if alone:
@@ -283,19 +283,19 @@ def _bytes_of(source: str) -> bytes:
 
 
 def _parse(content: bytes, name: str) -> np.ndarray:
-    """The array of a .npy file, read-only; objects are never unpickled."""
+    """Return the array of a .npy file, read-only. Objects are never unpickled."""
     try:
         start = 10 + int.from_bytes(content[8:10], "little")  # magic (6), version (2), length of the header (2)
         dtype, shape = _header(content[:start])
         return np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
-    except Exception as error:  # of NumPy, about whatever the file holds
+    except Exception as error:  # NumPy raises several types, depending on the contents
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"{name}: no .npy file, or a damaged one ({reason})") from error
 
 
 @functools.lru_cache(maxsize=64)
 def _header(content: bytes) -> tuple[np.dtype, tuple[int, ...]]:
-    """Type and shape from the header of a .npy file of version 1, which NumPy parses slowly and a folder repeats."""
+    """Parse dtype and shape from the header of a .npy file of version 1. Cached: NumPy is slow, and headers repeat."""
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
