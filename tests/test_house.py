@@ -48,6 +48,7 @@ BELOW = {
         "iptv2_diffusion.pipelines",
         "iptv2_diffusion.recipes",
     ],
+    "iptv2_diffusion.integrations": ["iptv2_diffusion.models", "iptv2_diffusion.pipelines"],
     "iptv2_diffusion.recipes": [*TRAINING, "iptv2_diffusion.evaluation"],
     "iptv2_diffusion.pipelines": [
         "iptv2_diffusion.imagenet_classes",

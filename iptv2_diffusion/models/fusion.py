@@ -5,6 +5,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from iptv2_diffusion.kernels import is_quantized
+
 from .feed_forward import RepLeFFN
 from .layers import is_hooked
 
@@ -26,7 +28,8 @@ class FusibleModelMixin:
         The new model can be saved and loaded, and its `config.fused` is True. A fused model returns a copy of itself.
 
         Raises:
-            RuntimeError: a layer has an adapter, or a hook for offloading or casting, whose effect would be lost.
+            RuntimeError: a layer has an adapter, or a hook for offloading or casting, whose effect would be lost, or a
+                quantised weight.
         """
         return self._converted(True).requires_grad_(False)
 
@@ -57,12 +60,16 @@ class FusibleModelMixin:
         return model
 
     def check_weights_are_plain(self) -> None:
-        """Raise a RuntimeError if a layer has an adapter or a hook for offloading or casting."""
+        """Raise a RuntimeError if a layer has an adapter, a quantised weight, or a hook for offloading or casting."""
         for name, module in self.named_modules():
             if hasattr(module, "base_layer"):  # PEFT's wrapper
                 raise RuntimeError(
                     f"{name} carries an adapter, which fuse() would lose; merge it with fuse_lora() and unload_lora(), "
                     "or remove it with unload_lora(), before fuse()"
+                )
+            if any(is_quantized(weight) for weight in module.parameters(recurse=False)):
+                raise RuntimeError(
+                    f"{name} is quantised by torchao; call fuse() and save the model before quantising it"
                 )
             has_weights = next(module.parameters(recurse=False), None) is not None
             if has_weights and is_hooked(module):
