@@ -87,7 +87,7 @@ def test_the_citation_names_the_version_of_the_wheel(wheel):
 def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
     entries = configparser.ConfigParser()
     entries.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
-    wanted = {"cache", "convert", "fid", "generate", "restore", "train", "train-restoration", "train-vae"}
+    wanted = {"cache", "convert", "export", "fid", "generate", "restore", "train", "train-restoration", "train-vae"}
     assert {f"iptv2-{name}" for name in wanted} == set(entries["console_scripts"])
     for name, target in entries["console_scripts"].items():
         module, function = target.split(":")
@@ -97,7 +97,13 @@ def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
 
 def test_help_imports_neither_torch_nor_diffusers(installed, elsewhere):
     """Which take seconds."""
-    for module in ("commands.train", "commands.fid", "commands.generate", "pipelines.restore_cli"):
+    for module in (
+        "commands.train",
+        "commands.fid",
+        "commands.generate",
+        "pipelines.export_cli",
+        "pipelines.restore_cli",
+    ):
         program = f"""
 import contextlib, io, sys
 from iptv2_diffusion.{module} import run

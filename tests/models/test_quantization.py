@@ -44,7 +44,7 @@ def test_a_quantised_model_predicts_nearly_the_same(name, fused, kind, tmp_path)
     quantised = (
         type(model).from_pretrained(tmp_path, quantization_config=quantization, torch_dtype=torch.float32).eval()
     )
-    assert sum(is_quantized(weight) for weight in quantised.parameters()) >= 10
+    assert sum(is_quantized(weight) for weight in quantised.parameters()) >= 8
     expected, found = predict(model), predict(quantised)
     assert 0 < (found - expected).norm() < 0.05 * expected.norm()
     with pytest.raises(RuntimeError, match=r"quantised by torchao; call fuse\(\)"):
