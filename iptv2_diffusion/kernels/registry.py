@@ -165,8 +165,11 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Return whether torchao has quantised a weight. Only PyTorch's own operators accept such a tensor."""
-    return type(weight).__module__.startswith("torchao.")
+    """Return whether torchao has quantised a weight. Only PyTorch's own operators accept such a tensor.
+
+    It is a tensor that wraps others, and no DTensor (which has placements). `torch.compile` can trace these questions.
+    """
+    return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "placements")
 
 
 def upcast(x: Tensor) -> Tensor:
