@@ -12,7 +12,7 @@ from spandrel import MAIN_REGISTRY, Architecture, ArchSupport, ImageModelDescrip
 from torch import Tensor
 
 from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
-from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import estimate_sigma
+from iptv2_diffusion.pipelines.noise_estimation import estimate_sigma
 from iptv2_diffusion.pipelines.single_file import DESCRIPTION, build_restorer
 
 __all__ = ["IPTV2RestorerArchitecture", "register"]

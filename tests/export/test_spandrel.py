@@ -104,7 +104,7 @@ class TestLoader:
 
     @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
     def test_bare_weights_with_an_estimated_noise_level(self, load, suffix, tmp_path):
-        from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import estimate_sigma
+        from iptv2_diffusion.pipelines.noise_estimation import estimate_sigma
 
         model, path = restorer(**CONFIGS["map"]), tmp_path / f"model.{suffix}"
         (save_file if suffix == "safetensors" else torch.save)(model.state_dict(), path)
