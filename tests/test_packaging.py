@@ -87,7 +87,8 @@ def test_the_citation_names_the_version_of_the_wheel(wheel):
 def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
     entries = configparser.ConfigParser()
     entries.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
-    wanted = {"cache", "convert", "export", "fid", "generate", "restore", "train", "train-restoration", "train-vae"}
+    wanted = {"app", "cache", "convert", "export", "fid", "generate", "restore", "train"}
+    wanted |= {"train-restoration", "train-vae"}
     assert {f"iptv2-{name}" for name in wanted} == set(entries["console_scripts"])
     for name, target in entries["console_scripts"].items():
         module, function = target.split(":")
