@@ -235,12 +235,19 @@ def test_names_that_leave_the_output_folder_are_refused(script, name):
     assert "\n" not in str(caught.value)
 
 
+def listen_to_ctrl_c():
+    """In the child: undo that a shell in the background makes its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_while_scoring_leaves_the_images_and_no_traceback(ground, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
     words = arguments(ground, tmp_path / "out", [{"pipeline": str(ground / "run" / "pipeline")}], "--repeats", 10**6)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *words], env=environment, **pipes)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words], env=environment, preexec_fn=listen_to_ctrl_c, **pipes
+    )
     deadline = time.monotonic() + 300
     while len(list(tmp_path.glob("out/*/images/*.png"))) < COUNT and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]

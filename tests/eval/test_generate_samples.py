@@ -290,12 +290,17 @@ class TestWhatIsNotOurs:
         assert not list((tmp_path / "out" / "images").iterdir())
 
 
+def listen_to_ctrl_c():
+    """In the child: undo that a shell in the background makes its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_while_drawing_says_what_is_there_and_the_same_command_goes_on(script, pipelines, tmp_path, monkeypatch):
     options = ("--num_samples", 160)
     command = [sys.executable, str(SCRIPT), *words(pipelines["iptv2"], tmp_path / "out", *options)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, env=environment, **pipes)
+    process = subprocess.Popen(command, env=environment, preexec_fn=listen_to_ctrl_c, **pipes)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "out").glob("images/0*.png")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]

@@ -56,6 +56,11 @@ def test_kill_of_two_processes_costs_the_shards_at_hand_only(ground, tmp_path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+def listen_to_ctrl_c():
+    """In the child: undo that a shell in the background makes its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_twice_while_encoding_keeps_whole_shards(ground, tmp_path):
     options = (
         "--heldout_fraction",
@@ -69,7 +74,7 @@ def test_ctrl_c_twice_while_encoding_keeps_whole_shards(ground, tmp_path):
     )
     command = [sys.executable, str(CACHE_SCRIPT), *words(ground, tmp_path, *options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment()}
-    process = subprocess.Popen(command, **pipes)
+    process = subprocess.Popen(command, preexec_fn=listen_to_ctrl_c, **pipes)
     deadline = time.monotonic() + TIMEOUT
     while not (made := list((tmp_path / "cache").rglob("shard-*"))) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
