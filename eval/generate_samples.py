@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from iptv2_diffusion.evaluation.generation_options import GenerationConfig
-from iptv2_diffusion.evaluation.sampling import generate, label_of, start_accelerator
 from iptv2_diffusion.training.errors import UserError, run_main
 from iptv2_diffusion.training.options import option
 from iptv2_diffusion.training.parsing import parse_config
@@ -41,6 +40,8 @@ class SamplesConfig(GenerationConfig):
 def main(argv: list[str] | None = None) -> int:
     """Generate the missing images, check that the folder is complete, write the .npz file."""
     config = parse_config(SamplesConfig, argv, description=__doc__, examples=EXAMPLES)
+    from iptv2_diffusion.evaluation.sampling import generate, label_of, start_accelerator  # late: torch takes seconds
+
     accelerator = start_accelerator(config.num_threads)
     folder = generate(config, accelerator, config.output_dir)
     if accelerator.is_main_process:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -34,10 +35,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
         key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-        try:
-            before = seen.setdefault(key, line)
-        except TypeError:  # a list or a mapping
-            raise StrictSyntaxError(f"line {line}: {key!r} cannot be a name; give name: value") from None
+        if not isinstance(key, Hashable):  # a list or a mapping
+            raise StrictSyntaxError(f"line {line}: {key!r} cannot be a name; give name: value")
+        before = seen.setdefault(key, line)
         if before != line or list(seen).count(key) > 1:
             raise StrictSyntaxError(f"line {line}: {key!r} is given twice, first in line {before}; remove one")
     loader.flatten_mapping(node)
@@ -78,7 +78,7 @@ def read_yaml(text: str) -> Any:
         raise StrictSyntaxError(" ".join(str(error).split())) from error
     except StrictSyntaxError:
         raise
-    except (ValueError, TypeError, RecursionError, AttributeError, KeyError) as error:  # of yaml's constructors
+    except (ValueError, TypeError, RecursionError, AttributeError, KeyError) as error:  # from yaml's constructors
         raise StrictSyntaxError(
             f"it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
         ) from error

@@ -16,7 +16,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import Any, Optional, SupportsIndex, Union
 
 import numpy as np
 import torch
@@ -214,10 +214,9 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
                 raise ValueError(f"class name {label!r}: this pipeline has no class names (id2label); give a class id")
             near = difflib.get_close_matches(label.lower(), names, n=3, cutoff=0.5) or sorted(names)[:5]
             raise ValueError(f"unknown class name {label!r}; the nearest of {len(names)} names: {', '.join(near)}")
-        try:
-            index = operator.index(label)
-        except TypeError:
-            raise TypeError(f"class label {label!r} is neither a class name nor a whole number") from None
+        if not isinstance(label, SupportsIndex):
+            raise TypeError(f"class label {label!r} is neither a class name nor a whole number")
+        index = operator.index(label)
         if not 0 <= index < self.num_classes:
             raise ValueError(f"class label {index} is out of range; the model has classes 0 to {self.num_classes - 1}")
         return index

@@ -334,7 +334,7 @@ def write(result: Image.Image | np.ndarray, kind: str, path: Path, picture: Imag
 
 def write_as(result: Image.Image | np.ndarray, kind: str, path: Path, metadata: dict[str, bytes]) -> None:
     """8 bits a channel by Pillow, 16 bits and floats of (H, W, C) on [0, 1] by `sixteen_bit.py`."""
-    from iptv2_diffusion.sixteen_bit import write_16_bit, write_float_tiff
+    from iptv2_diffusion.data.sixteen_bit import write_16_bit, write_float_tiff
 
     if kind == "float32":
         write_float_tiff(result, path, **metadata)

@@ -21,7 +21,6 @@ FOUNDATION = [
         "memory",
         "non_finite",
         "objectives",
-        "sixteen_bit",
         "strict_yaml",
         "variational_bound",
     )
@@ -38,7 +37,6 @@ BELOW = {
     "iptv2_diffusion.non_finite": [],
     "iptv2_diffusion.objectives": ["iptv2_diffusion.variational_bound"],
     "iptv2_diffusion.variational_bound": [],
-    "iptv2_diffusion.sixteen_bit": ["iptv2_diffusion.data.image_files", "iptv2_diffusion.data.image_metadata"],
     "iptv2_diffusion.data": ["iptv2_diffusion.files", "iptv2_diffusion.latents"],
     "iptv2_diffusion.training": [*FOUNDATION, "iptv2_diffusion.data"],
     "iptv2_diffusion.evaluation": TRAINING,
@@ -57,11 +55,11 @@ BELOW = {
         "iptv2_diffusion.memory",
         "iptv2_diffusion.non_finite",
         "iptv2_diffusion.objectives",
-        "iptv2_diffusion.sixteen_bit",
         "iptv2_diffusion.files",
         "iptv2_diffusion.data.image_files",
         "iptv2_diffusion.data.image_folders",
         "iptv2_diffusion.data.own_folder",
+        "iptv2_diffusion.data.sixteen_bit",
     ],
 }
 RECIPES = ("latent_diffusion", "vae", "restoration")

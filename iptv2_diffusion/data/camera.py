@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iptv2_diffusion.data.degradations import Degradation
+
 __all__ = ["CameraNoise"]
 
 BRIGHTNESS = 1e-8  # smallest linear value whose power is computed
@@ -22,7 +24,7 @@ READ_SLOPE, READ_OFFSET, READ_SPREAD = 2.18, 1.20, 0.26  # log(read) ~ N(slope Â
 
 
 @dataclass(frozen=True)
-class CameraNoise:
+class CameraNoise(Degradation):
     """Shot and read noise of a sensor, after a camera's processing, in an sRGB photograph.
 
     Args:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,11 +33,12 @@ __all__ = [
 ]
 
 
-class Degradation(Protocol):
+class Degradation(ABC):
     """Interface of all degradations."""
 
     margin: int
 
+    @abstractmethod
     def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -47,7 +48,7 @@ def uniform(count: int, low: float, high: float, generator: torch.Generator) -> 
 
 
 @dataclass(frozen=True)
-class GaussianNoise:
+class GaussianNoise(Degradation):
     """Additive white Gaussian noise, not clipped or quantised, with σ uniform in [low, high] on the 0–255 scale."""
 
     low: float
@@ -61,7 +62,7 @@ class GaussianNoise:
 
 
 @dataclass(frozen=True)
-class GaussianBlur:
+class GaussianBlur(Degradation):
     """Anisotropic Gaussian blur with standard deviations uniform in [low, high] pixels and a random angle."""
 
     low: float
@@ -79,7 +80,7 @@ class GaussianBlur:
 
 
 @dataclass(frozen=True)
-class MotionBlur:
+class MotionBlur(Degradation):
     """Motion blur of a hand-held camera: a smooth random path with a length uniform in [low, high] pixels."""
 
     low: float
@@ -98,7 +99,7 @@ class MotionBlur:
 
 
 @dataclass(frozen=True)
-class RainStreaks:
+class RainStreaks(Degradation):
     """Rain as sparse bright dots drawn out into streaks, added to the image [ours; after the usual Photoshop recipe].
 
     The density, the share of pixels where a drop starts, is uniform in [low, high]. Streaks have `length` pixels, are
@@ -130,7 +131,7 @@ class RainStreaks:
 
 
 @dataclass(frozen=True)
-class JPEGCompression:
+class JPEGCompression(Degradation):
     """JPEG compression with a quality uniform in [low, high]. The result is quantised to 8 bits, as in a file.
 
     The grid of 8×8 blocks starts at a random pixel, as in photographs that were cropped after compression.
@@ -154,7 +155,7 @@ class JPEGCompression:
 
 
 @dataclass(frozen=True)
-class Sometimes:
+class Sometimes(Degradation):
     """Apply a degradation to each sample with a probability. The other samples do not change."""
 
     step: Degradation
@@ -174,7 +175,7 @@ class Sometimes:
         return degraded.where(chosen[:, None, None, None], inner), sigma
 
 
-class Sequential:
+class Sequential(Degradation):
     """Apply several degradations in order. σ comes from the one that adds noise."""
 
     def __init__(self, *steps: Degradation) -> None:

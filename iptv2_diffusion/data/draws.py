@@ -20,10 +20,11 @@ import hashlib
 import itertools
 import math
 import signal
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,17 @@ def generator_for(seed: int, *parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *parts))
 
 
-class DataOrder:
+class Order(ABC):
+    """Interface of the order of the items."""
+
+    seed: int
+
+    @abstractmethod
+    def items(self, start: int, count: int) -> Tensor:
+        """Return the items (count,) int64 at positions start ... start + count - 1 of the endless stream."""
+
+
+class DataOrder(Order):
     """The endless, shuffled, stateless stream of item numbers.
 
     Args:
@@ -125,15 +136,6 @@ class StepDraws:
     def __getitem__(self, part: slice) -> StepDraws:
         """Return the draws of a slice of the batch."""
         return StepDraws(*(None if value is None else value[part] for value in vars(self).values()))
-
-
-class Order(Protocol):
-    """Interface of the order of the items."""
-
-    seed: int
-
-    def items(self, start: int, count: int) -> Tensor:
-        """Return the items (count,) int64 at positions start ... start + count - 1 of the endless stream."""
 
 
 def draw_step(

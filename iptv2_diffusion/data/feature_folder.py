@@ -13,6 +13,7 @@ million files is listed once, and a tar is read by offsets.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -200,10 +201,10 @@ def _stored_index(path: Path, folders: list[Path] | None, cache_dir: Path, label
     states = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in folders or [path] for s in [p.stat()]]
     key = f"{derive_seed(0, json.dumps([2, labelled, states])):016x}"
     file = cache_dir / f"features-{key}.safetensors"
-    try:
-        return _Index(**load_file(file))
-    except (OSError, SafetensorError, TypeError):  # missing, damaged or not an index
-        pass
+    with contextlib.suppress(OSError, SafetensorError):  # missing or damaged
+        stored = load_file(file)
+        if set(stored) == {field.name for field in dataclasses.fields(_Index)}:  # else it is no index
+            return _Index(**stored)
     index = _make_index(path, folders, labelled)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with atomic(file) as temporary:

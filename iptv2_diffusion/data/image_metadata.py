@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsInt
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -55,9 +55,11 @@ def orientation_of(value: Any) -> int:
     if isinstance(value, bytes):
         text = value.rstrip(b"\0")
         value = text.decode("ascii", "replace") if text.isdigit() else text[0] if len(text) == 1 else 1
+    if not isinstance(value, (str, SupportsInt)):
+        return 1
     try:
         number = int(value)
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+    except (ValueError, OverflowError, ZeroDivisionError):  # also of Pillow's fractions
         return 1
     return number if 1 <= number <= 8 else 1
 

@@ -17,16 +17,11 @@ from PIL import Image
 
 from iptv2_diffusion.data.archives import FetchError, first_line, read_bytes
 from iptv2_diffusion.data.draws import generator_for
-from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, as_rgb, from_pillow, read_image_file
+from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, as_rgb, read_image_file
 
-__all__ = ["ImageTensors", "center_crop", "decode_image", "path_of", "random_crop", "to_rgb", "to_tensor", "view_of"]
+__all__ = ["ImageTensors", "center_crop", "decode_image", "path_of", "random_crop", "to_tensor", "view_of"]
 
 MIN_CROP = 0.8  # share of the side that a random crop keeps at least, as in ADM
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB of 8 bits; transparent pictures are composited on white (an emoji's hidden pixels are arbitrary)."""
-    return as_rgb(from_pillow(image).pixels)
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -24,6 +24,7 @@ __all__ = ["ImageStore", "PatchSampler", "read_image", "transform"]
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's conversion to gray
 READER = 2  # of pixels in caches; counts up when the same files give others
+DTYPES = ("uint8", "uint16", "float32")  # of decoded pixels
 CELL = 32  # side of the squares whose texture is measured, pixels
 TEXTURE_FLOOR = 0.1  # weight of a perfectly flat square, beside 1 for one of TEXTURE_FULL or more
 TEXTURE_FULL = 12.0  # standard deviation of luminance, 0–255 scale
@@ -109,12 +110,16 @@ class ImageStore:
 def read_index(index: Path, data: Path, channels: int) -> dict[str, Any] | None:
     """What an index says, if the pixels beside it are as many as it says; else None: they are decoded again."""
     try:
-        described = json.loads(index.read_text(encoding="utf-8"))
-        pixels = sum(height * width for height, width in described["sizes"])
-        whole = data.stat().st_size == pixels * channels * np.dtype(described["dtype"]).itemsize
-    except (OSError, ValueError, KeyError, TypeError):
+        described, found = json.loads(index.read_text(encoding="utf-8")), data.stat().st_size
+    except (OSError, ValueError):
         return None
-    return described if whole else None
+    if not isinstance(described, dict) or described.get("dtype") not in DTYPES:
+        return None
+    sizes = np.asarray(described.get("sizes"), dtype=object)
+    if sizes.shape[1:] != (2,) or not all(isinstance(side, int) for side in sizes.flat):
+        return None
+    expected = int((sizes[:, 0] * sizes[:, 1]).sum()) * channels * np.dtype(described["dtype"]).itemsize
+    return described if found == expected else None
 
 
 def decode_into(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iptv2_diffusion.data.degradations import uniform
+from iptv2_diffusion.data.degradations import Degradation, uniform
 
 __all__ = ["LayeredRain"]
 
@@ -26,7 +26,7 @@ STRENGTHS = (0.06, 0.75)  # how much a streak adds at its middle, on [0, 1]
 
 
 @dataclass(frozen=True)
-class LayeredRain:
+class LayeredRain(Degradation):
     """One to `high` layers of streaks, added to the image or screened over it, perhaps with haze.
 
     Args:

@@ -81,7 +81,7 @@ def read_hdf5(path: Path, read: Callable):
     try:
         with h5py.File(path, "r") as file:
             return read(file)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:  # h5py's, TypeError for a group instead of an array
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} is not as DND's: {reason}") from error
 
@@ -93,7 +93,7 @@ def read_mat(path: Path, name: str) -> np.ndarray:
 
     try:
         return loadmat(path)[name]
-    except (MatReadError, zlib.error, LookupError, TypeError, ValueError, NotImplementedError) as error:
+    except (MatReadError, zlib.error, LookupError, TypeError, ValueError, NotImplementedError) as error:  # SciPy's
         raise ValueError(" ".join(str(error).split())[:160]) from error
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from iptv2_diffusion.data.archives import first_line
-from iptv2_diffusion.data.draws import RunDraws, StepDraws, generator_for
+from iptv2_diffusion.data.draws import Order, RunDraws, StepDraws, generator_for
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
 from iptv2_diffusion.data.image_tensors import decode_image, path_of, view_of
 from iptv2_diffusion.data.latent_encoding import Encoding, LatentSource, expect_step, moments, sample_posterior
@@ -58,8 +58,13 @@ class ImageStream:
     block: int = 4096
     limits: Limits = DEFAULT_LIMITS
 
+    @property
+    def labels(self) -> list[int]:
+        """Empty: a stream's labels are known as they come."""
+        return []
 
-class StreamOrder:
+
+class StreamOrder(Order):
     """Places in the stream instead of items of a data set: batch n holds numbers nB ... nB + B - 1."""
 
     def __init__(self, seed: int) -> None:

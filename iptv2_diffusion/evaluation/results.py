@@ -25,6 +25,8 @@ def replaced(folder: Path) -> Iterator[Path]:
     """
     temporary, old = (folder.with_name(f".tmp-{part}{folder.name}") for part in ("", "old-"))
     shutil.rmtree(temporary, ignore_errors=True)
+    if old.exists() and not folder.exists():  # a process was killed between the two renames below
+        old.replace(folder)
     record = OwnFolder(folder.parent, "")
     yield temporary
     names = {path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()}

@@ -169,9 +169,9 @@ def _made_before_records(folder: Path) -> list[str] | None:
     """Return the files of a folder that a version without records made; None if the folder is something else."""
     try:
         about = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        if not {"recipe", "pipeline", "versions"} <= set(about):
-            return None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
+        return None
+    if not isinstance(about, dict) or not {"recipe", "pipeline", "versions"} <= set(about):
         return None
     images = [f"{IMAGES}/{path.name}" for path in folder.glob(f"{IMAGES}/*.png") if re.fullmatch(r"\d{6,}", path.stem)]
     others = [p.name for p in folder.iterdir() if re.fullmatch(r"seconds-\d+\.jsonl|samples_[\dx]+\.npz", p.name)]

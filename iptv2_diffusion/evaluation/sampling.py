@@ -22,6 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DiTPipeline
 from tqdm import tqdm
 
+from iptv2_diffusion import IPTV2Pipeline
 from iptv2_diffusion.data.draws import derive_seed, generator_for
 from iptv2_diffusion.evaluation.generation_options import CPU_GROUP_SIZE, LABEL_WORDS, GenerationConfig
 from iptv2_diffusion.evaluation.sample_folder import SampleFolder
@@ -67,8 +68,6 @@ def load_pipeline(config: GenerationConfig, device: torch.device) -> tuple[Any, 
         ConfigError: the pipeline has another class, or the scheduler does not fit.
         UserError: the pipeline cannot be loaded.
     """
-    from iptv2_diffusion import IPTV2Pipeline  # imported late because diffusers' pipelines take seconds
-
     diffusers.utils.logging.disable_progress_bar()
     with loading(config.pipeline):
         local = shipped(config.pipeline)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .registry import fast_form, wants_gradient
+from .strides import keep_strides
 
 
 def takes_depthwise_5x5(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -26,7 +27,7 @@ def depthwise_5x5_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
-    return Depthwise5x5.apply(x, weight, bias)
+    return Depthwise5x5.apply(x, keep_strides(weight), bias)
 
 
 class Depthwise5x5(torch.autograd.Function):
@@ -47,8 +48,7 @@ class Depthwise5x5(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = convolution_backward(grad, x, weight, padding=(2, 2), wanted=0)
         if ctx.needs_input_grad[1]:
-            # The gradient has the weight's own strides, because DDP warns if they differ.
-            grad_weight = torch.empty_like(weight).copy_(weight_gradient(grad, x))
+            grad_weight = weight_gradient(grad, x)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=(0, 2, 3))
         return grad_x, grad_weight, grad_bias

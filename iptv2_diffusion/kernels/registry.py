@@ -70,7 +70,7 @@ def operator(plain: Callable[P, R]) -> Callable[P, R]:
         if has_symbolic_sizes(x):
             return _SYMBOLIC_FORMS.get(name, plain)(x, *args, **kwargs)
         for form in _FORMS[name]:
-            if is_usable(form, name, x) and form.takes(x, *args, **kwargs):
+            if may_run(form, name, x) and form.takes(x, *args, **kwargs):
                 return form.run(x, *args, **kwargs)
         return plain(x, *args, **kwargs)
 
@@ -117,7 +117,8 @@ def has_symbolic_sizes(x: Tensor) -> bool:
     return is_recording() and not all(type(size) is int for size in x.shape)
 
 
-def is_usable(form: FastForm, name: str, x: Tensor) -> bool:
+def may_run(form: FastForm, name: str, x: Tensor) -> bool:
+    """Return whether the form is for x's device, enabled, and traceable where a graph is being traced."""
     if x.device.type != form.device or "all" in _off or name in _off:
         return False
     return form.compiles or not (torch.compiler.is_compiling() or torch.jit.is_tracing())

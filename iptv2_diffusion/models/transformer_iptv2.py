@@ -143,8 +143,9 @@ class IPTV2Transformer2DModel(
         )
         self.head = nn.Conv2d(self.backbone.out_channels, self.backbone.out_channels, 3, padding=1)
         # The output is 2C wide, the width of level 1: with one vector per level, its norm takes that level's vector.
+        self.output_vector = min(len(conditioning_dims), 2) - 1
         self.norm_out = AdaLayerNormZero2d(
-            self.backbone.out_channels, conditioning_dims[min(len(conditioning_dims), 2) - 1], gate=False
+            self.backbone.out_channels, conditioning_dims[self.output_vector], gate=False
         )
         self.proj_out = nn.Conv2d(self.backbone.out_channels, self.out_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.proj_out.weight)
@@ -181,7 +182,7 @@ class IPTV2Transformer2DModel(
         x = pixel_unshuffle(pad_replicate(hidden_states, patch), patch)  # (B, in_channels·patch², H/patch, W/patch)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, H/patch, W/patch)
         x = self.backbone(x, vectors if len(vectors) > 1 else vectors[0])  # (B, 2C, H/patch, W/patch)
-        x, _ = self.norm_out(self.head(x), vectors[min(len(vectors), 2) - 1])  # (B, 2C, H/patch, W/patch)
+        x, _ = self.norm_out(self.head(x), vectors[self.output_vector])  # (B, 2C, H/patch, W/patch)
         x = pixel_shuffle(self.proj_out(x), patch)  # (B, out_channels, H, W), padded to multiples of patch
         sample = x[..., :height, :width].contiguous()
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -35,15 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SHARDED = "sharded"
-# Of checkpoints and of the folders beside them that `replaced` writes
-TEMPORARY = (
-    ".tmp-checkpoint-*",
-    ".tmp-delete-checkpoint-*",
-    ".tmp-pipeline",
-    ".tmp-old-pipeline",
-    ".tmp-vae",
-    ".tmp-old-vae",
-)
+TEMPORARY = (".tmp-checkpoint-*", ".tmp-delete-checkpoint-*")
 _NAME = re.compile(r"^checkpoint-(\d{8,})$")
 
 
@@ -290,10 +282,11 @@ def verify(path: Path) -> dict[str, Any]:
     """Check every file against the manifest and return the manifest. Raises `DamagedCheckpointError`."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files, _ = manifest["files"], (manifest["step"], manifest["config"], manifest["progress"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"its {MANIFEST} cannot be read") from error
-    for name, expected in files.items():
+    if not isinstance(manifest, dict) or not {"step", "files", "config", "progress"} <= set(manifest):
+        raise DamagedCheckpointError(f"its {MANIFEST} cannot be read")
+    for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise DamagedCheckpointError(f"{name} is missing")

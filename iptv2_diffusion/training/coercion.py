@@ -55,7 +55,7 @@ def _coerce_plain(value: Any, hint: Any, name: str) -> Any:
         return value
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    if hint in (int, float) and not isinstance(value, bool):
+    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)
             if not math.isfinite(number):
@@ -64,7 +64,7 @@ def _coerce_plain(value: Any, hint: Any, name: str) -> Any:
                 raise MeaningError(f"{name} is {value!r}; write it without leading zeros")
             if hint is float or number == int(number):
                 return hint(number) if hint is float or not isinstance(value, int) else value
-        except (TypeError, ValueError, OverflowError):
+        except (ValueError, OverflowError):
             pass
     raise ConfigError(f"{name} is {value!r}; it must be {type_name(hint)}")
 

@@ -39,8 +39,8 @@ def wants_graphs(config: TrainingConfig, accelerator: Accelerator) -> bool:
             f"cuda_graphs takes a batch at once: gradient_accumulation_steps must be 1, not "
             f"{config.gradient_accumulation_steps}"
         )
-    for other in ("gradient_checkpointing", "torch_compile", "align_target"):  # the last: tokens from inside the model
-        if getattr(config, other, None):
+    for other in config.not_with_cuda_graphs:
+        if getattr(config, other):
             raise ConfigError(f"cuda_graphs and {other} do not go together; leave one out")
     return True
 

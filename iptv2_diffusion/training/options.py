@@ -16,7 +16,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -124,6 +124,8 @@ _FREE_LOG = {"group": "checkpoints and logs", "free": True}
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
     """The options that all training scripts share. Batch sizes are per optimiser step over all processes together."""
+
+    not_with_cuda_graphs: ClassVar[tuple[str, ...]] = ("gradient_checkpointing", "torch_compile")
 
     output_dir: str = option("runs/run", "folder for checkpoints, logs and the result", free=True)
     seed: int = option(

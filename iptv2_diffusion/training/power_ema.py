@@ -95,9 +95,12 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
     for path in _snapshots(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                found.append(Snapshot(path, **json.loads(file.metadata()[_METADATA])))
-        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+                described = json.loads((file.metadata() or {}).get(_METADATA, "null"))
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is not a whole snapshot of power-function averages; remove it") from error
+        if not isinstance(described, dict) or set(described) != {"steps", "sigma_rel"}:
+            raise ValueError(f"{path} is not a snapshot of power-function averages; remove it")
+        found.append(Snapshot(path, **described))
     return found
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iptv2_diffusion.data.sixteen_bit import read_16_bit, write_16_bit
 from iptv2_diffusion.pipelines.app.actions import (
     GenerateSettings,
     RestoreSettings,
@@ -21,7 +22,6 @@ from iptv2_diffusion.pipelines.app.actions import (
 from iptv2_diffusion.pipelines.app.jobs import Cancelled, Jobs
 from iptv2_diffusion.pipelines.app.model_list import find_models
 from iptv2_diffusion.pipelines.command_line import CommandError
-from iptv2_diffusion.sixteen_bit import read_16_bit, write_16_bit
 
 PIXELS = 1_000_000
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iptv2_diffusion.sixteen_bit import is_16_bit
+from iptv2_diffusion.data.sixteen_bit import is_16_bit
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install '.[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by Playwright")

@@ -27,7 +27,7 @@ from iptv2_diffusion.data.image_files import (
 from iptv2_diffusion.data.image_metadata import orientation_of
 from iptv2_diffusion.data.images import decode_image
 from iptv2_diffusion.data.patches import ImageStore, read_image
-from iptv2_diffusion.sixteen_bit import write_16_bit, write_float_tiff
+from iptv2_diffusion.data.sixteen_bit import write_16_bit, write_float_tiff
 
 RNG = np.random.default_rng(0)
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

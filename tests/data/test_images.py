@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from iptv2_diffusion.data.archives import FetchError
-from iptv2_diffusion.data.image_tensors import center_crop, random_crop, to_rgb, to_tensor
+from iptv2_diffusion.data.image_files import as_rgb, from_pillow
+from iptv2_diffusion.data.image_tensors import center_crop, random_crop, to_tensor
 from iptv2_diffusion.data.images import (
     ImageTensors,
     class_names,
@@ -25,6 +26,10 @@ from iptv2_diffusion.data.images import (
     load_train_and_heldout,
 )
 from iptv2_diffusion.data.latent_cache import dataset_fingerprint
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    return as_rgb(from_pillow(image).pixels)
 
 
 def picture(size: tuple[int, int] = (12, 8), colour: tuple[int, ...] = (200, 30, 60)) -> Image.Image:

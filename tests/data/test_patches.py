@@ -11,7 +11,7 @@ from iptv2_diffusion.data import degradations as d
 from iptv2_diffusion.data.pairs import LAYOUTS as LAYOUT_NAMES
 from iptv2_diffusion.data.pairs import find_images, find_pairs
 from iptv2_diffusion.data.patches import ImageStore, PatchSampler, read_image, transform
-from iptv2_diffusion.sixteen_bit import write_16_bit
+from iptv2_diffusion.data.sixteen_bit import write_16_bit
 
 
 def save(path, array, **options):

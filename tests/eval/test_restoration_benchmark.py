@@ -15,9 +15,9 @@ from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.degradations import MotionBlur, RainStreaks
+from iptv2_diffusion.data.sixteen_bit import write_16_bit
 from iptv2_diffusion.evaluation import peers, restoration_examples
 from iptv2_diffusion.evaluation.pictures import side_by_side
-from iptv2_diffusion.sixteen_bit import write_16_bit
 from iptv2_diffusion.training.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -6,24 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageCms
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
+from iptv2_diffusion.data.sixteen_bit import is_16_bit, read_16_bit, write_16_bit
 from iptv2_diffusion.pipelines.restore_cli import CommandError, main
-from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit, write_16_bit
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    torch.manual_seed(0)
-    restorer = create_model("restoration-tiny", sigma_conditioning="map")
-    torch.nn.init.normal_(restorer.head.weight, std=0.02)
-    folder = tmp_path_factory.mktemp("model")
-    IPTV2RestorationPipeline(restorer.fuse()).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -9,28 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hostile_images import ODD_TAGS, encoded, garbage_exif, tiff
 
-from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 from iptv2_diffusion.data.image_files import read_image_file
 from iptv2_diffusion.data.own_folder import RECORD
 from iptv2_diffusion.pipelines.restore_cli import CommandError, main
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    torch.manual_seed(0)
-    restorer = create_model("restoration-tiny", sigma_conditioning="map")
-    torch.nn.init.normal_(restorer.head.weight, std=0.02)
-    folder = tmp_path_factory.mktemp("model")
-    IPTV2RestorationPipeline(restorer.fuse()).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

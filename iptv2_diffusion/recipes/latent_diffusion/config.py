@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from iptv2_diffusion.training.errors import ConfigError
-from iptv2_diffusion.training.options import Range, TrainingConfig, option
+from iptv2_diffusion.training.image_options import ImageConfig
+from iptv2_diffusion.training.options import Range, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class LDMConfig(TrainingConfig):
+class LDMConfig(ImageConfig):
     """A latent-diffusion run."""
+
+    # Alignment takes tokens from inside the model
+    not_with_cuda_graphs: ClassVar[tuple[str, ...]] = (*ImageConfig.not_with_cuda_graphs, "align_target")
 
     plan: bool = option(
         False, "run three steps on noise, print the memory, speed and time that the run needs, and stop", free=True
@@ -21,24 +25,11 @@ class LDMConfig(TrainingConfig):
         "folder of images (sub-folders are classes), parquet or tar shards, published latents, or a name on the Hub",
         group="data",
     )
-    train_split: str = option("train", "split to train on", group="data")
-    heldout_split: str | None = option(
-        None, "split for the held-out loss; none: heldout_fraction of train_split", group="data"
-    )
-    heldout_fraction: float = option(
-        0.02, "fraction of train_split that is kept for the held-out loss", group="data", at_least=0, below=1
-    )
-    image_column: str | None = option(None, "column with the images; none: find it", group="data")
     label_column: str | None = option(
         None,
         "column with the class labels; none: find it, if there is one; ignore: train without labels",
         group="data",
     )
-    revision: str | None = option(None, "revision of a data set on the Hub: a branch, tag or commit", group="data")
-    resolution: int | tuple[int, int] = option(
-        64, "image size in pixels: one number, or height,width", group="data", at_least=1
-    )
-    random_flip: bool = option(True, "mirror half of the images", group="data")
     class_balance: float = option(
         0.0,
         "how far rare classes are drawn more often: a class of n images is drawn in proportion to n^(1 - balance); "
@@ -55,7 +46,6 @@ class LDMConfig(TrainingConfig):
     shuffle_block: int = option(
         4096, "number of images of a stream that are held in memory and shuffled", group="data", at_least=1
     )
-    strict: bool = option(False, "stop at a corrupt image instead of skipping it", group="data", free=True)
 
     vae: str | None = option(
         None,
@@ -229,8 +219,3 @@ class LDMConfig(TrainingConfig):
 
         options = resolved_options(self)
         return replace(self, **options, cache_latents=self.cache_latents and not self.streaming)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Image (height, width)."""
-        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)

@@ -19,7 +19,6 @@ from iptv2_diffusion.data.images import (
     class_names,
     heldout_shares,
     load_image_dataset,
-    load_train_and_heldout,
     with_labels_of,
 )
 from iptv2_diffusion.data.latent_cache import CachedLatents, LatentCache, StoredLatents, cached_latents
@@ -32,6 +31,7 @@ from iptv2_diffusion.models.loading import load_vae
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.accelerator import resolve_sharding, start_accelerator
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
+from iptv2_diffusion.training.image_splits import load_splits
 from iptv2_diffusion.training.precision import fastest_precision
 
 LEAST_DEVIATION = 1 / 3  # of latents in model units, and the inverse of the largest; SD's VAE without its scaling: 5
@@ -50,16 +50,7 @@ def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[Images, Im
         return _load_features(config, accelerator)
     if config.streaming:
         return _load_stream(config, accelerator, columns)
-    # One process prepares what `datasets` caches on the disk; the others then find it there.
-    with user_errors(OSError, ValueError), accelerator.local_main_process_first():
-        train, heldout = load_train_and_heldout(
-            source_of(config),
-            train_split=config.train_split,
-            heldout_split=config.heldout_split,
-            heldout_fraction=config.heldout_fraction,
-            seed=config.seed,
-            **columns,
-        )
+    train, heldout = load_splits(config, accelerator, source=source_of(config), label_column=config.label_column)
     names = class_names(train) or []
     if train.info.description and config.label_column is None:
         accelerator.print(f"{config.data}: {train.info.description}")

@@ -63,7 +63,7 @@ def run(config: LDMConfig) -> int:
     accelerator = make_accelerator(config)
     train, heldout, names = load_images(config, accelerator)
     codec = load_codec(config, accelerator.device)
-    num_classes, label_ids = count_classes(config, names, getattr(train, "labels", [])), None
+    num_classes, label_ids = count_classes(config, names, train.labels), None
     if isinstance(train, FeatureFolder):
         check_latents(config, codec, train)
     if config.lora_rank:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from iptv2_diffusion import IPTV2Pipeline
 from iptv2_diffusion.data.draws import DataOrder, StepDraws, draw_step
 from iptv2_diffusion.data.latent_cache import StoredLatents
 from iptv2_diffusion.data.latent_encoding import LatentSource
@@ -180,8 +181,6 @@ class LatentDiffusionTask(TrainingTask):
 
     def pipeline(self, model: nn.Module) -> Any:
         """A pipeline around a denoiser, with this run's VAE, sampler and class names."""
-        from iptv2_diffusion import IPTV2Pipeline  # late: diffusers' pipelines take seconds to import
-
         scheduler = sampling_scheduler(self.objective)
         return IPTV2Pipeline(model, self.codec.vae, scheduler, id2label=self.id2label or None)
 

@@ -6,30 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from iptv2_diffusion.training.errors import ConfigError
-from iptv2_diffusion.training.options import TrainingConfig, option
+from iptv2_diffusion.training.image_options import ImageConfig
+from iptv2_diffusion.training.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEConfig(TrainingConfig):
+class VAEConfig(ImageConfig):
     """A VAE run."""
 
     output_dir: str = option("runs/vae", "folder for checkpoints, logs and the result", free=True)
 
-    data: str = option("data/emoji64", "folder of images, parquet shards, or a name on the Hub", group="data")
-    train_split: str = option("train", "split to train on", group="data")
     heldout_split: str | None = option(
         "heldout", "split for the held-out PSNR; none: heldout_fraction of train_split", group="data"
     )
-    heldout_fraction: float = option(
-        0.02, "fraction of train_split that is kept for the held-out PSNR", group="data", at_least=0, below=1
-    )
-    image_column: str | None = option(None, "column with the images; none: find it", group="data")
-    revision: str | None = option(None, "revision of a data set on the Hub: a branch, tag or commit", group="data")
-    resolution: int | tuple[int, int] = option(
-        64, "image size in pixels: one number, or height,width", group="data", at_least=1
-    )
-    random_flip: bool = option(True, "mirror half of the images", group="data")
-    strict: bool = option(False, "stop at a corrupt image instead of skipping it", group="data", free=True)
 
     latent_channels: int = option(4, "number of channels of the latents", group="model", at_least=1)
     block_out_channels: tuple[int, ...] = option(
@@ -79,11 +68,6 @@ class VAEConfig(TrainingConfig):
                 f"resolution {self.size[0]}x{self.size[1]} is not a multiple of the VAE's factor {self.downscale}; "
                 f"use {near[0]},{near[1]}"
             )
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Image (height, width)."""
-        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)
 
     @property
     def downscale(self) -> int:

@@ -6,25 +6,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from iptv2_diffusion.data.image_files import Limits
-from iptv2_diffusion.data.images import ImageTensors, load_train_and_heldout
+from iptv2_diffusion.data.images import ImageTensors
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.training.errors import ConfigError, user_errors
+from iptv2_diffusion.training.image_splits import load_splits
 
 
 def load_images(config: VAEConfig, accelerator: Accelerator) -> tuple[ImageTensors, ImageTensors]:
     """Training and held-out images."""
-    # One process prepares what `datasets` caches on the disk; the others then find it there.
-    with user_errors(OSError, ValueError), accelerator.local_main_process_first():
-        train, heldout = load_train_and_heldout(
-            config.data,
-            train_split=config.train_split,
-            heldout_split=config.heldout_split,
-            heldout_fraction=config.heldout_fraction,
-            seed=config.seed,
-            image_column=config.image_column,
-            label_column="ignore",
-            revision=config.revision,
-        )
+    train, heldout = load_splits(config, accelerator, source=config.data, label_column="ignore")
     if heldout is None:
         raise ConfigError(f"{config.data} has {len(train)} image; two are needed, one of them held out")
     if config.dry_run:

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image, read_file
 
 from iptv2_diffusion.data.patches import read_image
-from iptv2_diffusion.sixteen_bit import is_16_bit, read_16_bit, turned, write_16_bit
+from iptv2_diffusion.data.sixteen_bit import is_16_bit, read_16_bit, turned, write_16_bit
 
 
 def picture(channels, seed=0):
