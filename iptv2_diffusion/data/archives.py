@@ -61,7 +61,7 @@ def check_end(path: Path) -> None:
         file.seek(max(0, size - tarfile.BLOCKSIZE))
         end = file.read()
     if len(end) < tarfile.BLOCKSIZE or any(end):
-        raise ValueError(f"{path}: a damaged tar, or none (it is cut short); download it again")
+        raise ValueError(f"{path}: damaged, or not a tar (it is cut short); download it again")
 
 
 def check_whole(path: str | Path, member: tarfile.TarInfo, end: int) -> None:
@@ -79,7 +79,7 @@ def opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
     except (tarfile.TarError, EOFError, UnicodeError, ValueError, OverflowError) as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        raise ValueError(f"{path}: a damaged tar, or none ({first_line(error)}); download it again") from error
+        raise ValueError(f"{path}: damaged, or not a tar ({first_line(error)}); download it again") from error
 
 
 def list_tar(path: Path, listing: Listing, suffixes: set[str]) -> None:

@@ -191,7 +191,7 @@ def _find_folders(path: Path, labelled: bool) -> list[Path]:
         if len(folders) != 1:
             names = ", ".join(folder.name for folder in folders[:SHOWN]) or "none"
             hint = "; --label_column ignore trains without labels" if part == LABELS and not folders else ""
-            raise ValueError(f"{path}: needs one folder *{part} of .npy files, and has {names}{hint}")
+            raise ValueError(f"{path}: needs one folder *{part} of .npy files, but has {names}{hint}")
         found += folders
     return found
 

@@ -1,4 +1,4 @@
-"""Columns of a data set brought to two: "image", undecoded, and "label", a ClassLabel, where there are labels."""
+"""Conversion of a data set's columns to "image" (undecoded) and, if there are labels, "label" (a ClassLabel)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ __all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "standard_columns"]
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "cls")
-MOST_CLASSES = 100_000  # numbers above are no classes
+MOST_CLASSES = 100_000  # larger numbers are not class numbers
 
 
 def standard_columns(
     data: datasets.Dataset | datasets.IterableDataset, source: str, image_column: str | None, label_column: str | None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Keep the image and the label column only, under those names and with those feature types."""
+    """Keep only the image and the label column, under these names and with these feature types."""
     if isinstance(data, datasets.Dataset) and len(data) == 0:
         raise ValueError(f"{source}: the split is empty")
     image = _find_column(data, source, image_column, IMAGE_COLUMNS, "image")
     if image is None:
         kinds = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
         if not kinds:
-            raise ValueError(f"{source}: no image column among {', '.join(data.column_names)}; name it by image_column")
+            raise ValueError(
+                f"{source}: no image column among {', '.join(data.column_names)}; choose it with image_column"
+            )
         image = kinds[0]
     label = None if label_column == "ignore" else _find_column(data, source, label_column, LABEL_COLUMNS, "label")
     _require_images(data.features[image], source, image)
-    # First of all, since a stream decodes what it renames, and would die of a corrupt image there.
+    # This comes first, because a stream decodes a column that it renames and would fail at a corrupt image.
     if data.features[image] != datasets.Image(decode=False):
         data = data.cast_column(image, datasets.Image(decode=False))
     data = data.select_columns([image] if label is None else [image, label])
@@ -35,7 +37,7 @@ def standard_columns(
         {old: new for old, new in ((image, "image"), (label, "label")) if old not in (None, new)}
     )
     if label is not None and not isinstance(data.features["label"], datasets.ClassLabel):
-        if isinstance(data, datasets.IterableDataset):  # whose labels cannot be gone through beforehand
+        if isinstance(data, datasets.IterableDataset):  # its labels cannot be checked beforehand
             _require_numbers(data, source, label)
         else:
             data = _number_labels(data, source, label)
@@ -43,13 +45,13 @@ def standard_columns(
 
 
 def _require_images(feature: Any, source: str, column: str) -> None:
-    """A column of one image a row: Image, the bytes of a file or its path."""
+    """Return whether a column has one image per row: an Image, the bytes of a file or its path."""
     plain = getattr(feature, "dtype", None)
     record = isinstance(feature, dict) and {"bytes", "path"} >= set(feature)
     if not (isinstance(feature, datasets.Image) or record or plain in ("binary", "large_binary", "string")):
         kind = plain or type(feature).__name__
         raise ValueError(
-            f'{source}: column "{column}" holds {kind}, not one image a row; name another column by image_column'
+            f'{source}: column "{column}" holds {kind}, not one image per row; choose another column with image_column'
         )
 
 
@@ -73,7 +75,7 @@ def _find_column(
 
 
 def _number_labels(data: datasets.Dataset, source: str, column: str) -> datasets.Dataset:
-    """Plain integers or strings as ClassLabel: strings in sorted order, integers as they are (0 … max)."""
+    """Convert integers or strings to a ClassLabel: strings in sorted order, integers unchanged (0 … max)."""
     leave = 'label_column "ignore" leaves it out'
     feature = data.features["label"]
     if not isinstance(feature, datasets.Value) or "float" in feature.dtype or feature.dtype in ("binary", "bool"):

@@ -1,17 +1,17 @@
-"""The one reader of image files, for `iptv2-restore`, the trainings and the benchmark.
+"""Reader of image files for `iptv2-restore`, the trainings and the benchmark.
 
     picture = read_image_file("photo.tif")
-    picture.pixels     (H, W, C), upright; C from 1 to 4: gray or RGB, perhaps with alpha
+    picture.pixels     (H, W, C), upright; C is 1 to 4: gray or RGB, with or without alpha
 
-What a file holds keeps its kind:
+The dtype of the pixels follows from the file:
 
-    8 bits or less a channel     uint8 on 0–255; palettes, CMYK, YCbCr, HSV become RGB, 1-bit pictures gray
-    9 to 16 bits, unsigned       uint16 on 0–65535 (12 bits are scaled; PNM of up to 65,535 levels too)
-    float16, float32, float64    float32 as stored: 1 is white; noise may go beyond, to [-1, 2] at most
-    everything else              refused by name: integers of 32 or 64 bits or with a sign, complex, CIELAB ...
+    8 bits or less per channel   uint8 on 0–255; palettes, CMYK, YCbCr and HSV become RGB, 1-bit images become gray
+    9 to 16 bits, unsigned       uint16 on 0–65535 (12 bits are scaled, and so is PNM of up to 65,535 levels)
+    float16, float32, float64    float32 as stored, with 1 as white; noise may exceed [0, 1], but not [-1, 2]
+    everything else              an error that names it: integers of 32 or 64 bits or with a sign, complex, CIELAB ...
 
-Sizes are checked before anything is decoded (`Limits`), orientation is applied, metadata are kept as far as they can
-be written again (`image_metadata.py`). Every failure is an `ImageFileError`, a ValueError of one line.
+Sizes are checked before decoding (`Limits`). The orientation is applied. Metadata are kept as far as they can be
+written again (`image_metadata.py`). Every failure is an `ImageFileError`, a ValueError of one line.
 """
 
 from __future__ import annotations
@@ -51,33 +51,33 @@ __all__ = [
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-FLOAT_RANGE = (-1.0, 2.0)  # of files: [0, 1] and the noise that may lie on it
+FLOAT_RANGE = (-1.0, 2.0)  # range of floats in files: [0, 1] and a margin for noise
 _DEFLATE = (8, 32946, 50013)  # compressions of TIFF
-_PILLOW_LIMIT = threading.Lock()  # around Pillow's global limit, which is not ours
+_PILLOW_LIMIT = threading.Lock()  # guards changes of Pillow's global limit
 
 
 class ImageFileError(ValueError):
-    """A file that is no picture, is damaged, too large, or of a kind that is not taken; the message says which."""
+    """Raised for a file that is not an image, damaged, too large, or of an unsupported kind. The message says which."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a picture may be, checked before it is decoded.
+    """Largest size of an image, checked before decoding.
 
     Attributes:
         pixels: height times width, by default Pillow's own limit, about 179 million. Decoded pixels may take six bytes
-            each (RGB of 16 bits), and a file as much.
+            each (RGB of 16 bits), and so may the file.
     """
 
     pixels: int = 178_956_970
 
     @property
     def bytes(self) -> int:
-        """Of the file, and of what is decoded from it."""
+        """Largest number of bytes of the file and of the decoded pixels."""
         return 6 * self.pixels
 
     def check(self, width: int, height: int, bytes_a_pixel: int = 1) -> None:
-        """Raise an `ImageFileError` for a picture of this size if it is too large or empty."""
+        """Raise an `ImageFileError` if an image of this size is too large or empty."""
         if width < 1 or height < 1:
             raise ImageFileError(f"it is {width}x{height} pixels: empty")
         if width * height > self.pixels:
@@ -91,7 +91,7 @@ class Limits:
             )
 
     def check_bytes(self, count: int) -> None:
-        """Raise an `ImageFileError` for a file of so many bytes if it is too large."""
+        """Raise an `ImageFileError` if a file of this many bytes is too large."""
         if count > self.bytes:
             raise ImageFileError(f"it has {count} bytes, above the limit of {self.bytes}; raise max_pixels to read it")
 
@@ -101,12 +101,12 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass
 class ImageFile:
-    """A decoded picture.
+    """A decoded image.
 
     Attributes:
-        pixels: (H, W, C) of uint8, uint16 or float32, upright; C from 1 to 4: gray or RGB, perhaps with alpha.
-        metadata: what is to be written beside the pixels.
-        frames: pictures that the file holds; the first one is read.
+        pixels: (H, W, C) uint8, uint16 or float32, upright. C is 1 to 4: gray or RGB, with or without alpha.
+        metadata: metadata to write with the pixels.
+        frames: number of images in the file. Only the first one is read.
     """
 
     pixels: np.ndarray
@@ -115,7 +115,7 @@ class ImageFile:
 
     @property
     def peak(self) -> float:
-        """What is white: 255, 65535 or 1."""
+        """Value of white: 255, 65535 or 1."""
         return 1.0 if self.pixels.dtype.kind == "f" else float(np.iinfo(self.pixels.dtype).max)
 
 
@@ -123,8 +123,8 @@ def read_image_file(source: str | os.PathLike | bytes, limits: Limits = DEFAULT_
     """Decode a file, or the bytes of one.
 
     Raises:
-        ImageFileError: it cannot be read, is too large, or of a kind that is not taken. The path is not named.
-        OSError: there is no such file, or it may not be read.
+        ImageFileError: the file is damaged, too large or of an unsupported kind. The message does not name the path.
+        OSError: the file does not exist, or permission is denied.
     """
     if isinstance(source, bytes):
         limits.check_bytes(len(source))
@@ -146,10 +146,10 @@ def _read(file: BinaryIO, limits: Limits) -> ImageFile:
         raise
     except MemoryError as error:
         raise ImageFileError("there is not enough memory to decode it") from error
-    except UnidentifiedImageError as error:  # Pillow's words hold an address in memory
+    except UnidentifiedImageError as error:  # Pillow's own message contains a memory address
         raise ImageFileError("cannot identify image file") from error
-    # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG), struct and zlib errors, and
-    # tifffile and torchvision have more of their own: around them everything is the file's fault.
+        # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG), struct and zlib errors.
+        # tifffile and torchvision raise other types. Any error of these calls means that the file is at fault.
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise ImageFileError(reason or type(error).__name__) from error
@@ -161,7 +161,7 @@ def _read(file: BinaryIO, limits: Limits) -> ImageFile:
 
 @contextlib.contextmanager
 def _without_pillows_limit() -> Iterator[None]:
-    """Our limits hold instead. Pillow's is global, so one thread at a time."""
+    """Replace Pillow's limit by ours. Pillow's is global, so only one thread at a time can do this."""
     with _PILLOW_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -171,7 +171,7 @@ def _without_pillows_limit() -> Iterator[None]:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode. Only pictures above Pillow's limit wait for each other."""
+    """Decode. Only images above Pillow's limit wait for each other."""
     large = image.width * image.height > 80_000_000
     with _without_pillows_limit() if large else contextlib.nullcontext():
         image.load()
@@ -179,7 +179,7 @@ def _load(image: Image.Image) -> None:
 
 @contextlib.contextmanager
 def _opened(file: BinaryIO, limits: Limits, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
-    """The header of a file, its size checked by our limits instead of Pillow's."""
+    """Read the header of a file and check the size by our limits instead of Pillow's."""
     with _without_pillows_limit():
         Image.init()
         image = Image.open(file, formats=[name for name in formats if name in Image.OPEN])
@@ -193,7 +193,8 @@ def _read_by_pillow(file: BinaryIO, limits: Limits) -> ImageFile:
         deep_png = image.format == "PNG" and _png_depth(file) == 16 and image.mode != "I;16"
         if deep_png:
             limits.check(image.width, image.height, 2 * len(image.getbands()))
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's extra views are no frames
+        # The extra views of a phone's file (MPO) do not count as frames.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         _load(image)
         metadata = read_metadata(image)
         pixels = _deep_png_pixels(file) if deep_png else _pixels(image)
@@ -201,7 +202,7 @@ def _read_by_pillow(file: BinaryIO, limits: Limits) -> ImageFile:
 
 
 def from_pillow(image: Image.Image) -> ImageFile:
-    """A picture of Pillow's in memory, as if it were read from its file."""
+    """Convert a Pillow image in memory, as if it were read from its file."""
     if not image.width or not image.height:
         raise ImageFileError(f"the image is {image.width}x{image.height} pixels; it is empty")
     image.load()
@@ -211,12 +212,12 @@ def from_pillow(image: Image.Image) -> ImageFile:
 
 
 def _pixels(image: Image.Image, check_floats: bool = True) -> np.ndarray:
-    """(H, W, C) of a loaded picture, in whatever mode Pillow has it."""
-    image = image.convert("LA") if image.mode == "La" else image  # which Pillow converts to nothing else
+    """Return the pixels (H, W, C) of a loaded Pillow image of any mode."""
+    image = image.convert("LA") if image.mode == "La" else image  # Pillow cannot convert these
     mode = image.mode
     if mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)[..., None]
-    if mode == "I":  # PNM and, with older Pillow, PNG of 16 bits; in other files 32 bits of an unknown range
+    if mode == "I":  # PNM and, with older Pillow, 16-bit PNG; in other files, 32 bits of an unknown range
         values = np.asarray(image)
         if image.format not in (None, "PPM", "PNG") or values.min() < 0 or values.max() > 65535:
             raise ImageFileError(
@@ -238,13 +239,13 @@ def _pixels(image: Image.Image, check_floats: bool = True) -> np.ndarray:
 
 
 def _floats(values: np.ndarray, check: bool = True) -> np.ndarray:
-    """Float32 of floats of any width; in files they must be those of a picture on [0, 1]."""
+    """Convert floats of any width to float32. Floats of a file must be on [0, 1], up to noise."""
     if not np.isfinite(values).all():
         raise ImageFileError("the image holds NaN or infinite values")
     low, high = float(values.min()), float(values.max())
     if check and not FLOAT_RANGE[0] <= low <= high <= FLOAT_RANGE[1]:
         raise ImageFileError(
-            f"it holds floats from {low:g} to {high:g}; floats are taken on [0, 1], 1 being white: scale them"
+            f"it holds floats from {low:g} to {high:g}; floats must be on [0, 1], with 1 as white: scale them"
         )
     return values.astype(np.float32)
 
@@ -255,7 +256,7 @@ def _png_depth(file: BinaryIO) -> int:
 
 
 def _deep_png_pixels(file: BinaryIO) -> np.ndarray:
-    """16 bits a channel in colour or with alpha, of which Pillow would keep the upper eight."""
+    """Return whether a file has 16 bits per channel in colour or with alpha, of which Pillow would keep the upper 8."""
     import torch
     from torchvision.io import ImageReadMode, decode_png
 
@@ -293,18 +294,18 @@ def _read_tiff(file: BinaryIO, limits: Limits) -> ImageFile:
 
 
 def _loaded_unturned(image: Image.Image) -> Image.Image:
-    """A TIFF's pixels as stored. Pillow turns them in loading, and would die of any tag that it cannot write again."""
+    """Read a TIFF's pixels as stored. Pillow would rotate them, and would fail at a tag that it cannot write again."""
     exif = image.getexif()
     for tag in list(exif):
         del exif[tag]
     if orientation_of(image.tag_v2.get(ORIENTATION)) in (5, 6, 7, 8):
-        image._size = image._tile_size  # as stored, since Pillow now sees no orientation
+        image._size = image._tile_size  # as stored, because Pillow finds no orientation
     _load(image)
     return image
 
 
 def _deep_tiff_pixels(page, file: BinaryIO, limits: Limits) -> np.ndarray:
-    """(H, W, C) as stored, of uint16 or float32."""
+    """Return the pixels (H, W, C) as stored, uint16 or float32."""
     photometric = page.photometric.name
     if photometric not in ("MINISBLACK", "MINISWHITE", "RGB"):
         raise ImageFileError(f"its pixels are {photometric}, not gray or RGB")
@@ -327,7 +328,7 @@ def _deep_tiff_pixels(page, file: BinaryIO, limits: Limits) -> np.ndarray:
 
 
 def _check_segments(page, file: BinaryIO) -> None:
-    """Strips and tiles must lie in the file, and decode to no more than their share of the picture."""
+    """Check that strips and tiles are inside the file and decode to no more than their part of the image."""
     end, expected = file.seek(0, io.SEEK_END), int(page.nbytes)
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         if offset + count > end:
@@ -337,11 +338,13 @@ def _check_segments(page, file: BinaryIO) -> None:
             decoder = zlib.decompressobj()
             most = max(expected, 1 << 20) + 1
             if count * 1032 > most and len(decoder.decompress(file.read(count), most)) == most:
-                raise ImageFileError("a strip of it decodes to more bytes than the picture has: it is a bomb")
+                raise ImageFileError(
+                    "a strip of it decodes to more bytes than the picture has: it is a decompression bomb"
+                )
 
 
 def _narrow_tiff(file: BinaryIO, depth: int, count: int, limits: Limits, metadata: Metadata, frames: int) -> ImageFile:
-    """9 to 15 bits: Pillow unpacks 12 bits of gray; they are brought to 0–65535."""
+    """Read 9 to 15 bits per channel: Pillow unpacks 12 bits of gray, which are scaled to 0–65535."""
     if depth != 12 or count != 1:
         raise ImageFileError(f"it has {depth} bits a channel, {count} channels; save it with 8 or 16 bits")
     with _opened(file, limits, ("TIFF",)) as image:
@@ -355,7 +358,7 @@ def _narrow_tiff(file: BinaryIO, depth: int, count: int, limits: Limits, metadat
 
 
 def as_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """uint8 on 0–255, rounded. Raises an `ImageFileError` for floats beyond [0, 1], which would be cut."""
+    """Convert to uint8 on 0–255, rounded. Raises an `ImageFileError` for floats outside [0, 1], which would clip."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == np.uint16:
@@ -367,7 +370,7 @@ def as_8_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def as_rgb(pixels: np.ndarray) -> Image.Image:
-    """An RGB picture of 8 bits; transparency is composited on white."""
+    """Convert to an 8-bit RGB image. Transparency is composited on white."""
     pixels = as_8_bits(pixels)
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[pixels.shape[2]]
     image = Image.frombuffer(mode, (pixels.shape[1], pixels.shape[0]), np.ascontiguousarray(pixels).tobytes())

@@ -1,8 +1,9 @@
-"""What a folder, or an archive, of images means: which files count, which are splits, which are classes.
+"""Interpretation of a folder or an archive of images: images, splits and classes.
 
-As `datasets`' imagefolder and torchvision's ImageFolder read them: one sub-folder a class, perhaps under one folder a
-split; or a metadata.csv, metadata.jsonl or metadata.parquet with a column file_name and one of labels. Hidden folders
-and files, and those of tools (__MACOSX, @eaDir ...), do not count. Links are followed, each real folder once.
+The rules are those of `datasets`' imagefolder and torchvision's ImageFolder. There is one sub-folder per class,
+optionally inside one folder per split, or a metadata.csv, metadata.jsonl or metadata.parquet with a column file_name
+and a column of labels. Hidden files and folders and those of tools (__MACOSX, @eaDir ...) are ignored. Links are
+followed, each real folder once.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ TOOL_NAMES = {
     "icon\r",
 }
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-# Suffixes of pictures that are not read, so that leaving them out is worth a word
+# Suffixes of images that cannot be read. The summary reports that they are left out.
 OTHER_PICTURES = {
     ".jfif", ".jpe", ".pjpeg", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".svg", ".ico", ".psd", ".tga",
     ".exr", ".hdr", ".pgm", ".pbm", ".pnm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".apng",
 }  # fmt: skip
-# Folder names of splits, in any case, by what they are called in `--train_split` and its kin
+# Folder names of splits, in upper or lower case, by their name in options such as `--train_split`
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -58,9 +59,9 @@ class Listing:
     """Files by their path inside a folder or archive.
 
     Attributes:
-        files: images, by inner path, with what `read_bytes` takes.
-        left_out: how many files were left out, by (reason, suffix).
-        metadata: what the metadata files say, by inner path: (file, row).
+        files: images, by inner path, with the argument of `read_bytes`.
+        left_out: number of files that were left out, by (reason, suffix).
+        metadata: rows of the metadata files, by inner path: (file, row).
     """
 
     files: dict[PurePosixPath, str] = field(default_factory=dict)
@@ -68,12 +69,12 @@ class Listing:
     metadata: dict[PurePosixPath, tuple[str, Mapping[str, object]]] = field(default_factory=dict)
 
     def add(self, inner: PurePosixPath, source: str, suffixes: set[str]) -> None:
-        """Take a file that is an image, count one that is not."""
+        """Add a file that is an image, and count a file that is not."""
         suffix = inner.suffix.lower()
         if any(is_of_tools(part) for part in inner.parts):
-            self.left_out["hidden or of tools", suffix] += 1
+            self.left_out["hidden, or of a tool", suffix] += 1
         elif suffix not in suffixes:
-            self.left_out["not of a suffix that is read", suffix] += 1
+            self.left_out["unsupported suffix", suffix] += 1
         elif not _is_utf8(source):
             self.left_out[f"with a name that is not UTF-8 ({printable(inner.name)})", suffix] += 1
         else:
@@ -81,12 +82,12 @@ class Listing:
 
     @property
     def suffixes(self) -> set[str]:
-        """Of all files, those that are no images included, those that are hidden not."""
-        others = {suffix for reason, suffix in self.left_out if reason.startswith("not of a suffix")}
+        """Suffixes of all files, including those that are not images and excluding hidden files."""
+        others = {suffix for reason, suffix in self.left_out if reason.startswith("unsupported suffix")}
         return {inner.suffix.lower() for inner in self.files} | others
 
     def summary(self) -> str | None:
-        """One line about images that were left out; None if there were none."""
+        """Return one line about images that were left out; None if there are none."""
         counts = {key: n for key, n in self.left_out.items() if key[1] in OTHER_PICTURES or "UTF-8" in key[0]}
         counts |= {key: n for key, n in self.left_out.items() if key[0].startswith(("no readable", "not in"))}
         if not counts:
@@ -97,14 +98,14 @@ class Listing:
 
 @dataclass
 class Meaning:
-    """What was understood.
+    """Images and labels of a folder or archive.
 
     Attributes:
-        files: images in order, with what `read_bytes` takes.
-        labels: a class name or number for each; None without labels.
-        text: the same in words, one line.
+        files: images in order, with the argument of `read_bytes`.
+        labels: a class name or number for each image; None without labels.
+        text: one line that describes the labels.
         from_folders: whether the labels are names of sub-folders.
-        problem: why labels could not be determined although there are sub-folders; None otherwise.
+        problem: reason why there are no labels although there are sub-folders; None otherwise.
     """
 
     files: list[str]
@@ -115,7 +116,7 @@ class Meaning:
 
 
 def is_of_tools(name: str) -> bool:
-    """Whether a file or folder is hidden or left by a tool."""
+    """Return whether a file or folder is hidden or belongs to a tool."""
     return name.startswith(".") or name.casefold() in TOOL_NAMES
 
 
@@ -128,14 +129,14 @@ def _is_utf8(text: str) -> bool:
 
 
 def image_files(folder: Path, suffixes: set[str]) -> Iterator[Path]:
-    """Image files under a folder, sorted, those hidden or of tools left out."""
+    """Return the image files under a folder, sorted, without those that are hidden or belong to tools."""
     found = [p for p in _walk(folder) if p.suffix.lower() in suffixes]
     found = [p for p in found if not any(is_of_tools(part) for part in p.relative_to(folder).parts)]
     yield from sorted(found)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder; links are followed, but each real folder is entered once, by its real path first."""
+    """Yield the files below a folder. Links are followed. Each real folder is entered once, by its real path first."""
     seen: set[str] = set()
 
     def visit(path: Path) -> Iterator[Path]:
@@ -164,7 +165,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def list_folder(folder: Path, suffixes: set[str]) -> Listing:
-    """All files of a folder, with what its metadata files say."""
+    """List all files of a folder and the rows of its metadata files."""
     listing = Listing()
     for path in sorted(_walk(folder)):
         inner = PurePosixPath(path.relative_to(folder).as_posix())
@@ -178,7 +179,7 @@ def list_folder(folder: Path, suffixes: set[str]) -> Listing:
 
 
 def _metadata_rows(path: Path) -> list[tuple[str, Mapping[str, object]]]:
-    """(file name, row) of a metadata file. Raises a ValueError that names it."""
+    """Yield (file name, row) of a metadata file. Raises a ValueError that names the file."""
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -191,7 +192,7 @@ def _metadata_rows(path: Path) -> list[tuple[str, Mapping[str, object]]]:
             else:
                 rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         named = [(row.get("file_name", row.get("image_file_name")), row) for row in rows]
-    except Exception as error:  # of csv, json and pyarrow
+    except Exception as error:  # errors of csv, json and pyarrow
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from error
     if not all(isinstance(name, str) for name, _ in named):
         raise ValueError(f"{path}: every row needs a file_name")
@@ -199,25 +200,26 @@ def _metadata_rows(path: Path) -> list[tuple[str, Mapping[str, object]]]:
 
 
 def split_of(folders: Mapping[str, bool], split: str, where: str) -> str | None:
-    """The folder that holds a split; None where there are no split folders and "train" is everything.
+    """Return the folder of a split; None if there are no split folders and "train" is everything.
 
     Args:
-        folders: name of each folder below `where`, and whether it holds files that count.
+        folders: name of each folder in `where`, and whether it contains files that count.
 
     Raises:
-        ValueError: no such split, or folders with files beside the splits: classes, one of which may be called "train".
+        ValueError: the split does not exist, or other folders with files are next to the splits. These may be classes,
+            of which one is called "train".
     """
     splits = sorted(name for name, holds in folders.items() if holds and name.casefold() in SPLITS)
     if not splits:
         if split != "train":
             raise ValueError(f'{where}: no split "{split}"; without folders train/, test/ … all are the split "train"')
         return None
-    beside = sorted(name for name, holds in folders.items() if holds and name not in splits)
-    if beside:
-        shown = ", ".join(map(printable, beside[:SHOWN])) + (" …" if len(beside) > SHOWN else "")
+    others = sorted(name for name, holds in folders.items() if holds and name not in splits)
+    if others:
+        shown = ", ".join(map(printable, others[:SHOWN])) + (" …" if len(others) > SHOWN else "")
         raise ValueError(
-            f"{where}: {', '.join(splits)} would be splits, but {shown} beside them would not: if all are classes, "
-            "move them into a folder train/ of their own, else move the others away"
+            f"{where}: {', '.join(splits)} are names of splits, but {shown} next to them are not; if all are classes, "
+            "move them into one folder train/, otherwise move the others away"
         )
     if split in splits:
         return split
@@ -237,17 +239,17 @@ def understand(
     label_columns: Sequence[str],
     is_readable: Callable[[str], bool],
 ) -> Meaning:
-    """Files and labels of a split of a listing.
+    """Return the files and the labels of a split of a listing.
 
     Args:
-        listing: see there; what is left out is counted in it.
-        split: its name.
-        where: what the listing is of, for messages.
-        label_columns: names of a metadata column with labels, the first that is there counts.
-        is_readable: whether an image can be decoded: asked until each class has one.
+        listing: see `Listing`. Files that are left out are counted there.
+        split: name of the split.
+        where: name of the folder or archive, for messages.
+        label_columns: possible names of a metadata column with labels; the first one that exists counts.
+        is_readable: predicate whether an image can be decoded. It is called until each class has a readable image.
 
     Raises:
-        ValueError: no such split, or no image in it.
+        ValueError: the split does not exist or has no images.
     """
     holds: dict[str, bool] = {}
     for inner in listing.files:
@@ -259,9 +261,9 @@ def understand(
         where = f"{where}/{folder}"
     if not files:
         raise ValueError(f"{where}: no images")
-    told = _labels_of_metadata(listing, files, label_columns)
-    if told is not None:
-        return told
+    from_metadata = _labels_of_metadata(listing, files, label_columns)
+    if from_metadata is not None:
+        return from_metadata
     depth = 0 if folder is None else 1
     inner = {path: path.parts[depth:] for path in files}
     loose = [path for path, parts in inner.items() if len(parts) == 1]
@@ -274,17 +276,17 @@ def understand(
         return Meaning(list(files.values()), [classes[path] for path in files], text, from_folders=True)
     if len(loose) < len(files):
         problem = (
-            f"no labels, because {len(loose)} of {len(files)} images ({printable(loose[0].name)} ...) lie beside the "
-            "sub-folders; move them into one if the sub-folders are classes"
+            f"no labels, because {len(loose)} of {len(files)} images ({printable(loose[0].name)} ...) are next to the "
+            "sub-folders; if the sub-folders are classes, move these images into one"
         )
         return Meaning(list(files.values()), None, problem, problem=problem)
-    return Meaning(list(files.values()), None, "no labels: the images lie in no sub-folders")
+    return Meaning(list(files.values()), None, "no labels: the images are not in sub-folders")
 
 
 def _labels_of_metadata(
     listing: Listing, files: Mapping[PurePosixPath, str], label_columns: Sequence[str]
 ) -> Meaning | None:
-    """Labels by the metadata files; None if there are none, or no such column."""
+    """Return the labels from the metadata files; None if there are no such files or no such column."""
     rows = {path: listing.metadata[path] for path in files if path in listing.metadata}
     names = {name for _, row in rows.values() for name in row}
     column = next((name for name in label_columns if name in names), None)
@@ -295,7 +297,7 @@ def _labels_of_metadata(
         if path not in kept:
             listing.left_out[f"not in {rows[next(iter(rows))][0]}", path.suffix.lower()] += 1
     values = list(kept.values())
-    if all(isinstance(value, str) and value.isdecimal() for value in values):  # of a CSV, which has text only
+    if all(isinstance(value, str) and value.isdecimal() for value in values):  # a CSV has only text
         values = [int(value) for value in values]
     classes = sorted(set(values), key=str)
     shown = ", ".join(printable(str(value)) for value in classes[:8]) + (", …" if len(classes) > 8 else "")
@@ -309,12 +311,12 @@ def _readable_classes(
     classes: Mapping[PurePosixPath, str],
     is_readable: Callable[[str], bool],
 ) -> tuple[dict[PurePosixPath, str], dict[PurePosixPath, str]]:
-    """Without the classes of which no image can be read."""
+    """Remove the classes without a readable image."""
     readable: dict[str, bool] = {}
     for path, name in classes.items():
         if not readable.get(name):
             readable[name] = is_readable(files[path])
-    if not any(readable.values()):  # which is told, with the reason, where they are decoded
+    if not any(readable.values()):  # the decoder reports this with the reason
         return dict(files), dict(classes)
     for path, name in classes.items():
         if not readable[name]:

@@ -1,7 +1,7 @@
-"""Orientation, EXIF and colour profile of image files: read tolerantly, for one odd tag must not cost the picture.
+"""Orientation, EXIF data and colour profile of image files. An invalid tag never makes an image unreadable.
 
-A picture is turned by its orientation alone. The other tags are kept as far as they can be written again; what cannot
-is dropped, and a note says so.
+Only the orientation tag rotates an image. All other tags are kept if they can be written again. Otherwise they are
+dropped, and a note reports it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ __all__ = ["ORIENTATION", "Metadata", "orientation_of", "read_metadata", "read_t
 
 ORIENTATION = int(ExifTags.Base.Orientation)  # 1 is upright
 _SUB_FOLDERS = (int(ExifTags.IFD.Exif), int(ExifTags.IFD.GPSInfo), int(ExifTags.IFD.Interop))
-_ICC_PROFILE, _ASCII = 34675, 2  # a tag and a type of TIFF
-# Colour spaces whose profile does not hold after the conversion to RGB
+_ICC_PROFILE, _ASCII = 34675, 2  # a TIFF tag and its type
+# Colour spaces whose profile is invalid after the conversion to RGB
 _CONVERTED_MODES = ("CMYK", "LAB", "HSV", "YCbCr")
 _CONVERTED_TIFFS = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB")
 
 
 @dataclass
 class Metadata:
-    """What is kept beside the pixels.
+    """Metadata to keep with the pixels.
 
     Attributes:
-        orientation: of EXIF, 1 to 8; what is not one of these counts as 1.
-        exif: to be written beside the upright pixels (its orientation is 1), or None.
+        orientation: EXIF orientation, 1 to 8. Any other value counts as 1.
+        exif: EXIF data to write with the upright pixels (its orientation is 1), or None.
         icc_profile: colour profile, or None.
-        notes: what was dropped and why, in words.
+        notes: messages about dropped metadata and the reason.
     """
 
     orientation: int = 1
@@ -43,13 +43,13 @@ class Metadata:
     notes: list[str] = field(default_factory=list)
 
     def saved(self) -> dict[str, bytes]:
-        """`exif` and `icc_profile` as Pillow's `save` takes them, those that there are."""
+        """Return `exif` and `icc_profile`, if present, as arguments of Pillow's `save`."""
         pairs = {"exif": self.exif, "icc_profile": self.icc_profile}
         return {name: value for name, value in pairs.items() if value}
 
 
 def orientation_of(value: Any) -> int:
-    """1 to 8 of a tag of any type: numbers, their text, single bytes, sequences that begin with one; else 1."""
+    """Read 1 to 8 from a tag of any type (a number, its text, a byte, a sequence that begins with one); otherwise 1."""
     if isinstance(value, (tuple, list)) and value:
         value = value[0]
     if isinstance(value, bytes):
@@ -65,7 +65,7 @@ def orientation_of(value: Any) -> int:
 
 
 def read_metadata(image: Image.Image) -> Metadata:
-    """Of a loaded picture of Pillow's, whatever its EXIF holds."""
+    """Read the metadata of a loaded Pillow image, whatever its EXIF data contain."""
     result = Metadata()
     profile = image.info.get("icc_profile")
     if isinstance(profile, bytes) and profile and image.mode not in _CONVERTED_MODES:
@@ -74,7 +74,7 @@ def read_metadata(image: Image.Image) -> Metadata:
     try:
         exif = image.getexif()
         tags = list(exif)
-    except Exception as error:  # SyntaxError, struct.error, KeyError ... of Pillow's parser
+    except Exception as error:  # Pillow's parser raises SyntaxError, struct.error, KeyError ...
         result.notes.append(f"its EXIF cannot be read and is dropped ({type(error).__name__})")
         return result
     result.orientation = orientation_of(_value(exif, ORIENTATION))
@@ -87,17 +87,17 @@ def read_metadata(image: Image.Image) -> Metadata:
         shown = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
         result.notes.append(f"{len(dropped)} of its EXIF tags cannot be rewritten and are dropped ({shown})")
     elif result.orientation == 1 and isinstance(raw, bytes) and raw:
-        result.exif = raw  # with all that Pillow does not write, such as makers' notes
+        result.exif = raw  # unchanged, with data that Pillow does not write, such as makers' notes
     return result
 
 
 def read_tiff_tags(page: tifffile.TiffPage) -> Metadata:
-    """Of the first page of a TIFF: its orientation, texts and profile."""
+    """Read the orientation, the text tags and the profile of the first page of a TIFF."""
     result, texts, dropped = Metadata(), Image.Exif(), []
     for tag in page.tags:
         try:
             value = tag.value
-        except Exception:  # of tifffile's parser: the pixels may be sound
+        except Exception:  # error of tifffile's parser; the pixels may still be valid
             dropped.append(str(tag.code))
             continue
         if tag.code == ORIENTATION:
@@ -114,7 +114,7 @@ def read_tiff_tags(page: tifffile.TiffPage) -> Metadata:
 
 
 def turned(image: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, C) stored with an orientation of EXIF, 1 to 8, as it is to be seen."""
+    """Turn an image (H, W, C), stored with an EXIF orientation 1 to 8, upright."""
     if orientation in (5, 6, 7, 8):
         image = image.swapaxes(0, 1)  # 5
     if orientation in (3, 4, 7, 8):
@@ -132,7 +132,7 @@ def _value(exif: Image.Exif, tag: int) -> Any:
 
 
 def _rewritten(exif: Image.Exif) -> tuple[bytes | None, list[str]]:
-    """EXIF with the tags that can be written, its orientation 1 if it has one, and the names of the others."""
+    """Return EXIF data with the writable tags and orientation 1 (if it has one), and the names of the other tags."""
     kept, dropped = Image.Exif(), []
     for tag in list(exif):
         try:
@@ -154,7 +154,7 @@ def _rewritten(exif: Image.Exif) -> tuple[bytes | None, list[str]]:
         return None, dropped
     try:
         return kept.tobytes(), dropped
-    except Exception:  # of Pillow's writer, of tags together
+    except Exception:  # error of Pillow's writer for a combination of tags
         return None, [*dropped, *(_name(tag) for tag in kept)]
 
 
@@ -165,12 +165,12 @@ def _unwritable(folder: Mapping[int, Any]) -> Iterator[int]:
 
 
 def _writes(tags: Mapping[int, Any]) -> bool:
-    """Whether Pillow can write these tags."""
+    """Return whether Pillow can write these tags."""
     exif = Image.Exif()
     try:
         exif.update(tags)
         exif.tobytes()
-    except Exception:  # struct.error, TypeError, AttributeError ... of Pillow's writer
+    except Exception:  # Pillow's writer raises struct.error, TypeError, AttributeError ...
         return False
     return True
 

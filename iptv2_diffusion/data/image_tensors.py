@@ -1,6 +1,6 @@
 """Images as tensors: EXIF orientation → composite on white → ADM's centre crop → float32 (3, H, W) in [-1, 1].
 
-Nothing here is random: whoever trains chooses the order and the flips, so that a run can be repeated and resumed.
+Nothing here is random. The training chooses the order and the flips, so that a run can be repeated and resumed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, as_rgb, rea
 
 __all__ = ["ImageTensors", "center_crop", "decode_image", "path_of", "random_crop", "to_tensor", "view_of"]
 
-MIN_CROP = 0.8  # share of the side that a random crop keeps at least, as in ADM
+MIN_CROP = 0.8  # smallest fraction of the side that a random crop keeps, as in ADM
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """ADM's centre crop, for any (height, width).
+    """Apply ADM's centre crop, for any (height, width).
 
-    Halve by box filter while the picture is at least twice the target, then bicubic to cover the target, then crop the
-    centre. For square sizes this is the protocol that ImageNet FIDs of ADM, DiT and SiT are reported on.
+    A box filter halves the image while it is at least twice the target. A bicubic resize then covers the target, and
+    the centre is cropped. For square sizes this is the protocol of the ImageNet FIDs of ADM, DiT and SiT.
     """
     height, width = size
     image = _cover(image, size)
@@ -37,7 +37,7 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: tuple[int, int], generator: torch.Generator) -> Image.Image:
-    """ADM's random crop, for any (height, width): at least 80 % of the side that the centre crop would keep."""
+    """Apply ADM's random crop, for any (height, width): at least 80 % of the side that the centre crop would keep."""
     height, width = size
     enlarged, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     factor = 1 + enlarged * (1 / MIN_CROP - 1)
@@ -47,7 +47,7 @@ def random_crop(image: Image.Image, size: tuple[int, int], generator: torch.Gene
 
 
 def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture made as small as covers (height, width): halved by box filter, then bicubic."""
+    """Reduce an image to the smallest size that covers (height, width): halved by a box filter, then bicubic."""
     height, width = size
     while min(image.width / width, image.height / height) >= 2:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -59,20 +59,22 @@ def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB picture → float32 (3, H, W) in [-1, 1]."""
+    """Convert an RGB image to float32 (3, H, W) in [-1, 1]."""
     array = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 def path_of(record: Mapping[str, Any] | None) -> str | None:
-    """Where an undecoded {"bytes", "path"} came from, if its row has an image and tells."""
+    """Return the path of an undecoded {"bytes", "path"}, if its row has an image and a path."""
     return None if record is None else record["path"]
 
 
 def decode_image(record: Mapping[str, Any] | None, name: str, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
-    """RGB picture of 8 bits, at its own size, of an undecoded {"bytes", "path"}.
+    """Decode {"bytes", "path"} to an 8-bit RGB image of its own size.
 
-    ValueError with `name` if it cannot be read. FetchError, an OSError, if it could not be fetched: it may be sound.
+    Raises:
+        ValueError: the image cannot be read. The message has `name`.
+        FetchError: the image could not be fetched. The image itself may be valid.
     """
     if not isinstance(record, Mapping) or (record.get("bytes") is None and record.get("path") is None):
         raise ValueError(f"{name}: the row has no image")
@@ -85,9 +87,9 @@ def decode_image(record: Mapping[str, Any] | None, name: str, limits: Limits = D
 
 
 def view_of(image: Image.Image, size: tuple[int, int], index: int, flip: bool = False, crop: int = 0) -> torch.Tensor:
-    """Float32 (3, H, W) in [-1, 1], mirrored left to right if `flip`; crop 0 is the centre, the others random.
+    """Crop an image to float32 (3, H, W) in [-1, 1], mirrored if `flip`. Crop 0 is the centre, the others are random.
 
-    A crop is a function of (index, crop) alone: the same in every process.
+    A crop is a function of (index, crop) only and is the same in every process.
     """
     if crop == 0:
         image = center_crop(image, size)
@@ -100,11 +102,12 @@ def view_of(image: Image.Image, size: tuple[int, int], index: int, flip: bool = 
 class ImageTensors(torch.utils.data.Dataset):
     """The images of `load_image_dataset` as tensors.
 
-    `dataset[i]` is {"pixel_values": float32 (3, H, W) in [-1, 1], "class_labels": int (0 when unlabelled), "index": i};
-    `get` gives its mirror image and other crops.
+    `dataset[i]` is {"pixel_values": float32 (3, H, W) in [-1, 1], "class_labels": int (0 without labels), "index": i}.
+    `get` returns its mirror image and other crops.
 
-    A corrupt image raises ValueError with its name. With `strict=False` call `valid_indices()` first: it finds the
-    corrupt ones, warns once with their number and names, and returns the others. `limits`: how large one may be.
+    A corrupt image raises a ValueError with its name. With `strict=False`, call `valid_indices()` first. It finds the
+    corrupt images, warns once with their number and names, and returns the indices of the others. `limits` sets the
+    largest size of an image.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class ImageTensors(torch.utils.data.Dataset):
             raise ValueError(f"size is {size}; use one positive number or (height, width)")
         self.dataset, self.strict, self.limits = dataset, strict, limits
         self._valid: list[int] | None = None
-        # Labels are read once: a row access would fetch the picture's bytes too.
+        # Labels are read once, because a row access would also read the image's bytes.
         self.labels: list[int] = list(dataset["label"]) if "label" in dataset.column_names else [0] * len(dataset)
 
     def __len__(self) -> int:
@@ -132,20 +135,20 @@ class ImageTensors(torch.utils.data.Dataset):
         return self.get(index % len(self))
 
     def get(self, index: int, flip: bool = False, crop: int = 0) -> dict[str, Any]:
-        """Item `index` of the data set in one of its forms, see `view_of`; the same in every epoch."""
+        """Return item `index` of the data set in one of its views (see `view_of`), the same in every epoch."""
         pixels = view_of(self._decode(index), self.size, index, flip, crop)
         return {"pixel_values": pixels, "class_labels": self.labels[index], "index": index}
 
     def pixels(self, indices: Sequence[int]) -> torch.Tensor:
-        """These items as 8-bit RGB: (N, 3, H, W) uint8."""
+        """Return these items as 8-bit RGB, (N, 3, H, W) uint8."""
         return (torch.stack([self[i]["pixel_values"] for i in indices]) * 127.5 + 127.5).round().byte()
 
     def name(self, index: int) -> str:
-        """What to call an image in a message: its file, else its row."""
+        """Return the name of an image for messages: its file, or its row."""
         return path_of(self.dataset[index]["image"]) or f"image {index}"
 
     def valid_indices(self) -> list[int]:
-        """Indices (into the data set) of the images that decode, in order; the first call decodes each image once."""
+        """Return the indices of the images that can be decoded, in order. The first call decodes each image once."""
         if self._valid is None:
             self._valid, reasons = [], []
             for index in range(len(self.dataset)):

@@ -1,7 +1,7 @@
-"""Any set of images: one loader for folders, archives, parquet files and names on the Hub.
+"""Loader of image data sets: folders, archives, parquet files and names on the Hub.
 
-`load_image_dataset` brings every source to the same two columns: "image" (undecoded) and, if there are labels, "label".
-`ImageTensors` (image_tensors.py) decodes them.
+`load_image_dataset` converts every source to two columns: "image" (undecoded) and, if there are labels, "label".
+`ImageTensors` (image_tensors.py) decodes the images.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # what `datasets` reads these files with
-STREAM_SHARDS = 64  # into which loose images are cut when they are streamed: the grain of the shuffling
+FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # the `datasets` builder of each suffix
+STREAM_SHARDS = 64  # shards into which loose images are divided for streaming; their order is shuffled
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading: every source becomes a datasets.Dataset with "image" (decode=False) and perhaps "label" (ClassLabel)
+# Loading: every source becomes a datasets.Dataset with "image" (decode=False) and, if labelled, "label" (ClassLabel)
 
 
 def load_image_dataset(
@@ -52,20 +52,30 @@ def load_image_dataset(
     cache_dir: str | Path | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Images, and labels when there are any, from wherever they are.
+    """Load images and, if there are any, their labels.
 
-    `source` is one of: a folder of images (flat = unlabelled; one sub-folder per class = labelled; either may lie under
-    one folder per split, such as train/ and test/); a parquet file, a glob of them or a folder with them; a WebDataset
-    shard (a tar of KEY.jpg and KEY.cls), a glob or folder of them, which `datasets` copies into its cache; a tar of
-    class folders, or of one tar per class, as ImageNet's, read in place; a Hub name. With `streaming` nothing is
-    copied: an IterableDataset.
-    `split` takes whatever `datasets` takes ("train", "train[:100]"); files that are named one by one, or by a glob, are
-    the one split "train", a folder of tars may have a folder per split. The columns are found by their usual names when
-    `image_column` and `label_column` are not given; `label_column="ignore"` leaves the labels out.
+    Args:
+        source: one of
 
-    Returns a Dataset with "image" (undecoded: {"bytes", "path"}) and, when labelled, "label" (ClassLabel).
-    Raises FileNotFoundError for a source that is not there, ValueError for one that is empty, or that has no such split
-    or column (the message lists those it has).
+            - a folder of images: flat without labels, or with one sub-folder per class, optionally inside one folder
+              per split, such as train/ and test/;
+            - a parquet file, or a glob or folder of parquet files;
+            - a WebDataset shard (a tar of KEY.jpg and KEY.cls), or a glob or folder of shards, which `datasets` copies
+              into its cache;
+            - a tar of class folders, or of one tar per class as ImageNet's, which is read without unpacking;
+            - a name on the Hub.
+        split: a split as in `datasets` ("train", "train[:100]"). Single files and globs form one split, "train". A
+            folder of tars can have one folder per split.
+        image_column: name of the image column; by default the first usual name.
+        label_column: name of the label column; by default the first usual name, if any. "ignore" leaves out the labels.
+        streaming: whether to return an IterableDataset, which copies nothing.
+
+    Returns:
+        Dataset with "image" (undecoded: {"bytes", "path"}) and, if labelled, "label" (ClassLabel).
+
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: the source is empty, or has no such split or column. The message lists those that exist.
     """
     path = user_path(source)
     cache = None if cache_dir is None else os.path.expanduser(cache_dir)
@@ -74,7 +84,7 @@ def load_image_dataset(
         listing = list_folder(path, IMAGE_SUFFIXES)
         suffixes = listing.suffixes
         if ".parquet" in suffixes:
-            if glob.has_magic(str(path)):  # which `datasets` would take for a pattern
+            if glob.has_magic(str(path)):  # `datasets` would read it as a pattern
                 data = _load_split("parquet", split, shown=str(path), data_dir=glob.escape(str(path)), **options)
             else:
                 data = _load_split(str(path), split, **options)
@@ -103,27 +113,27 @@ def load_image_dataset(
     else:
         data = _load_split(str(source), split, revision=revision, **options)
     data = standard_columns(data, str(source), image_column, label_column)
-    if streaming and isinstance(data, datasets.Dataset):  # of loose files, in the order of their classes
+    if streaming and isinstance(data, datasets.Dataset):  # loose files are in the order of their classes
         data = data.shuffle(seed=0).to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(data)))
     return data
 
 
 def _remedy(path: Path) -> str:
-    """What to do with a file that is no data set."""
+    """Return the advice for a file that is not a data set."""
     suffixes, quoted = "".join(path.suffixes[-2:]).lower(), shlex.quote(str(path))
     if suffixes.endswith(".zip"):
         return f"a zip is not read in place; unpack it by `unzip -d FOLDER {quoted}` and name the folder"
     if suffixes.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         return f"a compressed tar is not read in place; unpack it by `tar -xf {quoted} -C FOLDER` and name the folder"
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return "a single image is no data set; name its folder"
+        return "a single image is not a data set; give its folder"
     return "not a folder, parquet file or tar"
 
 
 def _load_files(
     path: Path, split: str, label_column: str | None, cache: str | None, options: Mapping[str, Any]
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Parquet files or tars, named one by one or by a glob; a file that exists is no glob, whatever its name."""
+    """Return the parquet files or tars of a file name or a glob. The name of an existing file is never a glob."""
     suffix = path.suffix.lower()
     files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
     if not files:
@@ -144,19 +154,19 @@ def _load_files(
             raise _no_other_split(path, name)
         if kind == "tars":
             return _cut(_load_nested(files, cache), part)
-    patterns = [glob.escape(file) for file in files]  # `datasets` would take brackets in a name for a pattern
+    patterns = [glob.escape(file) for file in files]  # `datasets` would read brackets in a name as a pattern
     return _load_split(FILE_BUILDERS[suffix], split, data_files={"train": patterns}, shown=str(path), **options)
 
 
 def _no_other_split(path: Path, name: str) -> ValueError:
     return ValueError(
-        f'{path}: no split "{name}"; files named one by one are the one split "train": give heldout_split none '
-        "for a share of them, or a folder with a split each"
+        f'{path}: no split "{name}"; single files form one split, "train"; set heldout_split to none to hold out '
+        "a fraction of them, or give a folder with one folder per split"
     )
 
 
 def class_names(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
-    """Names of the classes in the order of their ids; None when the data set is unlabelled."""
+    """Return the names of the classes in the order of their ids; None if the data set has no labels."""
     feature = dataset.features.get("label")
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
@@ -170,11 +180,11 @@ def load_train_and_heldout(
     seed: int = 0,
     **columns: Any,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """What to train on and what to hold out: a split of its own, or a share of `train_split` drawn from the seed.
+    """Load the images to train on and the held-out images: another split, or a random fraction of `train_split`.
 
-    A share keeps at least one image on either side; without `heldout_split` and share (or with one image only) nothing
-    is held out. Labels of both mean the same classes, those of `train_split`. `columns`: see `load_image_dataset`,
-    which also says what is raised.
+    The seed determines the fraction. Each side keeps at least one image. Without `heldout_split` and fraction, or with
+    a single image, nothing is held out. The labels of both sides are the classes of `train_split`. See
+    `load_image_dataset` for `columns` and for the errors.
     """
     train = load_image_dataset(source, split=train_split, **columns)
     if heldout_split is not None:
@@ -185,7 +195,7 @@ def load_train_and_heldout(
 
 
 def heldout_shares(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]] | None:
-    """The items to train on and those to hold out, in order; at least one of each. None if nothing is held out."""
+    """Return the items to train on and those to hold out, in order, at least one of each; None to hold out nothing."""
     if fraction == 0 or count < 2:
         return None
     order = torch.randperm(count, generator=generator_for(seed, "heldout")).tolist()
@@ -196,10 +206,13 @@ def heldout_shares(count: int, fraction: float, seed: int) -> tuple[list[int], l
 def with_labels_of(
     data: datasets.Dataset, train: datasets.Dataset | datasets.IterableDataset, what: str
 ) -> datasets.Dataset:
-    """`data` with the class numbers of `train`: a split that lacks a class numbers the others differently.
+    """Renumber the classes of `data` as in `train`. A split that lacks a class numbers the others differently.
 
-    Labels without names, as a stream may have them, are class numbers already. `what` names `data` in messages. Raises
-    ValueError for labels that are missing, negative, or of classes that `train` lacks.
+    Labels without names, as a stream can have them, are class numbers already. `what` is the name of `data` in
+    messages.
+
+    Raises:
+        ValueError: labels are missing, negative, or of classes that `train` lacks.
     """
     if "label" not in train.column_names:
         return data.remove_columns("label") if "label" in data.column_names else data
@@ -213,32 +226,34 @@ def with_labels_of(
         return data
     unknown = sorted({names[label] for label in labels} - set(wanted))
     if unknown:
-        raise ValueError(f"{what}: has {len(unknown)} classes that the training images lack ({', '.join(unknown[:5])})")
+        raise ValueError(
+            f"{what}: has {len(unknown)} classes that the training images do not have ({', '.join(unknown[:5])})"
+        )
     numbers = [wanted.index(names[label]) for label in labels]
     return data.remove_columns("label").add_column("label", numbers).cast_column("label", train.features["label"])
 
 
 def _load_split(name: str, split: str, shown: str | None = None, **options: Any) -> datasets.Dataset:
-    """`datasets.load_dataset`, with its failures told in one line that names `shown`."""
-    told = shown or name
+    """Call `datasets.load_dataset`. An error is one line that names `shown`."""
+    shown = shown or name
     try:
         return datasets.load_dataset(name, split=split, **options)
     except (FileNotFoundError, ConnectionError) as error:
-        if Path(told).exists():
-            raise ValueError(f"{told}: {_cause(error)}") from None
+        if Path(shown).exists():
+            raise ValueError(f"{shown}: {_cause(error)}") from None
         raise FileNotFoundError(
-            f"{told}: no such folder or file here, and no such data set on the Hub ({first_line(error)})"
+            f"{shown}: no such folder or file here, and no such data set on the Hub ({first_line(error)})"
         ) from None
-    except OSError as error:  # such as a full disk, which is told elsewhere
+    except OSError as error:  # such as a full disk, which `errors.py` reports
         if error.errno is not None:
             raise
-        raise ValueError(f"{told}: {_cause(error)}") from error
-    except Exception as error:  # an unknown split, whose text lists the known ones; damage, of datasets and pyarrow
-        raise ValueError(f"{told}: {_cause(error)}") from error
+        raise ValueError(f"{shown}: {_cause(error)}") from error
+    except Exception as error:  # an unknown split (the message lists the known ones), or damaged files
+        raise ValueError(f"{shown}: {_cause(error)}") from error
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what is behind an error of `datasets`, which hides it behind words of its own."""
+    """Return the first line of the cause of an error of `datasets`, whose own message hides the cause."""
     while error.__cause__ is not None and type(error).__module__.startswith("datasets"):
         error = error.__cause__
     return f"{first_line(error)} ({type(error).__name__})" if not isinstance(error, ValueError) else first_line(error)
@@ -251,14 +266,14 @@ def _load_nested(files: list[str], cache: str | None) -> datasets.Dataset:
 
 
 def _load_listing(listing: Listing, split: str, where: str, label_column: str | None) -> datasets.Dataset:
-    """A folder or an archive of images as a Dataset, read as `image_folders.py` says; nothing is kept decoded."""
+    """Load a folder or an archive of images as a Dataset by the rules of `image_folders.py`. No image stays decoded."""
     name, part = _name_and_part(split)
     wanted = () if label_column == "ignore" else LABEL_COLUMNS if label_column is None else (label_column,)
     meaning = understand(listing, name, where, wanted, _is_readable)
     if meaning.problem and label_column != "ignore":
         warnings.warn(f"{where}: {meaning.problem}", stacklevel=4)
-    if told := listing.summary():
-        warnings.warn(f"{where}: {told}", stacklevel=4)
+    if summary := listing.summary():
+        warnings.warn(f"{where}: {summary}", stacklevel=4)
     columns: dict[str, list] = {"image": [{"bytes": None, "path": path} for path in meaning.files]}
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
     info = datasets.DatasetInfo(description=meaning.text)
@@ -270,7 +285,7 @@ def _load_listing(listing: Listing, split: str, where: str, label_column: str | 
 
 
 def _label_column(meaning: Meaning) -> tuple[list[int] | list[str], Any]:
-    """Values and feature of the labels: classes of folders in sorted order, whole numbers, or strings."""
+    """Return the values and the feature of the labels: folder names in sorted order, integers, or strings."""
     if meaning.from_folders:
         names = sorted(set(meaning.labels))
         numbers = {label: number for number, label in enumerate(names)}
@@ -289,9 +304,9 @@ def _is_readable(path: str) -> bool:
 
 
 def _split_folder(path: Path, split: str, suffixes: set[str]) -> tuple[Path, str]:
-    """The folder with the files of a split, and the part of it that is meant: `path` itself if it has no split folders.
+    """Return the folder of a split (`path` itself if it has no split folders) and the part of the split.
 
-    Raises ValueError as `image_folders.split_of`.
+    Raises a ValueError as `image_folders.split_of` does.
     """
     name, part = _name_and_part(split)
     folders = {
@@ -304,18 +319,18 @@ def _split_folder(path: Path, split: str, suffixes: set[str]) -> tuple[Path, str
 
 
 def _name_and_part(split: str) -> tuple[str, str]:
-    """Name and part of a split: "train" and "[:100]" of "train[:100]"; an empty part means all of it."""
+    """Split "train[:100]" into the name "train" and the part "[:100]". An empty part means the whole split."""
     name, bracket, rest = split.partition("[")
     return name, bracket + rest
 
 
 def _cut(data: datasets.Dataset, part: str) -> datasets.Dataset:
-    """The part of all images that a split such as "train[:100]" names, see `_name_and_part`."""
+    """Return the part of the images that a split such as "train[:100]" selects (see `_name_and_part`)."""
     if not part:
         return data
     try:
         parts = datasets.ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(data)})
-    except Exception as error:  # AssertionError, ValueError ... of `datasets`
+    except Exception as error:  # `datasets` raises AssertionError, ValueError ...
         raise ValueError(f"split {part!r} of {len(data)} images: {first_line(error)}") from error
     ranges = [range(p.from_ or 0, len(data) if p.to is None else p.to) for p in parts]
     chosen = [data.select(numbers) for numbers in ranges if len(numbers)]

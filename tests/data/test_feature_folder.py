@@ -191,5 +191,5 @@ def test_damage_is_told_in_one_line(folder, tmp_path, case, kind):
 def test_a_cut_tar_is_told_in_one_line(folder, tmp_path):
     tar = write_tar(folder, tmp_path / "x.tar")
     tar.write_bytes(tar.read_bytes()[:20_000])
-    with pytest.raises(ValueError, match=r"x\.tar: a damaged tar, or none"):
+    with pytest.raises(ValueError, match=r"x\.tar: damaged, or not a tar"):
         opened(tar)

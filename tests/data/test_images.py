@@ -115,7 +115,7 @@ class TestSources:
         (labelled / "notes").mkdir()  # without images: no class
         (labelled / "train").mkdir()
         picture().save(labelled / "train" / "x.png")
-        with pytest.raises(ValueError, match=r"train would be splits, but cat, dog beside them would not: .* move"):
+        with pytest.raises(ValueError, match=r"train are names of splits, but cat, dog next to them are not; .* move"):
             load_image_dataset(labelled)
         (labelled.parent / "moved").mkdir()
         labelled.rename(labelled.parent / "moved" / "train")  # as the message says
@@ -126,9 +126,9 @@ class TestSources:
         assert load_image_dataset(labelled, split="train[1:3]")["label"] == whole["label"][1:3]
         assert len(load_image_dataset(labelled, split="train[:50%]")) == 2
 
-    def test_images_beside_the_classes_leave_no_labels_and_are_told(self, labelled: Path) -> None:
+    def test_images_next_to_the_classes_leave_no_labels_and_are_reported(self, labelled: Path) -> None:
         picture().save(labelled / "cover.png")
-        with pytest.warns(UserWarning, match=r"no labels, because 1 of 5 images \(cover\.png \.\.\.\) lie beside"):
+        with pytest.warns(UserWarning, match=r"no labels, because 1 of 5 images \(cover\.png \.\.\.\) are next to"):
             assert class_names(load_image_dataset(labelled)) is None
 
     @pytest.mark.parametrize("form", ["folder", "file", "glob"])
@@ -172,7 +172,7 @@ class TestSources:
         with pytest.raises(ValueError, match='no split "test"; there are: train, val'):
             paths("test")
         write_shard(tmp_path / "shards" / "more" / "0.tar", pictures, (0,))
-        with pytest.raises(ValueError, match="train, val would be splits, but more beside them"):
+        with pytest.raises(ValueError, match="train, val are names of splits, but more next to them"):
             paths("train")
 
     def test_columns_are_found(self, parquet: Path) -> None:
@@ -213,17 +213,19 @@ class TestHeldOut:
 
     def test_classes_and_labels_that_do_not_fit(self, splits: Path) -> None:
         (splits / "test" / "dog").rename(splits / "test" / "eel")
-        with pytest.raises(ValueError, match=r'split "test": has 1 classes that the training images lack \(eel\)'):
+        with pytest.raises(
+            ValueError, match=r'split "test": has 1 classes that the training images do not have \(eel\)'
+        ):
             load_train_and_heldout(splits, heldout_split="test")
         picture().save(splits / "test" / "y.png")
-        with pytest.warns(UserWarning, match="beside"), pytest.raises(ValueError, match="has no labels"):
+        with pytest.warns(UserWarning, match="next to"), pytest.raises(ValueError, match="has no labels"):
             load_train_and_heldout(splits, heldout_split="test")
 
     @pytest.mark.parametrize("source", ["train.parquet", "*.parquet"])
     @pytest.mark.parametrize("streaming", [False, True])
     def test_files_named_one_by_one_hold_no_second_split(self, parquet: Path, source: str, streaming: bool) -> None:
         """Else the same images would be trained on and held out."""
-        with pytest.raises(ValueError, match='no split "heldout"; files named one by one are the one split "train"'):
+        with pytest.raises(ValueError, match='no split "heldout"; single files form one split, "train"'):
             load_train_and_heldout(parquet / source, heldout_split="heldout", streaming=streaming)
         train, heldout = load_train_and_heldout(
             parquet / source, train_split="train[1:]", heldout_split="train[:1]", label_column="kind"
