@@ -1,4 +1,4 @@
-"""What every train script shares: configuration, checkpoints and exact resumption, averaged weights, logs, the loop.
+"""The parts that all trainings share: configuration, checkpoints and exact resumption, EMA, logs, the loop.
 
 `options` and `errors` import nothing heavy, so that `--help` answers at once.
 """

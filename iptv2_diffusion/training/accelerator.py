@@ -1,4 +1,4 @@
-"""accelerate for a run: its processes, precision and threads, and the model and optimiser on their devices."""
+"""Set-up of accelerate for a run: processes, precision and threads, and the devices of model and optimiser."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from iptv2_diffusion.training.options import TrainingConfig
 from iptv2_diffusion.training.precision import fastest_precision
 from iptv2_diffusion.training.sharding import launcher_options, shard, switch_off_plugin
 
-# How long one process may wait for another, as for the one that writes a checkpoint or the samples at the end.
+# Longest time that a process waits for another, such as the one that writes a checkpoint or the final samples.
 PROCESS_TIMEOUT = timedelta(hours=2)
 
 RunConfig = TypeVar("RunConfig", bound=TrainingConfig)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a training run; checks that the batch divides over processes and micro-batches."""
+    """Make the accelerator of a training run. The batch must divide over processes and micro-batches."""
     accelerator = start_accelerator(config)
     check_batch_size("batch_size", config.batch_size, accelerator, config.gradient_accumulation_steps)
     return accelerator
@@ -50,11 +50,11 @@ def check_batch_size(name: str, batch_size: int, accelerator: Accelerator, micro
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator, for any batch."""
+    """Make the accelerator without checking the batch."""
     trackers, messages = available_trackers(config.report_to)
     precision = config.mixed_precision
     if precision == "auto":
-        # The processes meet here already, to agree. PartialState, unlike Accelerator, does not read the variable.
+        # The processes already synchronise here. PartialState, unlike Accelerator, does not read the variable.
         PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PROCESS_TIMEOUT)
         precision = fastest_precision()
     with user_errors(ValueError, ImportError):  # such as fp16 on a CPU
@@ -63,10 +63,10 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
-            # the loop divides by its micro-batches: accelerate must not, whatever the environment says
+            # the loop divides by the number of micro-batches, so accelerate must not, whatever the environment says
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
-    if accelerator.device.type == "cuda":  # elsewhere too this sets the precision of float32 products
+    if accelerator.device.type == "cuda":  # this sets the precision of float32 products on other devices too
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     set_threads(config.num_threads, accelerator)
     for message in messages:
@@ -75,7 +75,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def resolve_sharding(config: RunConfig) -> RunConfig:
-    """The configuration with the sharding that `accelerate launch` was asked for, unless its own options name one."""
+    """Return the configuration with the sharding of `accelerate launch`, unless its own options set one."""
     asked = launcher_options()
     if asked:
         switch_off_plugin()
@@ -88,7 +88,7 @@ def resolve_sharding(config: RunConfig) -> RunConfig:
 
 
 def set_threads(num_threads: int | None, accelerator: Accelerator) -> None:
-    """CPU threads of this process. `accelerate launch` sets one a process, which leaves a CPU run's cores idle."""
+    """Set the CPU threads of this process. `accelerate launch` sets one per process, which leaves cores idle."""
     if num_threads is None and accelerator.device.type == "cpu":
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         num_threads = max(1, available_cores() // max(1, processes))
@@ -99,28 +99,28 @@ def set_threads(num_threads: int | None, accelerator: Accelerator) -> None:
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_sharded(config: TrainingConfig, accelerator: Accelerator) -> bool:
-    """Whether the run shards its model state; `ConfigError` where it cannot."""
+    """Return whether the run shards its model state. Raises a `ConfigError` if it cannot."""
     if config.sharding == "none":
         return False
     if accelerator.num_processes == 1:
         accelerator.print(f"sharding is {config.sharding}, but there is one process only: nothing is sharded")
         return False
-    if accelerator.mixed_precision == "fp16":  # as `accelerate launch` may have it
-        raise ConfigError("sharding does not go with fp16, whose loss scaling it lacks; use bf16")
+    if accelerator.mixed_precision == "fp16":  # a possible value of `accelerate launch`
+        raise ConfigError("sharding does not work with fp16, because it has no loss scaling; use bf16")
     return True
 
 
 def prepare(
     model: nn.Module, config: TrainingConfig, accelerator: Accelerator, *, sharded: bool
 ) -> tuple[nn.Module, torch.optim.Optimizer, LearningRate]:
-    """The model on its device, prepared by accelerate; its AdamW; and the schedule of this."""
+    """Return the model on its device, prepared by accelerate, its AdamW, and the learning-rate schedule."""
     model.to(accelerator.device)
-    if config.channels_last and not sharded:  # fully_shard takes contiguous parameters only
+    if config.channels_last and not sharded:  # fully_shard accepts only contiguous parameters
         model.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -131,13 +131,13 @@ def prepare(
         shard(model, accelerator, reshard_after_forward=config.sharding == "zero3")
     optimizer = make_optimizer(model, config, fused=accelerator.scaler is None)
     schedule = LearningRate(optimizer, config)
-    if sharded:  # the engine is torch's: accelerate only adds its autocast
+    if sharded:  # torch does the sharding; accelerate only adds its autocast
         return accelerator.prepare_model(model, evaluation_mode=True), optimizer, schedule
     return *accelerator.prepare(model, optimizer), schedule
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile in place: the repeated blocks where the model names them (fast to compile), else the whole."""
+    """Compile in place: the repeated blocks if the model names them (fast to compile), otherwise the whole model."""
     if getattr(model, "_repeated_blocks", None):
         model.compile_repeated_blocks(dynamic=False)  # dynamic shapes recompile slowly, and there are few shapes
     else:

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank change of a model's attention that trains while the model itself stays as it is.
+"""LoRA: a trainable low-rank update of the attention layers of a frozen model.
 
     W x  becomes  W x + B A x,   A (rank, in), B (out, rank), B = 0 at the start
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iptv2_diffusion.training.errors import ConfigError
 
-TARGETS = ("qkv", "out_proj")  # of FCSA and GGSA, the same in the trainable and in the fused form
+TARGETS = ("qkv", "out_proj")  # layers of FCSA and GGSA, the same in the trainable and in the fused form
 ADAPTER = "default"
 
 
@@ -19,7 +19,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
     """Add an adapter to every attention and freeze all other weights, in place.
 
     Raises:
-        ConfigError: peft is not installed, or the model takes no adapters.
+        ConfigError: peft is not installed, or the model does not support adapters.
     """
     try:
         from peft import LoraConfig
@@ -33,7 +33,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by peft's names."""
+    """Return the adapter's tensors by peft's names."""
     from peft.utils import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, adapter_name=ADAPTER)

@@ -6,8 +6,9 @@
         sharded/                instead of these, where every process writes its part: torch.distributed.checkpoint
 
 A checkpoint counts only under its final name, with a manifest whose hashes match. A damaged one is renamed to
-`damaged-checkpoint-*` and the one before is used; one written under another configuration is refused with the fields
-that differ. What a full disk interrupts is removed; older checkpoints are not touched before the new one is in place.
+`damaged-checkpoint-*`, and the previous one is used. A checkpoint of another configuration is refused with the fields
+that differ. If the disk fills up, the incomplete checkpoint is removed. Older checkpoints are deleted only after the
+new one is complete.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _NAME = re.compile(r"^checkpoint-(\d{8,})$")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: where it lies and what its manifest says."""
+    """A verified checkpoint: its path and its manifest."""
 
     path: Path
     step: int
@@ -56,12 +57,12 @@ class CheckpointManager:
         output_dir: the run's folder.
         accelerator: holds the prepared model and optimiser and the objects registered for checkpointing.
         config: the fields that must agree on resumption (`config.frozen_fields`).
-        defaults: what a checkpoint of an older version, which does not know a field, was made with.
-        accept_changes: go on with another configuration instead of refusing, naming what differs.
-        keep_last: how many checkpoints stay.
-        say: prints a message (by default on the main process).
+        defaults: values of the fields that a checkpoint of an older version does not have.
+        accept_changes: whether to resume with another configuration and report the difference, instead of refusing.
+        keep_last: number of checkpoints to keep.
+        say: function that prints a message (by default on the main process).
         state: the model's state, which reads and writes sharded checkpoints.
-        sharded: write checkpoints sharded.
+        sharded: whether to write sharded checkpoints.
     """
 
     def __init__(
@@ -90,10 +91,10 @@ class CheckpointManager:
     # Saving
 
     def save(self, step: int, progress: Mapping[str, Any] | None = None) -> Path:
-        """Write checkpoint `step`, then delete the oldest beyond `keep_last`. Called by all processes together."""
+        """Write checkpoint `step`, then delete the oldest ones beyond `keep_last`. All processes call this together."""
         try:
             return self._save(step, progress)
-        except KeyboardInterrupt:  # the second: the first asked for this save
+        except KeyboardInterrupt:  # the second signal; the first one requested this save
             if self.accelerator.is_main_process:
                 self._clean(f".tmp-checkpoint-{step:08d}")
                 whole = ", ".join(path.name for path in self._folders() if is_ours(path)) or "none yet"
@@ -137,7 +138,7 @@ class CheckpointManager:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         flush_to_disk(temporary / MANIFEST)
         flush_to_disk(temporary)
-        if final.exists():  # an equal step written again, as after a resumption: the new one is whole, so replace it
+        if final.exists():  # the same step again, as after a resumption: the new checkpoint replaces the old one
             self._set_aside(final)
         os.replace(temporary, final)
         flush_to_disk(self.output_dir)
@@ -154,7 +155,7 @@ class CheckpointManager:
         )
 
     def _first_failure(self, failure: str | None) -> str | None:
-        """The failure of whichever process had one: all processes must go the same way."""
+        """Return the failure of any process, so that all processes act in the same way."""
         if self.accelerator.num_processes == 1:
             return failure
         flag = torch.tensor([1.0 if failure else 0.0], device=self.accelerator.device)
@@ -167,13 +168,13 @@ class CheckpointManager:
             self._delete(path)
 
     def _delete(self, path: Path) -> None:
-        """Remove a checkpoint; what its manifest does not name moves to left-of-checkpoint-*."""
+        """Remove a checkpoint. Files that its manifest does not name move to left-of-checkpoint-*."""
         self._set_aside(path)
         self._clean(f".tmp-delete-{path.name}")
 
     def _set_aside(self, path: Path) -> None:
-        """Take a checkpoint's name away: a kill in mid-delete must not leave something that looks like one."""
-        if not is_ours(path):  # a folder of somebody else's
+        """Rename a checkpoint before its deletion, so that a kill leaves no folder that looks like a checkpoint."""
+        if not is_ours(path):  # a folder that is not ours
             os.replace(path, _free_name(path.with_name(f"left-of-{path.name}")))
             return
         for name in foreign_files(path):
@@ -188,7 +189,7 @@ class CheckpointManager:
     # Finding and loading
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None. Sets damaged ones aside; refuses one of another configuration."""
+        """Return the newest complete checkpoint, or None. Sets damaged ones aside and refuses other configurations."""
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -203,7 +204,7 @@ class CheckpointManager:
         return found[0]
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Bring the accelerator's objects to the checkpoint's state. Called by all processes together."""
+        """Load the checkpoint's state into the accelerator's objects. All processes call this together."""
         try:
             if (checkpoint.path / SHARDED).is_dir():
                 self.state.load_sharded(checkpoint.path / SHARDED)
@@ -252,14 +253,14 @@ class CheckpointManager:
         return [path for _, path in sorted(named)]
 
     def _clean(self, *names: str) -> None:
-        """Remove what a killed run left half-written, or what is named."""
+        """Remove the incomplete files of a killed run, or the named ones."""
         for pattern in names or TEMPORARY:
             for path in self.output_dir.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a folder is a checkpoint of ours, whole or damaged: it has our manifest."""
+    """Return whether a folder is one of our checkpoints, complete or damaged: it has our manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -275,7 +276,7 @@ def foreign_files(path: Path) -> list[str]:
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint whose files are not what its manifest says."""
+    """Raised for a checkpoint whose files do not match its manifest."""
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -298,7 +299,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def differing_fields(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """'name is A there, B here' for every field that differs; a field that only one side knows counts as None."""
+    """Return 'name is A there, B here' for every field that differs. A missing field counts as None."""
     names = sorted(set(saved) | set(wanted))
     return [
         f"{name} is {saved.get(name)!r} there, {wanted.get(name)!r} here"
@@ -308,14 +309,14 @@ def differing_fields(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
 
 
 def _reason(error: BaseException) -> str:
-    """The plainest words for why a write failed: torch hides the operating system's error, or loses it."""
+    """Return the plainest reason of a failed write. torch hides or loses the operating system's error."""
     cause: BaseException | None = error
     while cause is not None:
         number = system_error(cause)
         if number is not None:
             return os.strerror(number)
         cause = cause.__cause__ or cause.__context__
-    if "inline_container" in str(error):  # torch.save, which keeps no more than where in its own code it noticed
+    if "inline_container" in str(error):  # an error of torch.save, which names only a place in its own code
         return "a file could not be written to its end"
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Words of YAML files and the command line, turned into values of the types that options are declared with."""
+"""Conversion of words in YAML files and on the command line to the declared types of the options."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _TRUE_WORDS, _FALSE_WORDS = {"true", "yes", "on", "1"}, {"false", "no", "off", "
 
 
 class MeaningError(ConfigError):
-    """A number that is none, or is not what it looks like."""
+    """Raised for an invalid number, or for one whose value differs from its appearance."""
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
-    """Turn a YAML value into the field's type: '1e-4' into a float, a list into a tuple; refuse what cannot be."""
+    """Convert a YAML value to the field's type: '1e-4' to a float, a list to a tuple. Raises an error if it cannot."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if type(None) in arguments and (value is None or str(value).lower() in _NONE_WORDS):
@@ -70,7 +70,7 @@ def _coerce_plain(value: Any, hint: Any, name: str) -> Any:
 
 
 def read_word(text: str, hint: Any) -> Any:
-    """Read a command-line word as YAML would: booleans, JSON and comma-separated lists; `coerce` reads the rest."""
+    """Parse a command-line word as YAML: booleans, JSON and comma-separated lists. `coerce` converts the others."""
     arguments = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     kinds = {typing.get_origin(a) or a for a in arguments}
     if bool in kinds and text.lower() in _TRUE_WORDS | _FALSE_WORDS:
@@ -88,7 +88,7 @@ def read_word(text: str, hint: Any) -> Any:
 
 
 def type_name(hint: Any) -> str:
-    """The name of a type in --help and in errors, such as INT|none."""
+    """Return the name of a type for --help and errors, such as INT|none."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return "|".join("none" if a is type(None) else type_name(a) for a in arguments)

@@ -1,8 +1,8 @@
 """A model's forward and backward as CUDA graphs: recorded once for each shape, then replayed as two launches.
 
-A step of a model of this package is some 2,000 small kernels, and where these are short the CPU that starts them is the
-limit, whatever the batch (docs/performance.md). The recording is torch's `make_graphed_callables`; ours is only what it
-asks for: positional tensors, and one recording for each set of shapes.
+A training step of this package has about 2,000 small kernels. If these are short, the CPU that launches them limits the
+speed at every batch size (docs/performance.md). torch's `make_graphed_callables` records the graphs. This module
+prepares its arguments: positional tensors, and one recording for each set of shapes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["GraphedModel", "PositionalCall", "wants_graphs"]
 
 
 def wants_graphs(config: TrainingConfig, accelerator: Accelerator) -> bool:
-    """Whether this run is to record graphs. Raises `ConfigError` where they would not do what it asks for."""
+    """Return whether this run records graphs. Raises a `ConfigError` if its options do not work with graphs."""
     if not config.cuda_graphs:
         return False
     if accelerator.device.type != "cuda":
@@ -34,22 +34,22 @@ def wants_graphs(config: TrainingConfig, accelerator: Accelerator) -> bool:
             f"cuda_graphs is for one process, not {accelerator.num_processes}; leave it out, or try torch_compile"
         )
     if config.gradient_accumulation_steps > 1:
-        # a replayed backward writes gradients to where the last one's were taken from
+        # a replayed backward overwrites the gradients of the previous one
         raise ConfigError(
-            f"cuda_graphs takes a batch at once: gradient_accumulation_steps must be 1, not "
+            f"cuda_graphs needs whole batches: gradient_accumulation_steps must be 1, not "
             f"{config.gradient_accumulation_steps}"
         )
     for other in config.not_with_cuda_graphs:
         if getattr(config, other):
-            raise ConfigError(f"cuda_graphs and {other} do not go together; leave one out")
+            raise ConfigError(f"cuda_graphs does not work with {other}; leave one out")
     return True
 
 
 class GraphedModel:
-    """Calls `model`, a module on a GPU, by graphs; its parameters stay where they are in memory, and its mode as it is.
+    """Call `model`, a module on a GPU, through graphs. Its parameters keep their memory, and its mode does not change.
 
-    An output holds until the next call only. Another set of shapes is recorded anew, and the one before forgotten: a
-    recording holds the memory of its activations.
+    An output is valid only until the next call. A new set of shapes replaces the previous recording, because a
+    recording keeps the memory of its activations.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,7 +57,7 @@ class GraphedModel:
         self._recorded: dict[tuple, nn.Module] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`model(*args, **kwargs)`: tensors on the GPU that want no gradient, and constants."""
+        """Return `model(*args, **kwargs)`. The arguments are constants and GPU tensors without gradient."""
         given = {**dict(enumerate(args)), **kwargs}
         tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
         constants = {key: value for key, value in given.items() if key not in tensors}
@@ -65,14 +65,14 @@ class GraphedModel:
         if key not in self._recorded:
             samples = tuple(value.detach().clone() for value in tensors.values())
             call = PositionalCall(self.model, tuple(tensors), constants)
-            # Unused parameters: FCSA's shifted branch on maps of one window.
+            # FCSA's shifted branch has unused parameters on maps of one window.
             self._recorded.clear()
             self._recorded[key] = torch.cuda.make_graphed_callables(call, samples, allow_unused_input=True)
         return self._recorded[key](*tensors.values())
 
 
 class PositionalCall(nn.Module):
-    """A call of a model as a function of its tensors alone."""
+    """A call of a model as a function of only its tensors."""
 
     def __init__(self, model: nn.Module, names: tuple[int | str, ...], constants: dict[int | str, Any]) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Averaged weights (EMA): diffusers' `EMAModel`, saved by name inside the run's checkpoint.
+"""Exponential moving average (EMA) of the weights: diffusers' `EMAModel`, saved by name in the run's checkpoint.
 
     shadow <- d shadow + (1 - d) weights,   d(n) = min(decay, 1 - (1 + n)^-power)
 
-The ramp of d lets short runs forget their random start: with power 3/4 it passes 0.99 at step 464 and 0.999 at 10 K.
-Instead of one constant-length average there may be several by power functions of time (`power_ema.py`).
+The ramp of d lets short runs forget their random start. With power 3/4, d passes 0.99 at step 464 and 0.999 at 10 K.
+Several averages by power functions of time (`power_ema.py`) can replace the one of constant length.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from iptv2_diffusion.training.sharding import (
 
 StateDict = dict[str, torch.Tensor]
 
-# Whole tensors on the CPU, of the first process alone: no other holds a second copy of the model.
+# Whole tensors on the CPU, only on the first process: no other process needs a second copy of the model.
 _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_WHOLE = StateDictOptions(full_state_dict=True)  # whole on every process, as read from a file
+_WHOLE = StateDictOptions(full_state_dict=True)  # whole tensors on every process, as read from a file
 
 _MODEL_FILE = "model.safetensors"
 _OPTIMIZER_FILE = "optimizer.bin"
@@ -52,16 +52,16 @@ _OPTIMIZER_FILE = "optimizer.bin"
 class ModelState:
     """The model's weights and their average, as the checkpoint stores them.
 
-    Registers hooks with the accelerator, so that `save_state` and `load_state` carry both as safetensors under the
-    plain parameter names: a checkpoint of two processes loads on one, and the files are usable without this class.
+    Hooks of the accelerator make `save_state` and `load_state` write and read both as safetensors under the plain
+    parameter names. A checkpoint of two processes therefore loads on one, and the files are usable without this class.
 
     Args:
         accelerator: after `prepare`; every process calls this.
         model: the prepared model, sharded or not.
         optimizer: AdamW on its parameters, for sharded models and checkpoints.
-        decay: largest decay; 0 turns averaging off, and the "averaged" weights are then the current ones.
+        decay: largest decay. 0 turns averaging off, and the average equals the current weights.
         power: exponent of the ramp.
-        sigma_rels: relative widths of power-function averages to keep instead; the first is the one that is used.
+        sigma_rels: relative widths of power-function averages to keep instead. The first one is the average in use.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class ModelState:
     ):
         self.accelerator, self.optimizer = accelerator, optimizer
         self.module = accelerator.unwrap_model(model)
-        self.parameters = list(self.module.parameters())  # once: walking the modules costs a millisecond a time
+        self.parameters = list(self.module.parameters())  # once, because iterating over the modules takes a millisecond
         self.sharded = any(isinstance(p, DTensor) for p in self.parameters)
-        # Of this process's shards, if the model is sharded; the first is what `averaged` and the results hold.
+        # Averages of this process's shards, if the model is sharded. `averaged` and the results use the first.
         self.averages: list[EMAModel] = [PowerEMA(self._own(), sigma_rel) for sigma_rel in sigma_rels]
         if not sigma_rels and decay > 0:
             self.averages = [EMAModel(self._own(), decay=decay, use_ema_warmup=True, power=power, foreach=True)]
@@ -86,28 +86,28 @@ class ModelState:
         accelerator.register_load_state_pre_hook(self._load)
 
     def step(self) -> None:
-        """Take the current weights into the averages; call after every optimiser step."""
+        """Update the averages with the current weights. Call this after every optimiser step."""
         own = self._own()
         for average in self.averages:
             average.step(own)
 
     def _own(self) -> list[torch.Tensor]:
-        """This process's memory of the parameters."""
+        """Return this process's parts of the parameters."""
         return [to_local(p) for p in self.parameters] if self.sharded else self.parameters
 
     @property
     def averaged_steps(self) -> int:
-        """How many steps the averages have taken in."""
+        """Number of steps in the averages."""
         return self.averages[0].optimization_step if self.averages else 0
 
     @property
     def decay(self) -> float:
-        """The decay that the last step used (0 before the first)."""
+        """Decay of the last step (0 before the first)."""
         return (self.averages[0].cur_decay_value or 0.0) if self.averages else 0.0
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The unwrapped model in eval mode holding the averaged weights; afterwards all is as before, bit for bit."""
+        """Yield the unwrapped model in eval mode with the averaged weights, then restore its state bit for bit."""
         training = self.module.training
         own = self._own()
         kept = [p.detach().clone() for p in own] if self.averages else None
@@ -125,9 +125,9 @@ class ModelState:
             self.module.train(training)
 
     def averaged_state_dict(self) -> dict[str, torch.Tensor]:
-        """The model's state dict with the averaged weights in it (detached; on the model's device).
+        """Return the model's state dict with the averaged weights (detached, on the model's device).
 
-        Of a sharded model it is gathered: every process must ask.
+        If the model is sharded, the weights are gathered, and every process must call this.
         """
         state = {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
         for average in self.averages[:1]:
@@ -135,7 +135,7 @@ class ModelState:
         return {name: full_tensor(tensor) for name, tensor in state.items()}
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """Copies of all that a checkpoint must bring back, whole: weights, averages, optimiser state."""
+        """Return whole copies of everything that a checkpoint restores: weights, averages, optimiser state."""
         tensors = {f"weights.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.averaged_state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -143,7 +143,7 @@ class ModelState:
         return {name: full_tensor(tensor).detach().clone() for name, tensor in tensors.items()}
 
     def write_snapshots(self, folder: Path, result: Callable[[StateDict], StateDict] = dict) -> None:
-        """Write the power-function averages as they are now (see `power_ema.py`); called by all processes.
+        """Write a snapshot of the power-function averages (see `power_ema.py`). All processes call this.
 
         `result` takes a state dict and returns the part of it that a result keeps.
         """
@@ -153,12 +153,12 @@ class ModelState:
                 write_snapshot(folder, average.optimization_step, average.sigma_rel, result(tensors))
 
     def _by_name(self, average: EMAModel) -> dict[str, torch.Tensor]:
-        """An average under the parameters' names, sharded as these are."""
+        """Return an average by the names of the parameters, sharded like them."""
         pairs = zip(self.module.named_parameters(), average.shadow_params, strict=True)
         return {name: from_local(part, parameter) for (name, parameter), part in pairs}
 
     def _gathered(self, average: EMAModel) -> dict[str, torch.Tensor]:
-        """An average, whole, on the CPU; on the other processes empty. Of a sharded model every process must ask."""
+        """Return a whole average on the CPU, empty on the other processes. If sharded, every process must call this."""
         main, state = self.accelerator.is_main_process, {}
         for name, tensor in self._by_name(average).items():
             whole = full_tensor(tensor)
@@ -174,7 +174,7 @@ class ModelState:
         average.optimization_step = steps
 
     # ----------------------------------------------------------------------------------------------------------------
-    # accelerate's hooks: what they leave in `weights`/`models` accelerate saves/loads itself, so both are emptied
+    # accelerate's hooks. accelerate saves or loads what they leave in `weights` or `models`, so both are emptied.
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, torch.Tensor]], output_dir: str) -> None:
         weights.clear()
@@ -188,10 +188,10 @@ class ModelState:
             return
         save_file({k: v.contiguous() for k, v in state.items()}, folder / _MODEL_FILE, metadata={"format": "pt"})
         for number, (average, shadow) in enumerate(zip(self.averages, shadows, strict=True)):
-            # One entry only: safetensors writes several in any order, and equal states must give equal files.
+            # Only one entry: safetensors writes several in any order, and equal states must give equal files.
             metadata = {"optimization_step": str(average.optimization_step)}
             save_file(shadow, folder / _file(number), metadata=metadata)
-        if optimizer is not None:  # accelerate, which knows no sharded optimiser, writes that of any other model
+        if optimizer is not None:  # accelerate writes only optimisers that are not sharded
             torch.save(optimizer, folder / _OPTIMIZER_FILE)
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
@@ -199,7 +199,7 @@ class ModelState:
         folder = Path(input_dir)
         state, _ = _read(folder / _MODEL_FILE)
         missing = self.module.state_dict().keys() - state.keys()
-        if missing:  # which torch would leave as they are
+        if missing:  # torch would leave these unchanged
             raise KeyError(f"{_MODEL_FILE} lacks {', '.join(sorted(missing)[:3])}")
         set_model_state_dict(self.module, state, options=_WHOLE)
         for number, average in enumerate(self.averages):
@@ -209,16 +209,16 @@ class ModelState:
             self._load_optimizer(torch.load(folder / _OPTIMIZER_FILE, map_location="cpu", weights_only=True))
             forget_gathered(self.module)
 
-    # Files number the parameters, as `Optimizer.state_dict` does; torch's functions on sharded state name them.
+    # Files number the parameters, as `Optimizer.state_dict` does. torch's functions for sharded state name them.
 
     def _optimized_names(self) -> list[str]:
-        """Names of the parameters in the order of the optimiser's groups."""
+        """Return the names of the parameters in the order of the optimiser's groups."""
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         return [names[p] for group in self.optimizer.param_groups for p in group["params"]]
 
     def _gathered_optimizer(self) -> dict[str, Any]:
-        """The optimiser's state dict with nothing sharded in it; of use on the first process alone."""
-        optimizer_tensors(self.optimizer)  # torch would make what is missing by a step of the optimiser
+        """Return the optimiser's whole state dict, which is complete only on the first process."""
+        optimizer_tensors(self.optimizer)  # torch would create missing state by a step of the optimiser
         gathered = get_optimizer_state_dict(self.module, self.optimizer, options=_GATHERED).get("state", {})
         state = {number: gathered[name] for number, name in enumerate(self._optimized_names()) if name in gathered}
         return {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
@@ -233,26 +233,26 @@ class ModelState:
         set_optimizer_state_dict(self.module, self.optimizer, named, options=_WHOLE)
 
     def lay_out_optimizer(self) -> None:
-        """Bring loaded moments to the memory layout of their parameters: fused AdamW walks both side by side.
+        """Convert loaded moments to the memory layout of their parameters, which fused AdamW requires.
 
-        A run with another `channels_last`, or a sharded one, writes them in another.
+        A sharded run, or one with another `channels_last`, writes another layout.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                state = self.optimizer.state.get(parameter, {})  # a look-up by [] would make an entry
+                state = self.optimizer.state.get(parameter, {})  # a look-up by [] would create an entry
                 for name, value in state.items():
                     if value.shape == parameter.shape and value.stride() != parameter.stride():
                         state[name] = torch.empty_like(parameter.detach()).copy_(value)
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Sharded checkpoints: every process writes its part; any number of processes reads them, sharded or not
+    # Sharded checkpoints: every process writes its part. Any number of processes can read them, sharded or not
 
     def save_sharded(self, folder: Path) -> None:
-        """Write weights, averages and optimiser by torch.distributed.checkpoint; called by all processes."""
+        """Write weights, averages and optimiser by torch.distributed.checkpoint. All processes call this."""
         checkpoint.save(self._sharded_state(), checkpoint_id=folder)
 
     def load_sharded(self, folder: Path) -> None:
-        """Read what `save_sharded` wrote; called by all processes."""
+        """Read the files of `save_sharded`. All processes call this."""
         state = self._sharded_state()
         checkpoint.load(state, checkpoint_id=folder)  # in place
         for number, average in enumerate(self.averages):
@@ -269,7 +269,7 @@ class ModelState:
 
 
 def _key(number: int, name: str) -> str:
-    """What an average's entry is called: the first, or only one, bears the plain name."""
+    """Return the name of an average's entry. The first, or only, average has the plain name."""
     return f"{name}_{number}" if number else name
 
 

@@ -1,7 +1,7 @@
-"""Errors a user can mend: one line that names the numbers and the remedy, no traceback.
+"""Errors that a user can fix: one line with the numbers and the remedy, without a traceback.
 
-Scripts wrap their `main` in `run_main`; everything that is the user's to mend is raised as `UserError`. Errors of ours
-(bugs) keep their traceback. `IPTV2_TRACEBACK=1` shows the traceback of user errors too.
+Scripts wrap their `main` in `run_main`. A mistake that the user can fix is raised as a `UserError`. Bugs keep their
+traceback. `IPTV2_TRACEBACK=1` also shows the traceback of user errors.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from pathlib import Path
 
 from iptv2_diffusion.files import DISK_ERRORS, forgiving_streams
 
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, names the operating system's errors
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # an operating system's error in safetensors, which is written in Rust
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one line with the numbers and the remedy."""
+    """Raised for a mistake that the user can fix. The message is one line with the numbers and the remedy."""
 
 
 class ConfigError(UserError):
-    """An option that does not exist, has the wrong type, or contradicts another."""
+    """Raised for an option that does not exist, has the wrong type, or contradicts another."""
 
 
 class LocalError(UserError):
-    """An error that one process alone may have, such as an unreadable image of its share: whoever has it prints it."""
+    """Raised for an error of a single process, such as an unreadable image of its share. That process prints it."""
 
 
 class NonFiniteLossError(UserError):
-    """The loss or the gradient became NaN or infinite."""
+    """Raised if the loss or the gradient is NaN or infinite."""
 
 
 @contextlib.contextmanager
 def user_errors(*kinds: type[Exception], as_error: type[UserError] = UserError) -> Iterator[None]:
-    """Turn expected errors of the libraries below (default: OSError, ValueError) into one-line `UserError`s."""
+    """Convert expected errors of library calls (default: OSError, ValueError) to one-line `UserError`s."""
     expected = kinds or (OSError, ValueError)
     try:
         yield
@@ -51,18 +51,18 @@ def user_errors(*kinds: type[Exception], as_error: type[UserError] = UserError) 
 
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turn the libraries' errors about a saved model or pipeline, a folder or a name on the Hub, into a `UserError`."""
+    """Convert the libraries' errors about a saved model or pipeline, a folder or Hub name, to a `UserError`."""
     try:
-        with user_errors(Exception):  # of diffusers, safetensors and json, about whatever the folder holds
+        with user_errors(Exception):  # diffusers, safetensors and json raise various types for a bad folder
             yield
     except UserError as error:
         hub = "" if Path(name).exists() else "no such folder here, and from the Hub: "
-        told = str(error)
-        raise UserError(f"cannot load {name}: {hub}{told[:500]}{'…' if len(told) > 500 else ''}") from error
+        reason = str(error)
+        raise UserError(f"cannot load {name}: {hub}{reason[:500]}{'…' if len(reason) > 500 else ''}") from error
 
 
 def system_error(error: BaseException) -> int | None:
-    """The operating system's number for what went wrong, also as a library in Rust tells it; None for other errors."""
+    """Return the operating system's error number, also from a message of a Rust library; None for other errors."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     match = _OS_ERROR.search(str(error))
@@ -70,7 +70,7 @@ def system_error(error: BaseException) -> int | None:
 
 
 def full_disk(error: BaseException) -> str | None:
-    """Message for an error that means that the disk, or the quota, takes no more; None for any other error."""
+    """Return the message for an error that means that the disk or the quota is full; None for any other error."""
     number = system_error(error)
     if number not in DISK_ERRORS:
         return None
@@ -80,10 +80,10 @@ def full_disk(error: BaseException) -> str | None:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run `main` and leave the interpreter: exit code 0, or 1 after a user's error, printed as one line.
+    """Run `main` and exit with code 0, or with code 1 after a user error, which is printed as one line.
 
-    With several processes only the first prints, so that the line is seen once: what is checked here is the same for
-    all. A disk that fills outside of a checkpoint (which names more, see `checkpoint.py`) is told here too.
+    With several processes only the first one prints, because all have the same error. This also reports a disk that
+    fills up outside of a checkpoint (see `checkpoint.py` for checkpoints).
     """
     forgiving_streams()
     try:
@@ -92,8 +92,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         if os.environ.get("IPTV2_TRACEBACK") == "1":
             raise
         code = _complain(str(error), everywhere=isinstance(error, LocalError))
-    except KeyboardInterrupt as error:  # who raises it may say what is there
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end Python's shutdown in a traceback
+    except KeyboardInterrupt as error:  # the code that raises it can add what was saved
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would show a traceback during Python's shutdown
         stopped = "stopped: what was written before is whole; run the same command again to go on"
         _complain(str(error) or stopped, prefix="")
         code = 130

@@ -1,4 +1,4 @@
-"""What a run tells: progress bar, metrics.jsonl, TensorBoard or wandb (through accelerate), loss-curve picture."""
+"""Output of a run: progress bar, metrics.jsonl, TensorBoard or wandb (through accelerate), plot of the loss curve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iptv2_diffusion.training.errors import ConfigError
 
 
 def available_trackers(report_to: str) -> tuple[list[str], list[str]]:
-    """(trackers that can be used, messages about those that cannot) for 'tensorboard', 'wandb', 'all' or 'none'."""
+    """Return the usable trackers of 'tensorboard', 'wandb', 'all' or 'none', and messages about the others."""
     wanted = {"none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [w.strip() for w in report_to.split(",")])
     for name in wanted:
         if name not in ("tensorboard", "wandb"):
@@ -28,11 +28,11 @@ def available_trackers(report_to: str) -> tuple[list[str], list[str]]:
 
 
 class MetricLog:
-    """metrics.jsonl: one JSON object a line, always with "step" and "time" (seconds since the epoch).
+    """metrics.jsonl: one JSON object per line, always with "step" and "time" (seconds since the epoch).
 
-    Each line is flushed, so a kill loses none; on resumption the lines after the resumed step are dropped, so the
-    file reads as if the run had never stopped. If that step is still to be `evaluated`, so are its rows without a
-    training loss.
+    Each line is flushed, so a kill loses none. On resumption the lines after the resumed step are dropped, so the file
+    reads as if the run had never stopped. If that step must still be evaluated, its lines without a training loss are
+    dropped too.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MetricLog:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line. NaN and infinity become null, which is what JSON has."""
+        """Append one line. NaN and infinity become null, because JSON does not have them."""
         if not self.enabled:
             return
         row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
@@ -55,7 +55,7 @@ class MetricLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """Read the lines of a metrics.jsonl, without a last line that a kill cut short."""
     rows = []
     if Path(path).is_file():
         for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -67,9 +67,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class ProgressBar:
-    """A tqdm bar with images/s, loss, learning rate and time left; silent on all but the main process.
+    """tqdm bar with images/s, loss, learning rate and time left, on the main process only.
 
-    With a time budget the number of steps is not known beforehand: it is estimated from the fraction spent.
+    With a time budget, the number of steps is estimated from the fraction of the time that has passed.
     """
 
     def __init__(self, total: int, *, initial: int, batch_size: int, enabled: bool = True) -> None:
@@ -82,12 +82,12 @@ class ProgressBar:
 
     @property
     def images_per_second(self) -> float:
-        """Over the last 20 or so steps, pauses for evaluation left out (see `pause`)."""
+        """Images per second over about the last 20 steps, without pauses for evaluation (see `pause`)."""
         (start, first), (end, last) = self._window[0], self._window[-1]
         return (last - first) * self._batch_size / (end - start) if end > start else 0.0
 
     def update(self, step: int, values: Mapping[str, float], fraction: float = 0.0) -> None:
-        """Show that `step` steps are done. `fraction`: of a time budget, 0 without one."""
+        """Show that `step` steps are done. `fraction` is the part of a time budget that has passed, 0 without one."""
         self._window = [*self._window[-20:], (time.perf_counter(), step)]
         if fraction > 0:
             self._bar.total = max(step, round(step / fraction))
@@ -96,7 +96,7 @@ class ProgressBar:
         self._bar.update(step - self._bar.n)
 
     def pause(self) -> None:
-        """Forget the time since the last step (evaluation, saving), so that it does not count as training."""
+        """Exclude the time since the last step (evaluation, saving) from the training speed."""
         now, (last, _) = time.perf_counter(), self._window[-1]
         self._window = [(moment + now - last, step) for moment, step in self._window]
 
@@ -106,7 +106,7 @@ class ProgressBar:
             tqdm.write(message)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar and keep its last state on the screen."""
         self._bar.close()
 
 
@@ -117,7 +117,7 @@ def plot_curves(
     curves: Sequence[str] = ("loss", "heldout_loss"),
     title: str = "",
 ) -> bool:
-    """Draw curves of metrics.jsonl over the steps; noisy ones get a running mean on top. False if there is nothing."""
+    """Plot curves of metrics.jsonl over the steps, with running means of noisy ones. Returns False without data."""
     rows = read_metrics(metrics_path)
     series = {name: _points(rows, name) for name in curves}
     series = {name: points for name, points in series.items() if points}

@@ -1,16 +1,16 @@
 """The training loop that every recipe shares.
 
-A recipe says *what* is trained, by a `TrainingTask`; `Trainer` owns *how*. Optimiser step n, from 0, is
+A recipe defines *what* is trained by a `TrainingTask`. `Trainer` defines *how*. Optimiser step n, counted from 0, is
 
     loss      mean of task.loss over the micro-batches of task.micro_batches(n) and over the processes
-    gradient  of the loss by the weights, its norm clipped; a step that is not finite touches nothing
+    gradient  of the loss with respect to the weights, clipped by its norm; a step that is not finite changes nothing
     weights   AdamW at the learning rate of step n
-    average   exponential moving average of the weights: what is evaluated, drawn and saved
+    average   exponential moving average of the weights, which is evaluated, sampled and saved
 
-and then, at their intervals, snapshots of the average, `task.evaluate`, `task.preview` and a checkpoint.
+followed, at their intervals, by snapshots of the average, `task.evaluate`, `task.preview` and a checkpoint.
 
-A task draws everything random at step n as a pure function of (seed, n) (see `data/draws.py`). Then a checkpoint needs
-no random state, and the loss curve depends neither on the number of processes nor on accumulation.
+All random numbers of step n are a function of (seed, n) (see `data/draws.py`). A checkpoint therefore needs no random
+state, and the loss curve does not depend on the number of processes or on gradient accumulation.
 """
 
 from __future__ import annotations
@@ -47,37 +47,37 @@ from iptv2_diffusion.training.training_task import TrainingTask
 
 
 class Outcome(enum.Enum):
-    """How `Trainer.fit` ended. The state is saved either way."""
+    """Outcome of `Trainer.fit`. The state is saved in both cases."""
 
-    FINISHED = "finished"  # all steps, or the time, that the configuration asks for
-    STOPPED = "stopped"  # by a signal; the same command goes on from there
+    FINISHED = "finished"  # the number of steps or the time of the configuration is reached
+    STOPPED = "stopped"  # by a signal; the same command resumes the run
 
 
 class StepResult(NamedTuple):
-    """What a training step ends with, the same on every process."""
+    """Result of a training step, the same on every process."""
 
     loss: float  # mean over the processes
     grad_norm: float  # before clipping
-    stop: bool  # whether a process was asked to stop
+    stop: bool  # whether a process received a signal to stop
 
 
 class Trainer:
-    """Trains a model on a task, from the newest checkpoint of the output folder if there is one.
+    """Train a model on a task, from the newest checkpoint of the output folder if there is one.
 
     Call `resume`, then `fit`, then `finish`.
 
     Args:
-        config: the run; `config.output_dir` is created and gets config.yaml, metrics.jsonl and checkpoints.
-        accelerator: from `make_accelerator`.
-        model: the bare model, on any device, in float32.
-        curves: names of the metrics drawn in loss_curve.png.
-        result: takes the model's state dict and returns the part of it that a result keeps, for snapshots of averages.
+        config: configuration of the run. config.yaml, metrics.jsonl and checkpoints are written to `config.output_dir`.
+        accelerator: result of `make_accelerator`.
+        model: the model, not prepared, on any device, in float32.
+        curves: names of the metrics to plot in loss_curve.png.
+        result: function that takes the model's state dict and returns the part to keep in snapshots of averages.
 
     Attributes:
-        step: optimiser steps done.
-        seconds: time spent in training steps over all resumptions; the same on every process.
-        position: of the data, as the task gave it when the checkpoint was saved.
-        skipped: steps whose loss or gradient was not finite.
+        step: number of optimiser steps done.
+        seconds: time spent in training steps over all resumptions, the same on every process.
+        position: position in the data, from the task, at the time of the checkpoint.
+        skipped: counter of the steps whose loss or gradient was not finite.
         state: the weights and their average.
     """
 
@@ -100,17 +100,17 @@ class Trainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         self.sharded = is_sharded(config, accelerator)
         self.model, self.optimizer, self.schedule = prepare(model, config, accelerator, sharded=self.sharded)
-        self._trained = GraphedModel(self.model) if graphs else self.model  # what the losses call
+        self._trained = GraphedModel(self.model) if graphs else self.model  # the losses call this module
         self.state = self._make_state()
         self.checkpoints = self._make_checkpoints()
         self.step = 0
-        self.seconds = self._clock = 0.0  # the clock is this process's own measure of `seconds`
+        self.seconds = self._clock = 0.0  # this process's own clock; `seconds` is the common one
         self.position: Mapping[str, Any] | None = None
         self.skipped = SkippedSteps(config, accelerator.print)
         self._budget = 60.0 * config.max_train_minutes if config.max_train_minutes else math.inf
         self._saved_step = -1
         self._images: int | None = None  # number of training images when the checkpoint was saved
-        self._due = False  # whether what follows a step (`_after_step`) is still to be done for this one
+        self._due = False  # whether `_after_step` must still run for this step
         self._next_batches: list[Any] = []
 
     def _make_state(self) -> ModelState:
@@ -136,7 +136,7 @@ class Trainer:
     # A run: resume, fit, finish
 
     def resume(self) -> None:
-        """Go to the newest whole checkpoint, or start anew."""
+        """Load the newest complete checkpoint, or start from step 0."""
         if self.config.overwrite:
             self.checkpoints.delete_all()
         found = self.checkpoints.latest()
@@ -147,15 +147,15 @@ class Trainer:
         self.metrics = MetricLog(path, resumed_step=self.step, evaluated=not self._due, enabled=main)
         if main:
             forget_snapshots_after(self.snapshots, self.state.averaged_steps)
-            # Without what holds for one start only: a run begun from this file must not delete anything.
+            # Without options that hold for one start only: a run from this file must not delete anything.
             once: dict[str, Any] = {"overwrite": False, "accept_changes": False}
-            if self.config.mixed_precision == "auto":  # the choice that this machine's timing made
+            if self.config.mixed_precision == "auto":  # chosen by timing this machine
                 once["mixed_precision"] = self.accelerator.mixed_precision
             save_config(dataclasses.replace(self.config, **once), self.output_dir / "config.yaml")
         self.accelerator.init_trackers("logs", config=_flat(config_to_dict(self.config)))
 
     def fit(self, task: TrainingTask) -> Outcome:
-        """Train to the end of the run, or until a signal asks to stop."""
+        """Train to the end of the run or until a signal to stop."""
         self._check_task(task)
         with StopSignal() as stop, contextlib.closing(self._progress_bar()) as bar:
             interrupt = partial(self._interrupt, stop)
@@ -186,27 +186,27 @@ class Trainer:
 
     @property
     def fraction(self) -> float:
-        """How much of the run is done, in [0, 1]: steps or time, whichever is further along."""
+        """Fraction of the run that is done, in [0, 1]: that of the steps or of the time, whichever is larger."""
         return min(1.0, max(self.step / self.config.max_train_steps, self._time_fraction))
 
     @property
     def _time_fraction(self) -> float:
-        """How much of the time budget is spent; 0 where there is none."""
+        """Fraction of the time budget that has passed; 0 without a budget."""
         return self.seconds / self._budget
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its number of steps or its time."""
+        """Whether the run has reached its number of steps or its time budget."""
         return self.fraction >= 1.0
 
     # ----------------------------------------------------------------------------------------------------------------
     # One step
 
     def train_step(self, task: TrainingTask, stop: StopSignal) -> StepResult:
-        """One optimiser step: gradients, what the processes agree on, and the update."""
+        """Run one optimiser step: gradients, agreement of the processes, and the update."""
         self.schedule.set(self.step, self._time_fraction)
         loss = self._accumulate_gradients(task)
-        # Drawn and sent while the device still computes: `_agree` waits for it.
+        # Draws and sends the batch while the device still computes. `_agree` waits for the device.
         more = self.step + 1 < self.config.max_train_steps
         self._next_batches = list(task.micro_batches(self.step + 1)) if more else []
         limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
@@ -217,11 +217,11 @@ class Trainer:
         return result
 
     def _accumulate_gradients(self, task: TrainingTask) -> Tensor:
-        """Gradients of the step's loss, averaged over micro-batches and processes; this process's loss."""
+        """Compute the step's gradients, averaged over micro-batches and processes; return this process's loss."""
         batches = self._next_batches or list(task.micro_batches(self.step))
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches, start=1):
-            # The processes exchange gradients once a step, with the last micro-batch.
+            # The processes exchange gradients once per step, at the last micro-batch.
             last = index == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = task.loss(self._trained, batch) / len(batches)
@@ -230,9 +230,9 @@ class Trainer:
         return total
 
     def _agree(self, loss: Tensor, norm: Tensor, stop: bool) -> StepResult:
-        """Loss, gradient norm, stop flag and time: the same numbers on every process.
+        """Return loss, gradient norm, stop flag and time, the same on every process.
 
-        Reading them waits for the device, once a step and before the weights are touched: a NaN never enters them.
+        Reading them waits for the device, once per step and before the weights change. A NaN never reaches the weights.
         """
         device = device_of_sums(self.accelerator)
         own = torch.tensor([float(stop), self._clock], dtype=torch.float64, device=device)
@@ -244,11 +244,11 @@ class Trainer:
         return StepResult(loss_value, norm_value, stop_value > 0)
 
     def _update(self, result: StepResult) -> None:
-        """AdamW and the average take the step, unless its loss or gradient is not finite."""
+        """Update the weights and the average, unless the loss or the gradient is not finite."""
         scaler, problem = self.accelerator.scaler, self._problem(result)
         if problem:
             self._skip(problem, self.config.max_skipped_steps)
-        if not problem or scaler is not None:  # fp16's scaler must see every step, to halve its scale
+        if not problem or scaler is not None:  # fp16's scaler needs every step, to halve its scale
             self.optimizer.step()
         if not problem and scaler is not None and self.optimizer.step_was_skipped:
             problem = f"fp16 overflows; the loss scale becomes {scaler.get_scale():g}"
@@ -259,10 +259,10 @@ class Trainer:
             self.state.step()
 
     def _problem(self, result: StepResult) -> str | None:
-        """What is not finite; None if all is well."""
+        """Describe a loss or gradient that is not finite; None if both are finite."""
         if not math.isfinite(result.loss):
             return f"the loss is {result.loss}"
-        # With fp16 an infinite gradient is everyday: the scaler skips the step and lowers its scale.
+        # An infinite gradient is normal with fp16: the scaler skips the step and lowers its scale.
         if self.accelerator.scaler is None and not math.isfinite(result.grad_norm):
             return f"the gradient norm is {result.grad_norm}"
         return None
@@ -274,9 +274,9 @@ class Trainer:
     # Between steps
 
     def _after_step(self, task: TrainingTask, bar: ProgressBar, interrupt: Callable[[], None]) -> None:
-        """What is due after `self.step` steps: snapshots, held-out figures, a preview, a checkpoint.
+        """Run what is due after `self.step` steps: snapshots, held-out metrics, a preview, a checkpoint.
 
-        The checkpoint comes last: a run killed in between repeats what was due, and its log reads as if undisturbed.
+        The checkpoint comes last. A run that is killed before it repeats the rest, and its log reads as undisturbed.
         """
         config, last = self.config, self.finished
         snapshot = config.ema == "power" and (last or self._every(config.ema_snapshot_every))
@@ -297,7 +297,7 @@ class Trainer:
             bar.pause()
 
     def _every(self, interval: int) -> bool:
-        """Whether the steps done are a multiple of an interval; never for 0."""
+        """Return whether the number of steps is a multiple of an interval; False for an interval of 0."""
         return interval > 0 and self.step % interval == 0
 
     def _evaluate(self, task: TrainingTask, bar: ProgressBar, interrupt: Callable[[], None]) -> None:
@@ -314,7 +314,7 @@ class Trainer:
         self._plot()
 
     def _interrupt(self, stop: StopSignal) -> None:
-        """Raise `Interrupted` on every process if one of them was asked to stop."""
+        """Raise `Interrupted` on every process if one of them received a signal to stop."""
         asked = torch.tensor(float(bool(stop)), device=self.accelerator.device)
         if self.accelerator.reduce(asked, "sum") > 0:
             raise Interrupted
@@ -333,7 +333,7 @@ class Trainer:
     # Checkpoints
 
     def save(self, task: TrainingTask) -> None:
-        """Write a checkpoint of the current step, if it has none yet."""
+        """Write a checkpoint of the current step unless it exists."""
         if self._saved_step == self.step:
             return
         progress: dict[str, Any] = {
@@ -358,7 +358,7 @@ class Trainer:
         self._due, self._images = progress.get("due", False), progress.get("images")
 
     def check_resume(self) -> None:
-        """Load the newest checkpoint and check that it holds the present state exactly (for dry runs)."""
+        """Load the newest checkpoint and check that it equals the current state exactly (for dry runs)."""
         before = self.state.snapshot()
         found = self.checkpoints.latest()
         if found is None or found.step != self.step:
@@ -396,5 +396,5 @@ class Trainer:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Trackers take numbers, words and booleans only."""
+    """Keep only numbers, strings and booleans, the types that trackers accept."""
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}

@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedule, which is a pure function of the step (or of the time spent)."""
+"""AdamW and the learning-rate schedule, which is a function of the step (or of the time that has passed)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from iptv2_diffusion.training.options import TrainingConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig, *, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW; weight decay, if any, on matrices and kernels only (biases, norms and scales are left alone).
+    """Make AdamW. Weight decay applies only to matrices and kernels, not to biases, norms and scales.
 
-    `fused` is one kernel over all parameters, on CPU too (a tenth of the time for a model of many small tensors). It
-    steps over fp16 gradients inside the kernel, where accelerate cannot see it: callers turn it off for fp16.
+    `fused` is one kernel over all parameters, also on CPUs (a tenth of the time for a model of many small tensors). It
+    skips infinite fp16 gradients inside the kernel, where accelerate cannot detect it, so callers turn it off for fp16.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -32,11 +32,11 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, *, fused: bool = Tr
 
 
 class LearningRate:
-    """Warm-up, then constant, linear, cosine or several cosines: diffusers' schedules, evaluated instead of stepped.
+    """Learning-rate schedule of diffusers without state: warm-up, then constant, linear, cosine or several cosines.
 
-    `set(step, fraction)` writes the rate for optimiser step `step` (counted from 0) into the optimiser. Nothing is
-    remembered, so a resumed run needs no schedule state. `fraction` (of a time budget, in [0, 1]) moves the schedule
-    on when time runs faster than steps.
+    `set(step, fraction)` sets the learning rate of optimiser step `step`, counted from 0. The schedule has no state to
+    save. `fraction`, the part of a time budget that has passed, in [0, 1], advances the schedule if the time ends
+    before the steps.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainingConfig) -> None:
@@ -54,16 +54,16 @@ class LearningRate:
         self._base, self._warmup = config.learning_rate, config.lr_warmup_steps
 
     def at(self, step: int, fraction: float = 0.0) -> float:
-        """The learning rate for optimiser step `step`, counted from 0."""
-        # diffusers' warm-up starts at a rate of 0, which would lose the first step: count from 1 while it lasts.
+        """Return the learning rate of optimiser step `step`, counted from 0."""
+        # diffusers' warm-up starts at a learning rate of 0, which would waste the first step: count from 1 during it.
         position = max(step + (step < self._warmup), fraction * self._steps)
         factor = self._factor(min(position, self._steps))
-        if step < self._warmup:  # warm-up is counted in steps, however fast the time runs
+        if step < self._warmup:  # the warm-up counts steps, not time
             factor = min(factor, (step + 1) / self._warmup)
         return self._base * factor
 
     def set(self, step: int, fraction: float = 0.0) -> float:
-        """Write `at(step, fraction)` into the optimiser's groups and return it."""
+        """Set `at(step, fraction)` in the optimiser's groups and return it."""
         rate = self.at(step, fraction)
         for group in self._optimizer.param_groups:
             group["lr"] = rate

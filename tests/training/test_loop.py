@@ -302,8 +302,8 @@ def test_graphs_of_a_gpu_are_left_out_on_a_cpu(tmp_path, capsys):
     ("options", "message"),
     [
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1, not 2"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing do not go together"),
-        ({"torch_compile": True}, "torch_compile do not go together"),
+        ({"gradient_checkpointing": True}, "does not work with gradient_checkpointing"),
+        ({"torch_compile": True}, "does not work with torch_compile"),
     ],
 )
 def test_graphs_refuse_what_they_would_do_wrong(options, message):
