@@ -31,7 +31,7 @@ ConfigType = TypeVar("ConfigType", bound="Config")
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that an option takes; a bound that is None does not bind."""
+    """Range of the numbers of an option. None means no bound."""
 
     at_least: float | None = None
     above: float | None = None
@@ -55,7 +55,7 @@ class Range:
         return " and ".join(f"be {word} {bound}" for word, bound in words.items() if bound is not None)
 
     def check(self, name: str, value: Any, *, or_none: bool = False) -> None:
-        """Raise `ConfigError` for a number, or one of a list of numbers, that lies outside."""
+        """Raise a `ConfigError` if a number, or one of a list of numbers, is outside the range."""
         several = isinstance(value, (list, tuple))
         numbers = [number for number in (value if several else [value]) if isinstance(number, (int, float))]
         if all(number in self for number in numbers):
@@ -80,14 +80,14 @@ def option(
     """A field of a run configuration.
 
     Args:
-        default: the value where none is given; a mutable one is copied for each instance.
-        help: what --help says: a phrase that begins with a noun or a verb.
-        group: the heading in --help.
-        free: the field may change between a checkpoint and its resumption (run length, paths, intervals); every other
-            field must be what it was, or the checkpoint is refused.
-        within: smallest and largest number allowed, both included; for a list, of each of its numbers.
-        at_least, above, at_most, below: the bounds one by one.
-        nonempty: the list or dictionary needs at least one entry.
+        default: default value. A mutable one is copied for each instance.
+        help: text for --help, a phrase that begins with a noun or a verb.
+        group: heading in --help.
+        free: whether the field may change between a checkpoint and its resumption (run length, paths, intervals). If
+            another field changes, the checkpoint is refused.
+        within: smallest and largest number allowed, both included; for a list, those of each of its numbers.
+        at_least, above, at_most, below: single bounds.
+        nonempty: whether the list or dictionary needs at least one entry.
     """
     low, high = within or (at_least, at_most)
     limits = Range(at_least=low, above=above, at_most=high, below=below)
@@ -99,7 +99,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options that are checked when they are made and never change."""
+    """Options that are checked at construction and never change."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -110,10 +110,10 @@ class Config:
         self.validate()
 
     def validate(self) -> None:
-        """Raise `ConfigError` for options that contradict each other; each by itself is within its range already."""
+        """Raise a `ConfigError` for options that contradict each other. Each option is within its range already."""
 
     def resolve(self: ConfigType) -> ConfigType:
-        """This configuration with the options filled in that follow from others; `parse_config` returns it."""
+        """Return this configuration with options filled in that depend on others. `parse_config` returns the result."""
         return self
 
 
@@ -123,14 +123,14 @@ _FREE_LOG = {"group": "checkpoints and logs", "free": True}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
-    """The options that all training scripts share. Batch sizes are per optimiser step over all processes together."""
+    """Options that all training scripts share. Batch sizes are per optimiser step, over all processes together."""
 
     not_with_cuda_graphs: ClassVar[tuple[str, ...]] = ("gradient_checkpointing", "torch_compile")
 
     output_dir: str = option("runs/run", "folder for checkpoints, logs and the result", free=True)
     seed: int = option(
         0,
-        "seed of everything random: together with the step it decides order, flips, noise, timesteps and label drops",
+        "seed of all random numbers; with the step it determines order, flips, noise, timesteps and label drops",
         within=(0, 2**32 - 1),
     )
     dry_run: bool = option(False, "run every stage once on a few samples, in OUTPUT_DIR/dry_run, and stop", free=True)
@@ -216,8 +216,8 @@ class TrainingConfig(Config):
     )
     sharding: Literal["none", "zero2", "zero3"] = option(
         "none",
-        "share out the model state over the processes by torch's fully_shard (FSDP2); none: every process holds all; "
-        "zero2: gradients, optimiser and average are shared out; zero3: the weights too",
+        "shard the model state over the processes with torch's fully_shard (FSDP2); none: every process holds all; "
+        "zero2: shard gradients, optimiser and average; zero3: the weights too",
         group="machine",
         free=True,
     )
@@ -232,14 +232,14 @@ class TrainingConfig(Config):
     )
     cuda_graphs: bool = option(
         False,
-        "record the model's forward and backward on one GPU once and replay them; for models whose many small kernels "
-        "the CPU cannot start fast enough",
+        "record the model's forward and backward once on one GPU and replay them; for models whose many small kernels "
+        "the CPU cannot launch fast enough",
         group="machine",
         free=True,
     )
     allow_tf32: bool = option(
         False,
-        "let a GPU multiply float32 matrices with 10 bits of mantissa (cuDNN's convolutions do so either way)",
+        "compute float32 matrix products in TF32 on a GPU, with 10 bits of mantissa (cuDNN's convolutions always do)",
         group="machine",
         free=True,
     )
@@ -266,7 +266,7 @@ class TrainingConfig(Config):
     keep_last: int = option(2, "number of checkpoints that are kept", **_FREE_LOG, at_least=1)
     sharded_checkpoints: bool = option(
         False,
-        "let every process write its part of a sharded model, to a common disk; false: gather it into one file",
+        "let every process write its part of a sharded model to a shared disk; false: gather it into one file",
         **_FREE_LOG,
     )
     max_skipped_steps: int = option(
@@ -296,11 +296,11 @@ def save_config(config: Any, path: str | Path) -> None:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Plain values only (tuples become lists), as JSON and YAML give them back."""
+    """Return plain values (tuples become lists), as JSON and YAML read them back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def frozen_fields(config: Any) -> dict[str, Any]:
-    """The fields that must not change between a checkpoint and its resumption (see `option(free=...)`)."""
+    """Return the fields that must not change between a checkpoint and its resumption (see `option(free=...)`)."""
     values = config_to_dict(config)
     return {f.name: values[f.name] for f in dataclasses.fields(config) if not f.metadata.get("free", False)}

@@ -1,10 +1,10 @@
-"""From the command line and YAML files to a run configuration.
+"""Parsing of the command line and YAML files into a run configuration.
 
     config = parse_config(LDMConfig)          # --config file.yaml --data my_photos --learning_rate 3e-4
 
-The command line takes precedence over YAML files, and they over the defaults of the dataclass. The word none means None
-in both. An unknown option is an error that names the nearest options. Only the standard library and yaml are imported
-here, so that `--help` answers at once.
+The command line takes precedence over YAML files, and YAML files over the defaults of the dataclass. The word none
+means None in both. An unknown option is an error that names the nearest options. Only the standard library and yaml are
+imported here, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def parse_config(
 
 
 def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Values by field name, each turned into its field's type. Raises `ConfigError` for a name that is no field."""
+    """Convert values, by field name, to the types of their fields. Raises a `ConfigError` for an unknown name."""
     hints = typing.get_type_hints(config_type)
     names = [field.name for field in dataclasses.fields(config_type)]
     for name in values:
@@ -56,7 +56,7 @@ def coerce_fields(config_type: type, values: dict[str, Any], where: str) -> dict
 
 
 def expand_home(config_type: type, values: dict[str, Any]) -> dict[str, Any]:
-    """~ in fields that no checkpoint holds; the others, and defaults, are expanded where they are used."""
+    """Expand ~ in fields that no checkpoint stores. The other fields and defaults are expanded where they are used."""
     free = {field.name: field.default for field in dataclasses.fields(config_type) if field.metadata.get("free")}
     return {
         name: os.path.expanduser(value) if isinstance(value, str) and free.get(name, value) != value else value
@@ -83,14 +83,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def find_recipe(name: str) -> Path:
-    """The YAML file of that path, or the recipe of that name: configs/NAME.yaml here or where the code is."""
+    """Return the YAML file of this path, or the recipe of this name: configs/NAME.yaml, here or next to the code."""
     path = shipped(name)
     named = shipped(f"configs/{name}.yaml")
     return named if not path.exists() and named.is_file() else path
 
 
 def _recipes(name: str) -> str:
-    """The end of an error about a configuration that is not there: the names of recipes like it."""
+    """Return the end of the error about a missing configuration: the names of similar recipes."""
     folder = shipped("configs")
     if Path(name).suffix or not folder.is_dir():
         return ""

@@ -1,7 +1,8 @@
-"""What a run will need, before it runs: memory on each device, speed on three steps, time for all of them.
+"""Estimate of the memory, the speed and the time of a run before it starts.
 
-Memory is found by running the forward and backward pass of one micro-batch on fake tensors, which have sizes but no
-contents, and following which storages are alive. State is weights, AdamW's two moments and the average, in float32.
+The memory on each device is computed by the forward and backward pass of one micro-batch on fake tensors, which have
+sizes but no data, and a count of the live storages. The state is weights, AdamW's two moments and the average, in
+float32. The speed is measured on three steps.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Memory:
     """Bytes on each device.
 
     Attributes:
-        weights, gradients, optimizer, average: whole, or this process's share of them if they are sharded.
-        activations: alive at the end of the forward pass of a micro-batch, the weights' casts to half precision too.
-        peak: the most that is alive at once in a step, all of the above considered.
+        weights, gradients, optimizer, average: size of each, or of this process's part if they are sharded.
+        activations: live bytes after the forward pass of a micro-batch, including casts of weights to half precision.
+        peak: largest number of live bytes in a step, including all of the above.
     """
 
     weights: int
@@ -58,19 +59,19 @@ def estimate_memory(
     precision: str = "no",
     checkpointing: bool = False,
 ) -> Memory:
-    """Memory of a training step.
+    """Estimate the memory of a training step.
 
     Args:
-        make_model: makes the model; called under fake tensors, so it takes no memory.
-        loss: of the model and a micro-batch of `sample`'s shape; its mean is taken.
-        sample: shape of a micro-batch (B, C, h, w).
-        config: of the run.
-        processes: that share the state, if `config.sharding` says so.
-        precision: of autocast: no, bf16 or fp16.
-        checkpointing: with `gradient_checkpointing`.
+        make_model: function that makes the model. It is called with fake tensors and takes no memory.
+        loss: function of the model and a micro-batch; its result is averaged.
+        sample: shape of a micro-batch, (B, C, h, w).
+        config: configuration of the run.
+        processes: number of processes that share the state, if `config.sharding` is set.
+        precision: precision of autocast: no, bf16 or fp16.
+        checkpointing: whether `gradient_checkpointing` is on.
     """
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the tables of an objective are real
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the tables of an objective are real tensors
         model = make_model()
         parameters = list(model.parameters())
         if checkpointing:
@@ -92,22 +93,22 @@ def estimate_memory(
         "average": averages * weights // share,
     }
     kept = state["weights"] + state["optimizer"] + state["average"]
-    passes = live.peak - (weights - weights // share)  # the fake run held the gradients whole
-    buckets = weights if processes > 1 and not sharded else 0  # in which DDP sends gradients
-    update = weights // share if averages else 0  # a copy that taking the weights into an average makes
+    passes = live.peak - (weights - weights // share)  # the fake run held whole gradients
+    buckets = weights if processes > 1 and not sharded else 0  # DDP's buffers for gradients
+    update = weights // share if averages else 0  # the update of an average makes a copy
     return Memory(**state, activations=activations, peak=kept + buckets + max(passes, update))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a step (median of three after one warm-up) and the memory that the steps took, in bytes."""
+    """Seconds of a step (median of three after one warm-up) and the peak memory of the steps in bytes."""
 
     seconds: float
     peak: int
 
 
 def measure(make_trainer: Callable[[], tuple[Trainer, TrainingTask]], steps: int = 3) -> Speed:
-    """Run a few real steps of a run; nothing is saved."""
+    """Run a few real steps without saving anything."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     before = _resident()
     trainer, task = make_trainer()
@@ -115,7 +116,7 @@ def measure(make_trainer: Callable[[], tuple[Trainer, TrainingTask]], steps: int
     with StopSignal() as stop:
         for _ in range(steps + 1):
             started = time.perf_counter()
-            trainer.train_step(task, stop)  # reads the loss, and so waits for the device
+            trainer.train_step(task, stop)  # reads the loss and therefore waits for the device
             seconds.append(time.perf_counter() - started)
     if trainer.accelerator.device.type == "cuda":
         return Speed(statistics.median(seconds[1:]), torch.cuda.max_memory_allocated(device))
@@ -123,14 +124,14 @@ def measure(make_trainer: Callable[[], tuple[Trainer, TrainingTask]], steps: int
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds now."""
+    """Return the memory of this process in bytes."""
     import psutil
 
     return psutil.Process().memory_info().rss
 
 
 def plan_text(memory: Mapping[str, Memory], speed: Speed, config: TrainingConfig, macs: float, parameters: int) -> str:
-    """The plan as a table; `memory` holds the estimates without and with checkpointing, by name."""
+    """Format the plan as a table. `memory` has the estimates without and with checkpointing, by name."""
     rows = ["weights", "gradients", "optimizer", "average", "activations", "peak"]
     lines = [
         f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.4g} GMACs an image forward (in training; fused is less)",

@@ -1,4 +1,4 @@
-"""Which autocast precision is the fastest on this machine: what `mixed_precision: auto` means."""
+"""Choice of the fastest autocast precision on this machine, for `mixed_precision: auto`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-WORTH_IT = 1.5  # matrix products gain most from bfloat16; below this, what surrounds them eats the gain
+WORTH_IT = 1.5  # smallest speed-up of matrix products that outweighs the cost of the casts around them
 
 
 @functools.cache
 def fastest_precision() -> Literal["no", "bf16"]:
-    """`bf16` where the device multiplies matrices so at least 1.5 times as fast as in float32, else `no`.
+    """Return "bf16" if the device computes matrix products at least 1.5 times as fast as in float32, otherwise "no".
 
-    On CPUs this cannot be read from a list of features: with AVX512-BF16, an AMD EPYC is 4 times as fast in bfloat16
-    as in float32, an Intel Xeon without AMX 0.6 times. So a CPU is measured, in 0.2 s, by the first process, and the
-    others take its answer. To be called by all processes.
+    A list of CPU features does not decide this. With AVX512-BF16, an AMD EPYC is 4 times as fast in bfloat16 as in
+    float32, and an Intel Xeon without AMX 0.6 times. The first process therefore measures a CPU in 0.2 s, and the
+    others use its result. All processes must call this.
     """
     state = PartialState()
     if state.device.type == "cpu":
@@ -30,9 +30,11 @@ def fastest_precision() -> Literal["no", "bf16"]:
 
 
 def measured_gain(rounds: int = 50) -> float:
-    """Seconds of a float32 matrix product over those of a bfloat16 one on the CPU, each the shortest of its rounds: a
-    busy machine cuts into the others. On one thread: several wait for each other there, and a run that resumes must
-    find what it found."""
+    """Return the time of a float32 matrix product divided by that of a bfloat16 one on the CPU.
+
+    Each is the minimum over its rounds, which other load affects least. One thread is used, because several threads
+    wait for each other on a busy machine, and a resumed run must get the same result.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds: dict[torch.dtype, list[float]] = {}
@@ -47,5 +49,5 @@ def measured_gain(rounds: int = 50) -> float:
 
 
 def device_of_sums(accelerator: Accelerator) -> torch.device:
-    """Where float64 sums of a run are kept: a process alone needs no device for them, and Apple's has no float64."""
+    """Return the device for float64 sums: the CPU for a single process, because Apple's GPUs have no float64."""
     return accelerator.device if accelerator.num_processes > 1 else torch.device("cpu")

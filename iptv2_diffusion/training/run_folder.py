@@ -1,4 +1,4 @@
-"""The output folder of a run, claimed before anything is written there; dry runs; the command that goes on."""
+"""The output folder of a run, which is claimed before anything is written; dry runs; the command to resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iptv2_diffusion.training.options import TrainingConfig
 
 
 def claim_run_folder(folder: Path) -> OwnFolder:
-    """A run's output folder with our record; a `ForeignFolderError`, a ValueError, for a folder of something else."""
+    """Claim a run's output folder. Raises a `ForeignFolderError`, a ValueError, for a folder with other files."""
 
     def made_before_records(folder: Path) -> list[str] | None:
         known = (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
@@ -34,14 +34,14 @@ def prepare_dry_run(config: RunConfig, **shorter: Any) -> RunConfig:
     """Shorten a configuration so that every stage runs once: two steps, a checkpoint and a preview after the first.
 
     Args:
-        config: the whole run. The output folder of its dry run, OUTPUT_DIR/dry_run, is emptied here.
-        shorter: options of the recipe that are cut as well.
+        config: configuration of the whole run. The output folder of the dry run, OUTPUT_DIR/dry_run, is emptied here.
+        shorter: options of the recipe that are also reduced.
     """
     folder = Path(config.output_dir) / "dry_run"
     if os.environ.get("RANK", "0") == "0":
         with user_errors(OSError, ValueError):
             claim_run_folder(folder.parent)
-            claim_run_folder(folder)  # refuses a folder of that name that is not ours
+            claim_run_folder(folder)  # refuses a folder of this name that is not ours
         shutil.rmtree(folder, ignore_errors=True)
     every = dict.fromkeys(("checkpoint_every", "eval_every", "preview_every", "log_every"), 1)
     length = {"max_train_steps": 2, "max_train_minutes": None}
@@ -49,7 +49,7 @@ def prepare_dry_run(config: RunConfig, **shorter: Any) -> RunConfig:
 
 
 def this_command() -> str:
-    """The command that was started, to copy: a console script by its name, anything else through accelerate."""
+    """Return the command that started the run, to copy: a console script by its name, others through accelerate."""
     program = sys.argv[0]
     return (
         Path(program).name if Path(program).name.startswith("iptv2-") else f"accelerate launch {shlex.quote(program)}"
@@ -57,7 +57,7 @@ def this_command() -> str:
 
 
 def command_to_train_longer(config: TrainingConfig, step: int) -> str:
-    """This run's command, for twice the `step` steps that it has done and for as long as they take."""
+    """Return this run's command for twice its `step` steps, without a time limit."""
     words = [this_command(), *(shlex.quote(word) for word in sys.argv[1:]), f"--max_train_steps {2 * step}"]
     words += ["--overwrite false"] if config.overwrite else []
     words += ["--max_train_minutes none"] if config.max_train_minutes else []

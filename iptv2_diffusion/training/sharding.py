@@ -1,13 +1,13 @@
-"""Model state shared out over the processes: torch's own `fully_shard` (FSDP2), on GPUs and, over gloo, on CPUs alike.
+"""Sharding of the model state over the processes by torch's `fully_shard` (FSDP2), on GPUs and, with gloo, on CPUs.
 
-    zero3   weights, gradients, optimiser and average live in shards; a block's weights are gathered when it runs
-    zero2   likewise, but gathered weights stay until the backward pass: less traffic, more memory
+    zero3   weights, gradients, optimiser and average are sharded; a block's weights are gathered when it runs
+    zero2   the same, but gathered weights stay until the backward pass: less communication, more memory
 
-Parameters become `DTensor`s cut along their first dimension, which AdamW and gradient clipping work on as they are.
+Parameters become `DTensor`s that are sharded along their first dimension. AdamW and gradient clipping support them.
 
-`accelerate launch --use_fsdp --fsdp_version 2` asks for the same by accelerate's plugin, and gets this engine: on CPUs
-accelerate drops its plugin without a word, and with it exact resumption, averaging and the NaN stop of `loop.py` would
-not reach weights and checkpoints. DeepSpeed and the first FSDP, which keep both elsewhere, are refused.
+`accelerate launch --use_fsdp --fsdp_version 2` selects the same sharding, and runs this code in place of accelerate's
+plugin. On CPUs accelerate silently ignores its plugin. With the plugin, exact resumption, averaging and the NaN stop of
+`loop.py` could not access weights and checkpoints. DeepSpeed and FSDP 1, which keep both elsewhere, are refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from iptv2_diffusion.training.errors import ConfigError
 
 
 def launcher_options() -> dict[str, Any]:
-    """Options of a run that stand for what `accelerate launch` was asked for in sharding; empty if for nothing.
+    """Return the options of a run that correspond to the sharding of `accelerate launch`; empty without sharding.
 
-    Raises `ConfigError` for what this engine does not do: DeepSpeed, FSDP 1, parameters kept on the CPU.
+    Raises a `ConfigError` for DeepSpeed, FSDP 1 and parameters on the CPU, which are not supported.
     """
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
@@ -56,7 +56,7 @@ def launcher_options() -> dict[str, Any]:
 
 
 def switch_off_plugin() -> None:
-    """Keep accelerate, and transformers, from sharding in this process what `shard` shards."""
+    """Prevent accelerate and transformers from sharding in this process, because `shard` does it."""
     os.environ["ACCELERATE_USE_FSDP"] = "false"
 
 
@@ -65,7 +65,7 @@ def _asked(variable: str, default: str = "false") -> bool:
 
 
 def shard(model: nn.Module, accelerator: Accelerator, *, reshard_after_forward: bool) -> None:
-    """Shard a model's parameters over all processes, in place: block by block where it names its blocks."""
+    """Shard a model's parameters over all processes in place, block by block if the model names its blocks."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in [m for m in model.modules() if type(m).__name__ in names] + [model]:
@@ -73,24 +73,24 @@ def shard(model: nn.Module, accelerator: Accelerator, *, reshard_after_forward: 
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of a sharded one (every process must ask)."""
+    """Return the tensor itself, or the whole of a sharded tensor (every process must call this)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or this process's part of a sharded one; the memory is shared with it."""
+    """Return the tensor itself, or this process's part of a sharded tensor, with shared memory."""
     return tensor.detach().to_local().requires_grad_(tensor.requires_grad) if isinstance(tensor, DTensor) else tensor
 
 
 def from_local(part: Tensor, like: Tensor) -> Tensor:
-    """`part` as this process's shard of a tensor that is sharded as `like` is."""
+    """Return a tensor that is sharded like `like` and has `part` as this process's shard."""
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, whole on every process, on the device and in the shards of `like`."""
+    """Shard `tensor`, which is whole on every process, like `like` and on its device."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
         return tensor
@@ -98,14 +98,14 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """Free what was gathered for a forward pass: it is out of date once the shards are written to."""
+    """Free the weights that were gathered for a forward pass, which are outdated when the shards change."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts by parameter number, made zero where there are none yet."""
+    """Return AdamW's moments and step counts by parameter number, created as zero if there are none yet."""
     tensors: dict[str, Tensor] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(parameters):

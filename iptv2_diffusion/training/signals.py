@@ -1,4 +1,4 @@
-"""Leave in order: SIGTERM, SIGUSR1 (pre-emption) and Ctrl-C ask the loop to save and stop; a second Ctrl-C insists."""
+"""Orderly stop: on SIGTERM, SIGUSR1 (pre-emption) or Ctrl-C the loop saves and stops. A second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """A stop was asked for during an evaluation or a preview; raised on every process alike."""
+    """Raised on every process if a signal to stop arrives during an evaluation or a preview."""
 
 
 def no_interruption() -> None:
-    """The `interrupt` of evaluations and previews outside of training: it does nothing."""
+    """Do nothing: the `interrupt` of evaluations and previews outside of training."""
 
 
 class StopSignal:
-    """Remembers that the run was asked to stop. Use as a context manager around the training loop."""
+    """Record of a signal to stop. Use it as a context manager around the training loop."""
 
     _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._previous: dict[int, object] = {}
-        # `accelerate launch` of one process dies of SIGTERM without telling its child: an orphan then stops by itself.
+        # `accelerate launch` of one process ends at SIGTERM without notifying its child. An orphan then stops by
+        # itself.
         self._parent = os.getppid() if _is_launcher(os.getppid()) else None
 
     def __enter__(self) -> StopSignal:
@@ -49,7 +50,7 @@ class StopSignal:
 
 
 def _is_launcher(process: int) -> bool:
-    """Whether a process is `accelerate launch` or torchrun, whose end is the run's; that of a shell is not."""
+    """Return whether a process is `accelerate launch` or torchrun, whose end stops the run, unlike that of a shell."""
     import psutil
 
     try:

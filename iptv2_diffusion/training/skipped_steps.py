@@ -1,4 +1,4 @@
-"""Optimiser steps that leave the weights alone, because their loss or their gradient is not finite."""
+"""Optimiser steps that do not change the weights, because the loss or the gradient is not finite."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from iptv2_diffusion.training.errors import NonFiniteLossError
 from iptv2_diffusion.training.options import TrainingConfig
 
-FP16_HALVINGS = 30  # steps in a row that fp16 may overflow: from a loss scale of 65,536 to 6e-5
+FP16_HALVINGS = 30  # largest number of overflows of fp16 in a row: the loss scale falls from 65,536 to 6e-5
 
 
 class SkippedSteps:
-    """Counts the skipped steps of a run and ends it after too many in a row.
+    """Count the skipped steps of a run and end it after too many in a row.
 
     Attributes:
-        total: skipped steps of the run, over all resumptions.
-        in_a_row: skipped steps since the last one that was not.
+        total: number of skipped steps of the run, over all resumptions.
+        in_a_row: number of skipped steps since the last step that was not skipped.
     """
 
     def __init__(self, config: TrainingConfig, say: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""The interface between a recipe, which says what is trained, and the loop, which owns how."""
+"""The interface between a recipe, which defines what is trained, and the loop, which defines how."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["TrainingTask"]
 
 
 class TrainingTask(ABC):
-    """What is trained. A recipe derives from this class; every process calls the methods alike.
+    """Definition of a training. Each recipe derives from this class, and all processes call the same methods.
 
     Attributes:
-        images: number of images to train on, or None; a resumed run reports a change of it.
-        works_together: `preview` needs all processes, and `evaluate` and `preview` run the model equally often on
-            each, as a sharded model needs. Otherwise the main process alone calls `preview`.
+        images: number of images to train on, or None. A resumed run reports a change.
+        works_together: whether `preview` needs all processes, and `evaluate` and `preview` run the model equally often
+            on each, as a sharded model requires. Otherwise only the main process calls `preview`.
     """
 
     images: int | None = None
@@ -28,32 +28,32 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def micro_batches(self, step: int) -> Iterable[Any]:
-        """This process's `gradient_accumulation_steps` micro-batches of optimiser step `step` (from 0)."""
+        """Return this process's `gradient_accumulation_steps` micro-batches of optimiser step `step` (from 0)."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Mean loss of a micro-batch: a scalar with gradient. `model` is the prepared one."""
+        """Return the mean loss of a micro-batch, a scalar with gradient. `model` is the prepared model."""
 
     def evaluate(
         self, model: nn.Module, step: int, last: bool, interrupt: Callable[[], None] = no_interruption
     ) -> Mapping[str, float]:
-        """Held-out figures of the averaged weights after `step`, the same on every process; none by default.
+        """Return held-out metrics of the averaged weights after `step`, the same on every process; none by default.
 
-        Call `interrupt` between batches, equally often on each process. It raises `Interrupted` where the run is asked
-        to stop; the resumed run then evaluates this step again.
+        Call `interrupt` between batches, equally often on each process. It raises `Interrupted` if the run must stop.
+        The resumed run then evaluates this step again.
         """
         return {}
 
     def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path | None:
-        """Write a picture from the averaged weights and return its path; None, the default, without one.
+        """Write an image from the averaged weights and return its path; None, the default, for no image.
 
-        `interrupt` is as for `evaluate` if the task `works_together`; otherwise it does nothing.
+        `interrupt` works as for `evaluate` if the task `works_together`. Otherwise it does nothing.
         """
         return None
 
     def position(self, step: int) -> Mapping[str, Any] | None:
-        """Where the data are at the start of `step`, as plain values that are the same on every process.
+        """Return the position in the data at the start of `step`, as plain values that are the same on every process.
 
-        The resumed run finds it in `Trainer.position`. None, the default, if the step's number says it.
+        The resumed run finds it in `Trainer.position`. None, the default, means that the step's number determines it.
         """
         return None
