@@ -9,7 +9,7 @@ one float32 number of each token and head, which the forward stores for the back
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -32,7 +32,14 @@ def group_size(height: int, width: int, step_y: int, step_x: int) -> tuple[int, 
 
 def block_size(tokens: int, head_dim: int, dtype: torch.dtype) -> int:
     """Return the number of tokens of a program, so that its matrices fit in registers."""
-    return min(block_of(tokens), 32 if dtype != torch.float32 else 16)
+    return min(block_of(tokens), 16 if dtype == torch.float32 or head_dim <= 16 else 32)
+
+
+def warps(block_d: int, hip: bool) -> int:
+    """Return the number of warps of a program. No kernel spills then, for any head width; AMD's warps are 64 wide."""
+    if block_d == 16:
+        return 2
+    return 4 if block_d == 32 or hip else 8
 
 
 def geometry(qkv: Tensor, heads: int, step_y: int, step_x: int) -> tuple[tuple[int, ...], int, dict]:
@@ -41,13 +48,13 @@ def geometry(qkv: Tensor, heads: int, step_y: int, step_x: int) -> tuple[tuple[i
     rows, columns = group_size(height, width, step_y, step_x)
     tokens, head_dim = rows * columns, channels // (3 * heads)
     block_t = block_size(tokens, head_dim, qkv.dtype)
-    blocks = -(-tokens // block_t)
+    blocks, block_d = -(-tokens // block_t), block_of(head_dim)
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_T": block_t,
-        "BLOCK_D": block_of(head_dim),
+        "BLOCK_D": block_d,
         "PRECISION": dot_precision(qkv.dtype),
-        "num_warps": 4,
+        "num_warps": warps(block_d, torch.version.hip is not None),
         "num_stages": 1,
     }
     numbers = (*qkv.stride()[:3], height, width, step_y, step_x, columns, tokens, blocks, heads)
@@ -55,10 +62,17 @@ def geometry(qkv: Tensor, heads: int, step_y: int, step_x: int) -> tuple[tuple[i
 
 
 def angles(qkv: Tensor, heads: int, step_y: int, step_x: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, d/2) of a group's rotations, float32."""
+    """Cosine and sine (T, d/2) of a group's rotations, float32. The table of a shape and device is computed once."""
     _, height, width, channels = qkv.shape
     rows, columns = group_size(height, width, step_y, step_x)
-    cos, sin = rotary_embedding(rows, columns, channels // (3 * heads), qkv.device, torch.float32)
+    capturing = qkv.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph's memory is its own
+    table = angle_table.__wrapped__ if capturing else angle_table
+    return table(rows, columns, channels // (3 * heads), qkv.device)
+
+
+@lru_cache(maxsize=64)  # a table is 64 KB at most
+def angle_table(rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = rotary_embedding(rows, columns, head_dim, device, torch.float32)
     return cos.contiguous(), sin.contiguous()
 
 
@@ -202,7 +216,7 @@ def traffic(
     """Count the multiply–accumulates, bytes and launches of the forward and of the backward.
 
     Keys and values that several programs of a group read are loaded once from memory. The backward computes seven
-    products: logits and g vᵀ twice.
+    products: logits and g vᵀ twice. A second launch sums ds.
 
     Args:
         shape: shape (B, H, W, 3C) of qkv.
@@ -215,4 +229,4 @@ def traffic(
     positions, channels = batch * height * width, channels // 3
     product, normaliser = positions * rows * columns * channels, 4 * heads * positions
     forward = 2 * product, 4 * positions * channels * itemsize + normaliser, 1
-    return forward, (7 * product, 8 * positions * channels * itemsize + normaliser, 1)
+    return forward, (7 * product, 8 * positions * channels * itemsize + normaliser, 2)

@@ -112,7 +112,7 @@ class TestOperators:
         positions, heads, width = 3 * 48, 2, 16
         forward, backward = triton_ggsa.traffic((3, 8, 6, 3 * width), 2, heads, (2, 2))
         assert forward == (2 * positions * 12 * width, 2 * width * 4 * positions + 4 * heads * positions, 1)
-        assert backward == (7 * positions * 12 * width, 2 * width * 8 * positions + 4 * heads * positions, 1)
+        assert backward == (7 * positions * 12 * width, 2 * width * 8 * positions + 4 * heads * positions, 2)
 
     @pytest.mark.parametrize(("latent", "kernels"), [(32, True), (256, False)])
     def test_groups_beyond_the_kernel_take_the_plain_formula(self, latent, kernels):

@@ -18,7 +18,13 @@ def losses():
     """The losses of the steps: ε-prediction of noise on one fixed batch of latents."""
     torch.manual_seed(0)
     model = IPTV2Transformer2DModel(
-        sample_size=8, channels=16, layers_per_stage=(1,), num_heads=(1,), window_size=4, grid_stride=2, num_classes=2
+        sample_size=8,
+        num_class_embeds=2,
+        channels=8,
+        layers_per_stage=(1,),
+        num_attention_heads=1,
+        window_size=4,
+        grid_stride=2,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     latents, generator = torch.randn(1, 4, 8, 8), torch.Generator().manual_seed(1)

@@ -24,6 +24,7 @@ def test_values_gradients_and_tracing_under_the_interpreter():
 def compile_kernel(target, kernel, dtype, head_dim, side):
     qkv = torch.empty(1, side, side, 3 * head_dim, dtype=getattr(torch, dtype), device="meta")
     _, _, constants = triton_ggsa.geometry(qkv, 1, 1, 1)
+    constants["num_warps"] = triton_ggsa.warps(constants["BLOCK_D"], target == "hip")
     triton_checks.check_resources(target, kernel, dtype, MAPS, NUMBERS, constants)
 
 
