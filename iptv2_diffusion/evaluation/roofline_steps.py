@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from iptv2_diffusion.evaluation.roofline import Recorder
 from iptv2_diffusion.evaluation.timed_steps import parse_spec
-from iptv2_diffusion.kernels import triton_fcsa, triton_ggsa
-from iptv2_diffusion.models import attention as attention_module
-from iptv2_diffusion.models.attention import grid_attention as plain_grid_attention
+from iptv2_diffusion.kernels import force_form, triton_fcsa, triton_ggsa
+from iptv2_diffusion.models.attention import grid_attention as grid_attention_operator
 from iptv2_diffusion.models.presets import PRESETS, create_model
 
 __all__ = ["make_on_meta", "record"]
@@ -86,7 +84,7 @@ def grid_attention(qkv: Tensor, scale: Tensor, num_heads: int, stride: tuple[int
     """Take the kernel for the groups that it supports on a GPU, and the plain formula for larger ones."""
     if triton_ggsa.fits(qkv, num_heads, stride):
         return triton_ggsa.grid_attention(qkv, scale, num_heads, stride)
-    return plain_grid_attention(qkv, scale, num_heads, stride)
+    return grid_attention_operator.plain(qkv, scale, num_heads, stride)
 
 
 OWN: dict[str, Callable[..., tuple[int, int, int]]] = {
@@ -119,8 +117,8 @@ def record(model: nn.Module, batch_size: int, training: bool, form: str) -> Reco
     recorder = Recorder(model, OWN)
     with ExitStack() as stack:
         if form == "kernels":
-            stack.enter_context(mock.patch.object(attention_module, "focal_attention", triton_fcsa.focal_attention))
-            stack.enter_context(mock.patch.object(attention_module, "grid_attention", grid_attention))
+            stack.enter_context(force_form("focal_attention", triton_fcsa.focal_attention))
+            stack.enter_context(force_form("grid_attention", grid_attention))
         stack.enter_context(OneAttentionKernel())
         stack.enter_context(torch.set_grad_enabled(training))
         stack.enter_context(recorder)

@@ -23,6 +23,7 @@ the plain formulas everywhere.
 from . import cpu_attention, cpu_depthwise, cpu_linear, cpu_scale_add, triton_fcsa, triton_ggsa  # noqa: F401
 from .registry import (
     fast_forms_in_use,
+    force_form,
     has_symbolic_sizes,
     is_quantized,
     is_recording,
@@ -35,6 +36,7 @@ from .registry import (
 
 __all__ = [
     "fast_forms_in_use",
+    "force_form",
     "has_symbolic_sizes",
     "is_quantized",
     "is_recording",

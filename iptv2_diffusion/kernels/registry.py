@@ -22,6 +22,7 @@ from torch import Tensor
 __all__ = [
     "fast_form",
     "fast_forms_in_use",
+    "force_form",
     "has_symbolic_sizes",
     "is_quantized",
     "is_recording",
@@ -54,6 +55,7 @@ class FastForm:
 
 _FORMS: dict[str, list[FastForm]] = defaultdict(list)
 _SYMBOLIC_FORMS: dict[str, Callable[..., Any]] = {}
+_forced: dict[str, Callable[..., Any]] = {}
 _off: set[str] = {"all"} if os.environ.get("IPTV2_KERNELS", "auto") == "off" else set()
 
 
@@ -69,6 +71,8 @@ def operator(plain: Callable[P, R]) -> Callable[P, R]:
     def dispatch(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if has_symbolic_sizes(x):
             return _SYMBOLIC_FORMS.get(name, plain)(x, *args, **kwargs)
+        if name in _forced:
+            return _forced[name](x, *args, **kwargs)
         for form in _FORMS[name]:
             if may_run(form, name, x) and form.takes(x, *args, **kwargs):
                 return form.run(x, *args, **kwargs)
@@ -154,6 +158,25 @@ def use_fast_forms(enabled: bool, *names: str) -> Iterator[None]:
         yield
     finally:
         _off = before
+
+
+@contextmanager
+def force_form(name: str, form: Callable[..., Any]) -> Iterator[None]:
+    """Compute an operator by `form` inside a `with` statement, on every device. `form` may call the plain formula.
+
+    Args:
+        name: name of the operator.
+        form: function with the arguments and the result of the operator.
+    """
+    before = _forced.get(name)
+    _forced[name] = form
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[name]
+        else:
+            _forced[name] = before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,9 @@ class FocalContextAttention(nn.Module):
         )  # (B, H, W, C)
         return self.out_proj(out).permute(0, 3, 1, 2)  # 1×1: (B, C, H, W)
 
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, window_size={self.window_size}, shifted={self.shifted}"
+
 
 @operator
 def focal_attention(
@@ -218,6 +221,9 @@ class GlobalGridAttention(nn.Module):
         stride = self.strides(height, width, clip=not has_symbolic_sizes(x))
         out = grid_attention(qkv, scale, self.num_heads, stride)  # (B, H, W, C)
         return self.out_proj(out).permute(0, 3, 1, 2)  # 1×1: (B, C, H, W)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, stride={self.stride}, grid_size={self.grid_size}"
 
     def strides(self, height: int, width: int, clip: bool = True) -> tuple[int, int]:
         """Vertical and horizontal stride on a map of this size; if `clip`, at most H and W, so no group is empty."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,26 @@ from iptv2_diffusion.kernels import operator
 from . import symbolic_sizes  # noqa: F401  (its forms are registered)
 from .blocks import Downsample, FGBlock, FGBlockConfig, SkipConnection, Upsample
 
-__all__ = ["IPTV2Backbone"]
+__all__ = ["IPTV2Backbone", "StageSpec", "stage_specs"]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of the U.
+
+    Attributes:
+        width_level: level of its width, C·2^width_level, which is also that of its conditioning vector.
+        channels: its width.
+        num_layers: number of FG blocks.
+        num_heads: number of attention heads.
+        block: settings of its blocks.
+    """
+
+    width_level: int
+    channels: int
+    num_layers: int
+    num_heads: int
+    block: FGBlockConfig
 
 
 class IPTV2Backbone(nn.Module):
@@ -54,45 +73,25 @@ class IPTV2Backbone(nn.Module):
         sample_size: tuple[int, int] | None = None,
     ):
         super().__init__()
-        stages = len(layers_per_stage)
-        if stages % 2 == 0:
-            raise ValueError(
-                f"layers_per_stage has {stages} entries {tuple(layers_per_stage)}; a U of L levels has 2L-1: encoder, "
-                "bottleneck, decoder"
-            )
-        levels = stages // 2 + 1
-        heads = per_item("num_attention_heads", num_attention_heads, stages)
-        strides = per_item("grid_stride", grid_stride, levels)
-        dims = per_item("conditioning_dim", conditioning_dim, levels)
-        stage_levels = [min(stage, stages - 1 - stage) for stage in range(stages)]  # 0 1 2 1 0 with three levels
-        self.width_levels = [*range(levels), *(max(level, 1) for level in stage_levels[levels:])]  # 0 1 2 1 1
-        widths = [channels * 2**level for level in self.width_levels]
-        self.levels = levels
-        self.out_channels = widths[-1]
+        specs = stage_specs(
+            channels, layers_per_stage, num_attention_heads, block, grid_stride, conditioning_dim, sample_size
+        )
+        self.levels = levels = len(specs) // 2 + 1
+        self.width_levels = [spec.width_level for spec in specs]  # 0 1 2 1 1 with three levels
+        self.out_channels = specs[-1].channels
         self.gradient_checkpointing = False  # ModelMixin.enable_gradient_checkpointing sets it and the function
 
-        def make_stage(stage: int) -> nn.ModuleList:
-            level = stage_levels[stage]
-            window, shifted = fit_window(block.window_size, level, levels, sample_size)
-            config = replace(
-                block,
-                attention_pattern=tuple(block.attention_pattern),
-                window_size=window,
-                shifted=shifted,
-                grid_stride=strides[level],
-                conditioning_dim=dims[self.width_levels[stage]],
-            )
-            return nn.ModuleList(FGBlock(widths[stage], heads[stage], config) for _ in range(layers_per_stage[stage]))
-
-        encoder, decoder = range(levels - 1), range(levels, stages)
-        self.encoder = nn.ModuleList(make_stage(stage) for stage in encoder)
-        self.downsamples = nn.ModuleList(Downsample(widths[stage]) for stage in encoder)
-        self.bottleneck = make_stage(levels - 1)
-        self.upsamples = nn.ModuleList(Upsample(widths[stage - 1]) for stage in decoder)
+        encoder, bottleneck, decoder = specs[: levels - 1], specs[levels - 1], specs[levels:]
+        below = specs[levels - 1 : -1]  # the stage before each stage of the decoder
+        self.encoder = nn.ModuleList(make_stage(spec) for spec in encoder)
+        self.downsamples = nn.ModuleList(Downsample(spec.channels) for spec in encoder)
+        self.bottleneck = make_stage(bottleneck)
+        self.upsamples = nn.ModuleList(Upsample(spec.channels) for spec in below)
         self.skips = nn.ModuleList(
-            SkipConnection(widths[stage - 1] // 2, widths[stage_levels[stage]], widths[stage]) for stage in decoder
+            SkipConnection(before.channels // 2, encoded.channels, spec.channels)
+            for before, encoded, spec in zip(below, reversed(encoder), decoder, strict=True)
         )
-        self.decoder = nn.ModuleList(make_stage(stage) for stage in decoder)
+        self.decoder = nn.ModuleList(make_stage(spec) for spec in decoder)
 
     def forward(self, x: Tensor, conditioning: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Run the U: x (B, C, H, W), conditioning (B, D), one (B, D) per level, or None -> (B, out_channels, H, W)."""
@@ -127,6 +126,47 @@ class IPTV2Backbone(nn.Module):
             else:
                 x = block(x, conditioning)
         return x
+
+
+def stage_specs(
+    channels: int,
+    layers_per_stage: Sequence[int],
+    num_attention_heads: int | Sequence[int],
+    block: FGBlockConfig,
+    grid_stride: int | Sequence[int] | None,
+    conditioning_dim: int | Sequence[int] | None,
+    sample_size: tuple[int, int] | None,
+) -> list[StageSpec]:
+    """Expand the arguments of `IPTV2Backbone` to its 2L-1 stages. Raises a ValueError for a wrong number of entries."""
+    stages = len(layers_per_stage)
+    if stages % 2 == 0:
+        raise ValueError(
+            f"layers_per_stage has {stages} entries {tuple(layers_per_stage)}; a U of L levels has 2L-1: encoder, "
+            "bottleneck, decoder"
+        )
+    levels = stages // 2 + 1
+    heads = per_item("num_attention_heads", num_attention_heads, stages)
+    strides = per_item("grid_stride", grid_stride, levels)
+    dims = per_item("conditioning_dim", conditioning_dim, levels)
+    specs = []
+    for stage, num_layers in enumerate(layers_per_stage):
+        level = min(stage, stages - 1 - stage)  # 0 1 2 1 0 with three levels
+        width_level = level if stage < levels else max(level, 1)  # 0 1 2 1 1
+        window, shifted = fit_window(block.window_size, level, levels, sample_size)
+        config = replace(
+            block,
+            attention_pattern=tuple(block.attention_pattern),
+            window_size=window,
+            shifted=shifted,
+            grid_stride=strides[level],
+            conditioning_dim=dims[width_level],
+        )
+        specs.append(StageSpec(width_level, channels * 2**width_level, num_layers, heads[stage], config))
+    return specs
+
+
+def make_stage(spec: StageSpec) -> nn.ModuleList:
+    return nn.ModuleList(FGBlock(spec.channels, spec.num_heads, spec.block) for _ in range(spec.num_layers))
 
 
 @operator

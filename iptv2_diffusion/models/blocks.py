@@ -41,6 +41,9 @@ class AdaLayerNormZero2d(nn.Module):
         y = scale_add(self.norm(x), 1 + scale, shift)  # norm(x)·(1 + scale) + shift
         return y, gate[0] if gate else None
 
+    def extra_repr(self) -> str:
+        return f"gate={self.gate}"
+
 
 @dataclass(frozen=True)
 class FGBlockConfig:

@@ -65,6 +65,9 @@ class RepLeFFN(nn.Module):
             x = linear_pair(x, self.project_in, self.project_out)  # (B, H, W, C)
         return x.permute(0, 3, 1, 2)  # (B, C, H, W)
 
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, ratio={self.ratio}, fused={self.fused}"
+
     @torch.no_grad()
     def fuse(self) -> "RepLeFFN":
         """Return a new module in the deployed form that computes the same function. This module does not change.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iptv2_diffusion.kernels import cpu_attention, use_fast_forms
+from iptv2_diffusion.kernels import cpu_attention, force_form, use_fast_forms
 from iptv2_diffusion.models import attention
 from iptv2_diffusion.models.attention import focal_attention, grid_attention
 from iptv2_diffusion.models.layers import depthwise_conv2d, scale_add
@@ -313,3 +313,13 @@ class TestLinearInference:
         with torch.no_grad():
             given = x.float(), weight.float(), None if shift is None else shift.float()
             torch.testing.assert_close(linear(*given, gelu).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_forced_form_runs_on_every_device_until_the_block_ends():
+    x, scale = torch.ones(1, 2, 3, 4), torch.full((1, 2, 1, 1), 2.0)
+    with force_form("scale_add", lambda x, scale, base: x - scale):
+        assert torch.equal(scale_add(x, scale, x), x - 2)
+        with force_form("scale_add", lambda x, scale, base: base):
+            assert scale_add(x, scale, x) is x
+        assert torch.equal(scale_add(x, scale, x), x - 2)
+    assert torch.equal(scale_add(x, scale, x), x * 2 + x)

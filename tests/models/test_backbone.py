@@ -9,7 +9,7 @@ import references
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from iptv2_diffusion.models.backbone import IPTV2Backbone
+from iptv2_diffusion.models.backbone import IPTV2Backbone, stage_specs
 from iptv2_diffusion.models.blocks import FGBlockConfig
 
 
@@ -28,6 +28,26 @@ def run(module: IPTV2Backbone, *size: int, batch: int = 1) -> torch.Tensor:
     """Output on a fixed random map and, where the backbone wants one, a fixed random vector of 6."""
     with torch.no_grad():
         return module(references.random_map(batch, 8, *size), references.random_map(batch, 6, seed=1))
+
+
+def test_the_stages_of_a_u_of_three_levels():
+    specs = stage_specs(8, (1, 2, 3, 4, 5), (1, 2, 4, 8, 16), FGBlockConfig(window_size=8), (4, 2, 1), 6, (16, 16))
+    assert [spec.channels for spec in specs] == [8, 16, 32, 16, 16]
+    assert [spec.num_layers for spec in specs] == [1, 2, 3, 4, 5]
+    assert [spec.num_heads for spec in specs] == [1, 2, 4, 8, 16]
+    assert [spec.block.grid_stride for spec in specs] == [4, 2, 1, 2, 4]
+    assert [spec.block.window_size for spec in specs] == [8, 8, 4, 8, 8]  # no larger than the map
+    assert [spec.block.shifted for spec in specs] == [True, False, False, False, True]  # a single window
+
+
+def test_a_printed_model_shows_the_settings_of_its_layers():
+    text = repr(backbone(layers_per_stage=(1,)))
+    for shown in (
+        "num_heads=2, window_size=4, shifted=True",
+        "num_heads=2, stride=2, grid_size=None",
+        "ratio=2.0, fused=",
+    ):
+        assert shown in text
 
 
 class TestAgainstReference:
