@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check: what imports what, and how long things may be (ARCHITECTURE)."""
 
 import ast
+import re
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -141,3 +142,12 @@ def test_modules_and_functions_are_short(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno + 1 <= 80, node.name
+
+
+def test_the_page_about_the_code_names_files_that_exist_and_at_most_fifteen_to_open():
+    page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    missing = [name for name in re.findall(r"\]\(\.\./([^)#]+)", page) if not (ROOT / name).exists()]
+    assert not missing
+    table = page.split("## The files to open")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert 0 < sum(row.count("](../") for row in rows) <= 15
