@@ -1,15 +1,15 @@
-"""Latents encoded once: a folder of shards that any number of processes make together, the same for any number.
+"""Cache of latents that are encoded once: a folder of shards, the same for any number of encoding processes.
 
-A cache holds, for every view of every image (see `Encoding`), the mean and the deviation of the VAE's posterior, so
-that every epoch still draws its own latents:  x0 = mean + deviation * noise.
+For every view of every image (see `Encoding`) a cache stores the mean and the standard deviation of the VAE's
+posterior, so that every epoch still draws new latents:  x0 = mean + deviation * noise.
 
     CACHE_DIR/<fingerprint>/
         shard-00000.safetensors images 0 ... 2047: mean, std (views, n, C, h, w); class_labels, items (n,) int64
-        index.json              what it was made from, image count, latent shape, size of every shard; written last
+        index.json              source, number of images, latent shape, size of every shard; written last
 
-`std` is absent for a VAE without spread. The fingerprint covers codec, data set, image size, views and dtype: a cache
-of anything else is never used. A shard gets its name when it is whole, so a killed run goes on with the missing ones;
-the cache counts once index.json is there and every shard has the size that it says.
+`std` is absent for a deterministic VAE. The fingerprint covers codec, data set, image size, views and dtype, so a cache
+of other data is never used. A shard gets its name when it is complete, so a killed run resumes with the missing shards.
+The cache is valid if index.json exists and every shard has the size that it states.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _FORMAT = 2
 
 
 class StoredLatents(ABC):
-    """Latents on the disk, any of them at any time.
+    """Interface of latents on disk, with random access.
 
     Attributes:
-        latent_shape: (C, h, w).
-        has_spread: whether the posterior has a deviation (else `StepDraws.posterior_noise` may be None).
-        class_labels: (N,) int64.
+        latent_shape: shape of a latent, (C, h, w).
+        has_spread: whether the posterior has a standard deviation. If not, `StepDraws.posterior_noise` can be None.
+        class_labels: class labels, (N,) int64.
     """
 
     latent_shape: tuple[int, int, int]
@@ -59,23 +59,23 @@ class StoredLatents(ABC):
 
     @abstractmethod
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) float32 in model units, as drawn, and labels (B,) int64."""
+        """Return the latents (B, C, h, w) float32 in model units of these draws, and the labels (B,) int64."""
 
     @abstractmethod
     def means(self, items: Tensor) -> Tensor:
-        """Latents (B, C, h, w) float32 of items (B,), upright and without the posterior's noise."""
+        """Return the latents (B, C, h, w) float32 of items (B,), upright and without the posterior's noise."""
 
     def deviation(self, count: int = 256) -> float:
-        """Standard deviation of the latents, over at most `count` items spread over all; about 1 in model units."""
+        """Return the standard deviation of at most `count` evenly spaced latents, about 1 in model units."""
         items = torch.linspace(0, len(self) - 1, min(count, len(self))).long()
         return self.means(items).std().item()
 
 
 class LatentCache(StoredLatents):
-    """A cache that is complete on the disk; shards are memory-mapped, so processes of one machine share the memory.
+    """A complete cache on disk. Shards are memory-mapped, so processes of one machine share the memory.
 
     Attributes:
-        unreadable: what was wrong with the images that were left out.
+        unreadable: errors of the images that were left out.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -91,7 +91,7 @@ class LatentCache(StoredLatents):
         self._starts = torch.tensor([0] + [len(shard["class_labels"]) for shard in self._shards]).cumsum(0)
 
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
-        """Latents drawn from the posterior with `draws.posterior_noise` (its mean where that is None), and labels."""
+        """Return labels, and latents sampled with `draws.posterior_noise` (the posterior's mean if that is None)."""
         views = draws.views(self.flips, self.crops)
         latents = self._take("mean", draws.items, views)
         if self.has_spread and draws.posterior_noise is not None:
@@ -99,11 +99,11 @@ class LatentCache(StoredLatents):
         return latents, self.class_labels[draws.items]
 
     def means(self, items: Tensor) -> Tensor:
-        """Latents of the first view, the upright centre crop."""
+        """Return the latents of the first view, the upright centre crop."""
         return self._take("mean", items, torch.zeros_like(items))
 
     def _take(self, name: str, items: Tensor, views: Tensor) -> Tensor:
-        """Rows (B, C, h, w) float32 of a stored tensor."""
+        """Return rows (B, C, h, w) float32 of a stored tensor."""
         out = torch.empty(len(items), *self.latent_shape)
         shard_of = torch.bucketize(items, self._starts, right=True) - 1
         for number in shard_of.unique().tolist():
@@ -114,14 +114,14 @@ class LatentCache(StoredLatents):
 
 
 class CachedLatents(LatentSource):
-    """The latents of a run from the disk: any step at any time."""
+    """Latents of a run from disk, for any step at any time."""
 
     def __init__(self, cache: StoredLatents, draws: RunDraws) -> None:
         super().__init__(draws)
         self.cache = cache
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
-        """Latents drawn from the posterior, labels and draws."""
+        """Yield latents, labels and draws of each micro-batch."""
         for draws in self.draws.micro_batches(step):
             yield *self.cache.batch(draws), draws
 
@@ -138,18 +138,21 @@ def cached_latents(
     share: tuple[int, int] = (0, 1),
     say: Callable[[str], None] = print,
 ) -> LatentCache:
-    """Open the cache of these images under this codec, making first what is missing of it.
+    """Open the cache of these images and this codec, after encoding its missing shards.
 
     Args:
-        images: the images; corrupt ones are left out and told (or raise, as `images` was told), every time.
-        codec: on the device that is to encode.
-        cache_dir: folder of caches, one sub-folder each.
+        images: the images. Corrupt images are left out and reported every time, or raise an error if `images` is
+            strict.
+        codec: codec on the device that encodes.
+        cache_dir: folder of caches, each in a sub-folder.
         encoding: views, dtype and precision.
-        batch_size: images encoded at a time; results agree bit for bit for equal sizes, to rounding for others.
-        num_workers: processes that decode images.
-        shard_images: images a shard: what a kill can cost, and the unit that is shared out to processes.
-        share: (i, n): this is process i of n that share the work, on one disk. All must call; each waits for all.
-        say: prints a message; called by process 0.
+        batch_size: number of images to encode together. Equal sizes give bit-identical results, others agree to
+            rounding.
+        num_workers: number of processes that decode images.
+        shard_images: number of images per shard. A kill loses at most one shard, and processes divide the work by
+            shards.
+        share: (i, n) for process i of n that share the work on one disk. All must call this, and each waits for all.
+        say: function that prints a message. Process 0 calls it.
     """
     description = {
         "format": _FORMAT,
@@ -173,10 +176,10 @@ def cached_latents(
             ) from None
         if share[0] == 0:
             maker.finish(description, say)
-    while not _is_whole(folder):  # not a barrier: those time out, and a large set takes hours
+    while not _is_whole(folder):  # not a barrier, because a barrier times out and a large set takes hours
         time.sleep(0.2)
     cache = LatentCache(folder)
-    if cache.unreadable and images.strict:  # of a run that was not strict
+    if cache.unreadable and images.strict:  # from a run that was not strict
         raise ValueError(f"{cache.unreadable[0]} (one of {len(cache.unreadable)} that {folder} lacks)")
     if cache.unreadable and share[0] == 0:
         shown = "; ".join(cache.unreadable[:5]) + ("; ..." if len(cache.unreadable) > 5 else "")
@@ -185,10 +188,10 @@ def cached_latents(
 
 
 def dataset_fingerprint(images: ImageTensors) -> str:
-    """16 hex digits that change with the images: file names, sizes and times, or `datasets`' own fingerprint.
+    """Return 16 hex digits that change with the images: file names, sizes and times, or the fingerprint of `datasets`.
 
-    (`datasets` knows what a parquet or a Hub data set was made from, but of loose files only the names.) Of images
-    behind URLs the names alone count; those of the Hub hold the revision.
+    The fingerprint of `datasets` covers the source of a parquet or a Hub data set, but only the names of loose files.
+    Only the names of images at URLs count, and those of the Hub contain the revision.
     """
     dataset = images.dataset
     digest = hashlib.sha256(f"{len(dataset)} {images.labels}".encode())
@@ -205,7 +208,7 @@ def dataset_fingerprint(images: ImageTensors) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether index.json exists and every shard has the size that it says."""
+    """Return whether index.json exists and every shard has the stated size."""
     try:
         shards: dict[str, int] = json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]
         return all((folder / name).stat().st_size == size for name, size in shards.items())
@@ -214,7 +217,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 class _Maker:
-    """Makes a cache's shards, and its index when all are there."""
+    """Writer of a cache's shards and, when all exist, its index."""
 
     def __init__(
         self,
@@ -236,12 +239,12 @@ class _Maker:
         self.missing = [number for number, path in enumerate(self.paths) if not _is_shard(path)]
 
     def make_share(self, process: int, processes: int) -> None:
-        """Make the missing shards whose number is `process` modulo `processes`."""
+        """Encode the missing shards whose number is `process` modulo `processes`."""
         mine = [number for number in self.missing if number % processes == process]
         total = sum(len(self.parts[number]) for number in mine)
         with tqdm(total=total, desc="encoding images", unit="image", disable=process > 0) as bar:
             for number in mine:
-                if _is_shard(self.paths[number]):  # by another machine, on a common disk
+                if _is_shard(self.paths[number]):  # written by another machine on a shared disk
                     bar.update(len(self.parts[number]))
                     continue
                 tensors, metadata = encode_shard(
@@ -252,12 +255,12 @@ class _Maker:
                     batch_size=self.batch_size,
                     num_workers=self.num_workers,
                 )
-                with atomic(self.paths[number]) as temporary:  # another run may make the same shard
+                with atomic(self.paths[number]) as temporary:  # another run may encode the same shard
                     save_file(tensors, temporary, metadata=metadata)
                 bar.update(len(self.parts[number]))
 
     def finish(self, description: dict[str, Any], say: Callable[[str], None]) -> None:
-        """Wait for the others' shards, write the index, and tell what was made."""
+        """Wait for the shards of other processes, write the index and report the result."""
         while not all(_is_shard(path) for path in self.paths):
             time.sleep(0.2)
         count, shape = 0, ()
@@ -284,15 +287,15 @@ class _Maker:
 
 
 def _unreadable(path: Path) -> list[str]:
-    """What was wrong with the images that a shard lacks, see `encode_shard`."""
+    """Return the errors of the images that a shard lacks (see `encode_shard`)."""
     with safe_open(path, framework="pt") as shard:
         return json.loads(shard.metadata()["unreadable"])
 
 
 def _is_shard(path: Path) -> bool:
-    """Whether a whole shard lies there: safetensors checks the file's length against its header.
+    """Return whether a complete shard exists: safetensors checks the length of the file against its header.
 
-    Raises ValueError for a whole file of somebody else's, which is neither used nor overwritten.
+    Raises a ValueError for a complete file that is not ours, which is neither used nor overwritten.
     """
     try:
         with safe_open(path, framework="pt") as shard:

@@ -1,7 +1,7 @@
-"""From images to latents: the shards of a cache, and latents encoded when they are needed.
+"""Encoding of images to latents, as shards of a cache or when they are needed.
 
-A shard of a cache is a pure function of (images, codec, options, shard number): the batches that are encoded together
-are cut from the shard, not from the run. So any number of processes makes the same files.
+A shard of a cache is a function of (images, codec, options, shard number), because batches are cut from the shard and
+not from the run. Any number of processes therefore writes the same files.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images become cached latents.
+    """Settings of the encoding of images to cached latents.
 
     Attributes:
-        flips: the mirror image of every view too.
-        crops: views of an image: 1 is ADM's centre crop, more adds random crops.
-        dtype: stored, "float16" or "float32".
-        precision: computed in, "float32" or "bfloat16" (autocast: twice as fast, 0.4 % less exact).
+        flips: whether to store the mirror image of every view too.
+        crops: number of crops of an image. 1 is ADM's centre crop, more adds random crops.
+        dtype: dtype on disk, "float16" or "float32".
+        precision: precision of the encoder, "float32" or "bfloat16" (autocast, twice as fast and 0.4 % less exact).
     """
 
     flips: bool = True
@@ -43,7 +43,7 @@ class Encoding:
 
     @property
     def views(self) -> int:
-        """Latents stored for an image."""
+        """Number of latents per image."""
         return self.crops * (2 if self.flips else 1)
 
 
@@ -56,10 +56,10 @@ def encode_shard(
     batch_size: int,
     num_workers: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of the shard that holds images `part`; images that cannot be read are left out.
+    """Return the tensors and the metadata of the shard of images `part`, without images that cannot be read.
 
-    mean and, where the posterior has one, std: (views, n, C, h, w); class_labels, items: (n,) int64. The metadata's
-    "unreadable" is a JSON list of what was wrong with the others.
+    The tensors are mean and, unless the VAE is deterministic, std, (views, n, C, h, w), and class_labels and items,
+    (n,) int64. "unreadable" in the metadata is a JSON list of the errors of the other images.
     """
     loader = DataLoader(
         _Views(images, encoding, part), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate
@@ -83,7 +83,7 @@ def encode_shard(
 
 
 def check_finite(mean: Tensor, std: Tensor, items: Tensor, encoding: Encoding) -> None:
-    """Raise a ValueError rather than store latents that are NaN or infinite, which would spoil every epoch."""
+    """Raise a ValueError for latents that are NaN or infinite, which would affect every epoch."""
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise ValueError(
             f"latents of images {int(items[0])} to {int(items[-1])} are NaN or infinite, computed in "
@@ -93,7 +93,7 @@ def check_finite(mean: Tensor, std: Tensor, items: Tensor, encoding: Encoding) -
 
 
 def moments(codec: LatentCodec, pixels: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """The codec's moments of (B, 3, H, W) pixels. Channels-last is a third faster on a CPU."""
+    """Return the codec's moments of pixels (B, 3, H, W). Channels-last is a third faster on a CPU."""
     device = next(codec.vae.parameters()).device
     dtype = DTYPES[precision]
     pixels = pixels.to(device, memory_format=torch.channels_last)
@@ -102,10 +102,10 @@ def moments(codec: LatentCodec, pixels: Tensor, precision: str) -> tuple[Tensor,
 
 
 class LatentSource(ABC):
-    """Where the latents of a run come from: each micro-batch together with the draws that it was made by.
+    """Source of the latents of a run. It returns each micro-batch together with its draws.
 
     Attributes:
-        draws: of the run; they fix which images come when.
+        draws: random numbers of the run, which include the order of the images.
     """
 
     def __init__(self, draws: RunDraws) -> None:
@@ -118,27 +118,26 @@ class LatentSource(ABC):
 
     @abstractmethod
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
-        """Latents (b, C, h, w) float32 in model units, labels (b,) int64 and draws of each micro-batch of a step.
+        """Yield latents (b, C, h, w) float32 in model units, labels (b,) int64 and draws of each micro-batch of a step.
 
-        On the CPU or the codec's device. Sources that read ahead take the steps in their order only.
+        They are on the CPU or the codec's device. Sources that read ahead accept steps only in order.
         """
 
     def position(self, step: int) -> Mapping[str, Any] | None:
-        """Where this process is in the data at the start of `step` (as JSON); None if the step's number says it."""
+        """Return this process's position in the data at the start of `step`, as JSON; None if `step` suffices."""
         return None
 
 
 class EncodedLatents(LatentSource):
-    """Latents encoded when they are needed: no disk, a new encoding of every image every epoch.
+    """Latents that are encoded when they are needed, in every epoch, without using the disk.
 
-    Steps must be asked for in the order of the run, beginning with optimiser step `start`: workers read ahead.
+    Steps must be requested in order, from optimiser step `start` on, because workers read ahead.
 
     Args:
-        images, codec, num_workers: as for `cached_latents`. All images are decoded once beforehand, to find corrupt
-            ones.
-        draws: of the run.
-        start: the first optimiser step.
-        encoding: its flips, crops and precision count.
+        images, codec, num_workers: see `cached_latents`. All images are decoded once beforehand to find corrupt ones.
+        draws: random numbers of the run.
+        start: first optimiser step.
+        encoding: settings of which flips, crops and precision are used.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class EncodedLatents(LatentSource):
         self._pixels = read_ahead(single, draws, start=start, num_workers=num_workers, **views)
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
-        """Latents drawn from the posterior, labels and draws. RuntimeError for any step but the next."""
+        """Yield latents, labels and draws of each micro-batch. Raises a RuntimeError for any step but the next."""
         self._next_step = expect_step(step, self._next_step)
         for _ in self.draws.slices:
             (pixels, labels), draws = next(self._pixels)
@@ -166,19 +165,19 @@ class EncodedLatents(LatentSource):
 
 
 def expect_step(step: int, expected: int) -> int:
-    """The step after `step`; RuntimeError if this is not the `expected` one."""
+    """Return the step after `step`. Raises a RuntimeError if `step` is not the `expected` one."""
     if step != expected:
         raise RuntimeError(f"step {step} was asked for in another order than the run's: the next is {expected}")
     return step + 1
 
 
 def sample_posterior(mean: Tensor, std: Tensor, draws: StepDraws) -> Tensor:
-    """mean + std * `draws.posterior_noise`; the mean where that is None."""
+    """Return mean + std * `draws.posterior_noise`, or the mean if the noise is None."""
     return mean if draws.posterior_noise is None else mean + std * draws.posterior_noise.to(mean.device)
 
 
 class _Views(Dataset):
-    """(views, 3, H, W) pixels of an image, its label and its number; a message if it is corrupt."""
+    """Return the pixels (views, 3, H, W) of an image, its label and its number, or a message if it is corrupt."""
 
     def __init__(self, images: ImageTensors, encoding: Encoding, part: range) -> None:
         self.images, self.encoding, self.part = images, encoding, part
@@ -204,7 +203,7 @@ class _Views(Dataset):
 
 
 class _Single(Dataset):
-    """Pixels and label of one view of an image by (item, view); items count the readable images."""
+    """Map (item, view) to the pixels and the label of one view of an image. Items count the readable images."""
 
     def __init__(self, images: ImageTensors, readable: Sequence[int], flips: bool) -> None:
         self.images, self.readable, self.flips = images, readable, flips
@@ -217,7 +216,7 @@ class _Single(Dataset):
 
 
 def _collate(samples: list[tuple[Tensor, int, int] | str]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Pixels (views, b, 3, H, W), labels (b,) and items (b,) of the readable images, messages of the others."""
+    """Return pixels (views, b, 3, H, W), labels (b,) and items (b,) of readable images, and messages of the others."""
     errors = [sample for sample in samples if isinstance(sample, str)]
     good = [sample for sample in samples if not isinstance(sample, str)]
     if not good:

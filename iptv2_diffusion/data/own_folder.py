@@ -1,9 +1,9 @@
-"""Folders of results with a record of what we made in them, so that nothing else is reused, counted or deleted.
+"""Output folders with a record of our files, so that other files are never reused, counted or deleted.
 
-    FOLDER/IPTV2_RECORD      lines of JSON: what the folder is for, then the name and size of every file
+    FOLDER/IPTV2_RECORD      lines of JSON: the kind of the folder, then the name and size of every file
 
-A line is written before its file gets its name, so that a kill at any moment leaves no file of ours unrecorded. With
-several processes each has a record of its own (IPTV2_RECORD-1 ...), and all are read.
+A line is written before its file gets its name, so a kill leaves no file of ours unrecorded. With several processes,
+each has its own record (IPTV2_RECORD-1 ...), and all records are read.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from iptv2_diffusion.files import atomic, inside, printable
 __all__ = ["RECORD", "ForeignFolderError", "OwnFolder"]
 
 RECORD = "IPTV2_RECORD"
-_LOGS = {".log", ".out", ".err"}  # which shells leave in a folder that a user takes for empty
+_LOGS = {".log", ".out", ".err"}  # files of shells and logs in a folder that looks empty to a user
 
 
 class ForeignFolderError(ValueError):
-    """A folder, or a file in it, that we did not make."""
+    """Raised for a folder, or a file in it, that is not ours."""
 
 
 class OwnFolder:
-    """A folder of which we know what we made.
+    """A folder with a record of our files.
 
     Args:
         folder: the folder; see `claim`.
-        kind: what is in it, in words, such as "restored pictures".
-        process: number of this process, where several write.
+        kind: description of its contents, such as "restored pictures".
+        process: number of this process, if several write.
     """
 
     def __init__(self, folder: Path, kind: str, process: int = 0) -> None:
         self.folder, self.kind, self.process = Path(folder), kind, process
-        self.files: dict[str, int | None] = {}  # size by name, None where it is not known
+        self.files: dict[str, int | None] = {}  # size by name; None if it is unknown
         self._read()
 
     @classmethod
@@ -50,15 +50,16 @@ class OwnFolder:
         process: int = 0,
         earlier: Callable[[Path], Iterable[str] | None] = lambda folder: None,
     ) -> OwnFolder:
-        """The folder, made if need be.
+        """Open the folder, and create it if it does not exist.
 
         Args:
-            folder, kind, process: as of the class.
-            earlier: names of what a version before the record made in a folder, or None if it is none of its.
+            folder, kind, process: see the class.
+            earlier: function that returns the names of the files that a version without records wrote to a folder, or
+                None if it did not write to it.
 
         Raises:
-            ForeignFolderError: the folder holds what we did not make, and has no record of ours of this kind.
-            OSError: it cannot be made or written to.
+            ForeignFolderError: the folder contains other files and has no record of ours of this kind.
+            OSError: the folder cannot be created or written to.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,11 +86,11 @@ class OwnFolder:
 
     @property
     def is_claimed(self) -> bool:
-        """Whether the folder has a record of ours."""
+        """Return whether the folder has a record of ours."""
         return bool(self._kinds)
 
     def holds(self, name: str) -> bool:
-        """Whether a file that we made is there, as large as we made it."""
+        """Return whether a file of ours exists with its recorded size."""
         if name not in self.files:
             return False
         with contextlib.suppress(OSError):
@@ -98,20 +99,20 @@ class OwnFolder:
         return False
 
     def is_foreign(self, name: str) -> bool:
-        """Whether something lies at the place of a file of ours that we did not make."""
+        """Return whether a file that is not ours has the name of one of our files."""
         return name not in self.files and os.path.lexists(self.folder / name)
 
     @contextlib.contextmanager
     def writing(self, name: str, *, durable: bool = True) -> Iterator[Path]:
-        """A path to write the file `name` to; then it is recorded and gets its name at once.
+        """Yield a temporary path to write; then record the file and give it the name `name`.
 
         Args:
-            name: of the file, inside the folder.
-            durable: flush it to the disk, see `atomic`.
+            name: name of the file, inside the folder.
+            durable: whether to flush it to the disk; see `atomic`.
 
         Raises:
-            ForeignFolderError: a file of that name is there that we did not make.
-            ValueError: a name that leaves the folder.
+            ForeignFolderError: a file of this name exists that is not ours.
+            ValueError: the name leaves the folder.
         """
         path = inside(self.folder, name)
         if self.is_foreign(name):
@@ -122,13 +123,13 @@ class OwnFolder:
             self.record(name, temporary.stat().st_size)
 
     def record(self, name: str, size: int | None) -> None:
-        """Note a file of ours, before it gets its name."""
+        """Record a file of ours before it gets its name."""
         if self.files.get(name, -1) != size:
             self._append({"file": name, "bytes": size})
             self.files[name] = size
 
     def delete(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Delete the files of ours whose names are `wanted`, and nothing else."""
+        """Delete only the files of ours whose names are `wanted`."""
         for name in [name for name in self.files if wanted(name)]:
             with contextlib.suppress(FileNotFoundError, ValueError):
                 inside(self.folder, name).unlink()
@@ -140,7 +141,7 @@ class OwnFolder:
             file.write(json.dumps(line) + "\n")
 
     def _read(self) -> None:
-        """All records, their last lines perhaps cut by a kill."""
+        """Read all records. A kill may have cut their last lines."""
         self._kinds: set[str] = set()
         for path in sorted(self.folder.glob(f"{RECORD}*")) if self.folder.is_dir() else ():
             if path.name != RECORD and not path.name.removeprefix(f"{RECORD}-").isdigit():

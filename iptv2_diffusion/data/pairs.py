@@ -1,8 +1,7 @@
-"""Images of a folder, and where the field's restoration data sets keep their pairs of degraded and clean ones.
+"""Images of a folder, and the pairs of degraded and clean images of public restoration data sets.
 
-The layouts are those in which the data sets are distributed (or, for deraining, MPRNet's collection). None of them can
-be downloaded from here: see docs/restoration.md for their homes. Only the standard library is imported, so that a
-configuration may name the layouts.
+The layouts are those in which the data sets are distributed (for deraining, MPRNet's collection). docs/restoration.md
+has the sources. Only the standard library is imported, so that the options can list the layouts.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".p
 
 @dataclass(frozen=True)
 class Pair:
-    """A degraded image and its clean partner."""
+    """A degraded image and its clean counterpart."""
 
     degraded: Path
     clean: Path
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Image files of a folder and its sub-folders, sorted by path. Raises `ValueError` if there is none."""
+    """Return the image files of a folder and its sub-folders, sorted by path. Raises a ValueError if there are none."""
     folder = user_path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -39,15 +38,15 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def find_pairs(layout: str, root: str | Path, split: str = "train") -> list[Pair]:
-    """Pairs of a data set, sorted by path.
+    """Return the pairs of a data set, sorted by path.
 
     Args:
         layout: a key of `LAYOUTS`.
-        root: the data set's folder, as unpacked.
+        root: folder of the data set, as unpacked.
         split: "train" or "test".
 
     Raises:
-        ValueError: the folder is not laid out so, or an image lacks its partner; the message names it.
+        ValueError: the folder has another layout, or an image has no counterpart. The message names it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
@@ -64,12 +63,12 @@ def find_pairs(layout: str, root: str | Path, split: str = "train") -> list[Pair
 
 
 def mirrored(degraded: Path, clean: Path, rename: Callable[[str], str] = lambda name: name) -> list[Pair]:
-    """Pairs of two folders whose files are called alike (after `rename`); suffixes may differ."""
+    """Return the pairs of files with the same name (after `rename`) in two folders. Suffixes may differ."""
     partners: dict[Path, Path] = {}
     for path in find_images(clean):
         other = partners.setdefault(path.relative_to(clean).with_suffix(""), path)
         if other != path:
-            raise ValueError(f"{other} and {path} have one name: which is the partner cannot be told; rename one")
+            raise ValueError(f"{other} and {path} have the same name, so the pair is ambiguous; rename one")
     pairs = []
     for path in find_images(degraded):
         name = path.relative_to(degraded).with_suffix("")
@@ -79,18 +78,18 @@ def mirrored(degraded: Path, clean: Path, rename: Callable[[str], str] = lambda 
 
 
 def first_folder(root: Path, *names: str) -> Path:
-    """The first of the folders that exists, else the first: its absence is told later."""
+    """Return the first folder that exists, or the first one, whose absence is reported later."""
     return next((root / name for name in names if (root / name).is_dir()), root / names[0])
 
 
 def folders(root: Path, split: str) -> list[Pair]:
-    """input/* and target/*, in root or in root/split."""
+    """Pairs of input/* and target/*, in root or in root/split."""
     root = first_folder(root, split, ".")
     return mirrored(root / "input", root / "target")
 
 
 def sidd(root: Path, split: str) -> list[Pair]:
-    """SIDD sRGB: Data/<scene>/NOISY_SRGB_010.PNG beside GT_SRGB_010.PNG (Medium), the same for train and test."""
+    """SIDD sRGB (Medium): Data/<scene>/NOISY_SRGB_010.PNG and GT_SRGB_010.PNG, the same for train and test."""
     found = [p for p in find_images(first_folder(root, "Data", ".")) if "NOISY_SRGB" in p.name.upper()]
     return [Pair(path, path.with_name(path.name.replace("NOISY", "GT"))) for path in found]
 
@@ -125,7 +124,7 @@ def realblur(kind: str) -> Callable[[Path, str], list[Pair]]:
 def dpdd(root: Path, split: str) -> list[Pair]:
     """DPDD, single image: <split>_c/source/*.png (blurred) and <split>_c/target/*.png, paired in sorted order.
 
-    Their names differ (two exposures of one scene), so the order is what pairs them.
+    The names differ, because they are two exposures of a scene.
     """
     folder = root / f"{split}_c"
     source, target = find_images(folder / "source"), find_images(folder / "target")

@@ -1,7 +1,7 @@
-"""Photographs for restoration: decoded once into a memory map, then patches at random places of it.
+"""Photographs for restoration: images in a memory map, decoded once, and patches at random positions.
 
-Everything that is random in a batch is drawn for the whole global batch from one generator of (seed, step), as in
-`data/draws.py`: a run resumes exactly and does not depend on the number of processes.
+All random numbers of a batch are drawn for the whole global batch from one generator of (seed, step), as in
+`data/draws.py`. A run therefore resumes exactly and does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from iptv2_diffusion.files import atomic, write_text
 __all__ = ["ImageStore", "PatchSampler", "read_image", "transform"]
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's conversion to gray
-READER = 2  # of pixels in caches; counts up when the same files give others
+READER = 2  # version of cached pixels; it increases when the same files give other pixels
 DTYPES = ("uint8", "uint16", "float32")  # of decoded pixels
-CELL = 32  # side of the squares whose texture is measured, pixels
-TEXTURE_FLOOR = 0.1  # weight of a perfectly flat square, beside 1 for one of TEXTURE_FULL or more
+CELL = 32  # side in pixels of the squares whose texture is measured
+TEXTURE_FLOOR = 0.1  # weight of a perfectly flat square; a square of at least TEXTURE_FULL has weight 1
 TEXTURE_FULL = 12.0  # standard deviation of luminance, 0–255 scale
 
 
 def read_image(path: str | Path, channels: int = 3, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """Decode to (H, W, channels): uint8, uint16 for files of more than 8 bits, float32 on [0, 1] for those of floats.
+    """Decode an image to (H, W, channels): uint8, uint16 for more than 8 bits, or float32 on [0, 1] for floats.
 
-    Upright, gray or RGB; alpha is dropped. See `image_files.py` for what a file may hold.
+    The result is upright, gray or RGB, without alpha. See `image_files.py` for the supported files.
 
-    Raises `ValueError` naming the file if it cannot be decoded, is empty or too large.
+    Raises a ValueError that names the file if it cannot be decoded, is empty or too large.
     """
     try:
         image = read_image_file(path, limits).pixels
@@ -52,20 +52,20 @@ def read_image(path: str | Path, channels: int = 3, limits: Limits = DEFAULT_LIM
 
 
 class ImageStore:
-    """Images of a list of files, decoded once into one memory-mapped file that later runs find again.
+    """Images of a list of files, decoded once into a memory-mapped file that later runs reuse.
 
     Args:
-        files: image files, all of 8 bits, all of 16 or all of floats.
-        cache_dir: where the decoded file lies, named by a hash of names, sizes and times of the files.
+        files: image files, all of 8 bits, all of 16 bits or all of floats.
+        cache_dir: folder of the decoded file, whose name is a hash of the names, sizes and times of the files.
         channels: 1 or 3.
-        scales: each image comes once for each of these: as it is (1), and shrunk by Lanczos resampling, 8 bits only.
-        say: called with one line before a long decoding.
-        limits: how large an image may be.
+        scales: sizes of each image: 1 is the original, smaller numbers are Lanczos reductions (8 bits only).
+        say: function that is called with one line before a long decoding.
+        limits: largest size of an image.
 
     Attributes:
         files: the file of each image.
         images: arrays (H, W, channels) of uint8, uint16 or float32, views of the memory map.
-        peak: 255, 65535 or 1.
+        peak: value of white: 255, 65535 or 1.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ImageStore:
         return len(self.images)
 
     def crop(self, item: int, top: int, left: int, height: int, width: int) -> Tensor:
-        """Part of an image: (channels, height, width) of float32 on [0, 1]; reflected where the image ends before."""
+        """Return a part of an image, (channels, height, width) float32 on [0, 1], continued by reflection."""
         part = self.images[item][top : top + height, left : left + width]
         if part.shape[:2] != (height, width):
             part = np.pad(part, ((0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)), "reflect")
@@ -108,7 +108,7 @@ class ImageStore:
 
 
 def read_index(index: Path, data: Path, channels: int) -> dict[str, Any] | None:
-    """What an index says, if the pixels beside it are as many as it says; else None: they are decoded again."""
+    """Read an index if the file of pixels has the stated size; otherwise None, and the images are decoded again."""
     try:
         described, found = json.loads(index.read_text(encoding="utf-8")), data.stat().st_size
     except (OSError, ValueError):
@@ -130,7 +130,7 @@ def decode_into(
     scales: Sequence[float],
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
-    """Write the pixels of all files one after another; the index, written last, makes the store valid."""
+    """Write the pixels of all files in order. The index is written last and makes the store valid."""
     data.parent.mkdir(parents=True, exist_ok=True)
     sizes, dtype = [], None
     with atomic(data) as temporary, temporary.open("wb") as file:
@@ -147,25 +147,25 @@ def decode_into(
 
 
 def shrink(image: np.ndarray, scale: float, path: Path) -> np.ndarray:
-    """An (H, W, channels) image of 8 bits at another size."""
+    """Resize an 8-bit image (H, W, channels)."""
     if image.dtype != np.uint8:
         kind = "16 bits" if image.dtype == np.uint16 else "floats"
-        raise ValueError(f"{path} has {kind}, and images of 8 bits only are shrunk; leave out scales")
+        raise ValueError(f"{path} has {kind}, but scales works with 8 bits only; leave out scales")
     size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
     small = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).resize(size, Image.Resampling.LANCZOS)
     return np.asarray(small).reshape(size[1], size[0], -1)
 
 
 class PatchSampler:
-    """Patches at random places of the images, textured places preferred.
+    """Patches at random positions of the images, with a preference for texture.
 
-    A place is drawn among squares of 32 pixels with a probability that grows with the standard deviation of the
-    square's luminance, up to a limit: sky and blur, most of a wallpaper, teach little. Then it is shifted at random.
+    A square of 32 pixels is drawn with a probability that grows with the standard deviation of its luminance, up to a
+    limit, because sky and blur teach little. The position is then shifted at random.
 
     Args:
-        clean: the target images.
-        degraded: the same images degraded, or None where the degradation is synthetic.
-        prefer_texture: False draws all places alike.
+        clean: target images.
+        degraded: the same images degraded, or None if the degradation is synthetic.
+        prefer_texture: whether to prefer texture; False draws all positions equally.
     """
 
     def __init__(self, clean: ImageStore, degraded: ImageStore | None = None, prefer_texture: bool = True) -> None:
@@ -182,26 +182,26 @@ class PatchSampler:
         self.cumulative = np.cumsum(np.concatenate(weights))
 
     def places(self, uniforms: Tensor, size: int) -> list[tuple[int, int, int]]:
-        """(image, top, left) of patches for uniform numbers (B, 3) in [0, 1): square, vertical and horizontal shift."""
+        """Map uniform numbers (B, 3) in [0, 1), for square and shifts, to (image, top, left) of patches."""
         places = []
         chosen = np.searchsorted(self.cumulative, uniforms[:, 0].double().numpy() * self.cumulative[-1], side="right")
         for (item, top, left), (_, down, right) in zip(
             self.cells[np.minimum(chosen, len(self.cells) - 1)].tolist(), uniforms.tolist(), strict=True
         ):
             height, width, _ = self.clean.images[item].shape
-            # The square's centre falls on a random point of the patch's middle.
+            # The centre of the square is at a random point of the patch's middle part.
             top = top + CELL // 2 - size // 2 + round((down - 0.5) * CELL)
             left = left + CELL // 2 - size // 2 + round((right - 0.5) * CELL)
             places.append((item, max(0, min(top, height - size)), max(0, min(left, width - size))))
         return places
 
     def smaller_than(self, size: int) -> list[Path]:
-        """The images that a patch of `size` does not fit in: they are continued by reflection."""
+        """Return the images that are smaller than a patch of `size`. They are continued by reflection."""
         pairs = zip(self.clean.files, self.clean.images, strict=True)
         return [file for file, image in pairs if min(image.shape[:2]) < size]
 
     def patches(self, places: Sequence[tuple[int, int, int]], size: int) -> tuple[Tensor, Tensor | None]:
-        """Clean and degraded patches (B, channels, size, size) on [0, 1]; None if there are no degraded images."""
+        """Return clean patches (B, channels, size, size) on [0, 1], and degraded ones (None without such images)."""
         clean = torch.stack([self.clean.crop(*place, size, size) for place in places])
         if self.degraded is None:
             return clean, None
@@ -209,7 +209,7 @@ class PatchSampler:
 
 
 def check_pairs(clean: ImageStore, degraded: ImageStore) -> None:
-    """Raise a ValueError unless the two stores hold as many images, of the same sizes."""
+    """Raise a ValueError unless the two stores have the same number of images with the same sizes."""
     if len(clean) != len(degraded):
         raise ValueError(f"{len(degraded)} degraded images but {len(clean)} clean ones; they must be pairs")
     for ours, theirs, a, b in zip(clean.images, degraded.images, clean.files, degraded.files, strict=True):
@@ -221,7 +221,7 @@ def check_pairs(clean: ImageStore, degraded: ImageStore) -> None:
 
 
 def cell_texture(image: np.ndarray, peak: float) -> np.ndarray:
-    """Weight of each 32×32 square of an (H, W, channels) image, in [TEXTURE_FLOOR, 1]: (H // 32, W // 32)."""
+    """Return the weight in [TEXTURE_FLOOR, 1] of each 32×32 square of an image (H, W, channels): (H // 32, W // 32)."""
     rows, columns = max(1, image.shape[0] // CELL), max(1, image.shape[1] // CELL)
     luminance = image[: rows * CELL, : columns * CELL].mean(axis=2, dtype=np.float32) * (255 / peak)
     height, width = luminance.shape
@@ -230,7 +230,7 @@ def cell_texture(image: np.ndarray, peak: float) -> np.ndarray:
 
 
 def transform(images: Tensor, codes: Tensor) -> Tensor:
-    """One of the eight flips and rotations of each square patch (B, C, P, P); codes (B,) int in [0, 8)."""
+    """Apply one of the eight flips and rotations to each square patch (B, C, P, P); codes (B,) int in [0, 8)."""
     turned = []
     for image, code in zip(images, codes.tolist(), strict=True):
         image = torch.rot90(image, code % 4, dims=(-2, -1))

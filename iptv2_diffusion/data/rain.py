@@ -1,9 +1,9 @@
-"""Rain with depth: several layers of streaks, near and far, and, if asked for, the haze of the rain beyond them.
+"""Rain with depth: several layers of near and far streaks and, optionally, haze.
 
 Rain100L and Rain100H (Yang et al., "Deep Joint Rain Detection and Removal from a Single Image", CVPR 2017) have one
 and five layers of streaks of different directions over a photograph, the latter with the veil of accumulated rain.
 Rain12 (Li et al., CVPR 2016) has streaks rendered with the light of the scene. `LayeredRain` draws from a family that
-spans all of these: none of their images was used [ours].
+covers all of these. It uses none of their images [ours].
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LayeredRain(Degradation):
     margin: int = 0
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
-        """(B, C, H, W) on [0, 1] -> the same shape, clipped to [0, 1]. σ is unknown."""
+        """Degrade images (B, C, H, W) on [0, 1] to the same shape, clipped to [0, 1]. σ is unknown."""
         count, _, height, width = clean.shape
         low, high = int(self.low), int(self.high)
         layers = torch.randint(low, high + 1, (count,), generator=generator)
@@ -63,7 +63,7 @@ class LayeredRain(Degradation):
         return rainy.clamp(0, 1), None
 
     def _veil(self, clean: Tensor, generator: torch.Generator) -> Tensor:
-        """Mix the image with the light of the sky, more in some places than in others."""
+        """Mix the image with the light of the sky, with a weight that varies over the image."""
         count, _, height, width = clean.shape
         strength = uniform(count, 0.02, 0.4, generator) * (torch.rand(count, generator=generator) < self.haze)
         sky = uniform(count, 0.55, 1, generator)[:, None, None, None]
@@ -76,9 +76,9 @@ class LayeredRain(Degradation):
 def draw_streaks(height: int, width: int, angle: Tensor, generator: torch.Generator) -> Tensor:
     """One layer of streaks of a common direction `angle` (B,), in radians: (B, 1, H, W) on [0, 1].
 
-    Near rain has long, wide, bright and few streaks; far rain has many, short and faint ones. The drops are points of
-    random strength; a product in the frequency domain draws them out. It wraps round, so the border has as many
-    streaks as the middle.
+    Near rain has few streaks that are long, wide and bright. Far rain has many that are short and faint. The drops are
+    points of random strength, and a product in the frequency domain draws them out. The product is periodic, so the
+    border has as many streaks as the middle.
     """
     count = len(angle)
     near = torch.rand(count, generator=generator)
@@ -96,7 +96,7 @@ def draw_streaks(height: int, width: int, angle: Tensor, generator: torch.Genera
 
 
 def streak_shapes(height: int, width: int, length: Tensor, across: Tensor, angle: Tensor) -> Tensor:
-    """A streak round position (0, 0), 1 at its middle, Gaussian across and with soft ends: (B, H, W)."""
+    """Return a streak around position (0, 0), 1 at its middle, Gaussian across and with soft ends: (B, H, W)."""
     y = torch.fft.fftfreq(height)[:, None] * height  # 0, 1, …, -2, -1: distances on the wrapped map
     x = torch.fft.fftfreq(width)[None] * width
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
@@ -106,6 +106,6 @@ def streak_shapes(height: int, width: int, length: Tensor, across: Tensor, angle
 
 
 def between(limits: tuple[float, float], share: Tensor) -> Tensor:
-    """The number that lies at `share` in [0, 1] of the way from one limit to the other, on a logarithmic scale."""
+    """Interpolate between two limits by `share` in [0, 1] on a logarithmic scale."""
     low, high = limits
     return low * (high / low) ** share

@@ -1,13 +1,13 @@
-"""Benchmarks of real noise that come as MATLAB files: DND, whose crops are submitted, and SIDD's validation blocks.
+"""Benchmarks of real noise in MATLAB files: DND, whose server scores submissions, and SIDD's validation blocks.
 
-DND (Plötz & Roth 2017) keeps the clean photographs to itself: its server compares what it is sent, 20 crops of 512×512
-pixels of each of 50 photographs (`evaluation/dnd_files.py` writes them).
+DND (Plötz & Roth 2017) does not publish the clean photographs. Its server scores 20 crops of 512×512 pixels of each of
+50 photographs (`evaluation/dnd_files.py` writes them).
 
     ROOT/info.mat                `info`, per photograph: `boundingboxes` (20, 4), `sigma_srgb` (20,)   HDF5 ("v7.3")
     ROOT/images_srgb/0001.mat    `InoisySRGB` (H, W, 3) of single on [0, 1]                             HDF5
 
-A box is [top, left, bottom, right], counted from 1, the last row and column included. MATLAB stores columns first, so
-that readers of HDF5 see every array transposed. Numbers of photographs and crops are those of info.mat.
+A box is [top, left, bottom, right], counted from 1, with the last row and column included. MATLAB stores columns first,
+so readers of HDF5 see every array transposed. The numbers of photographs and crops are those of info.mat.
 
 SIDD (Abdelhamed et al. 2018), "SIDD Validation Data" and "Ground Truth", sRGB: Validation{Noisy,Gt}BlocksSrgb.mat
 ("v5"), 32 blocks of 256×256 of each of 40 photographs, uint8 (40, 32, 256, 256, 3) under the file's own name.
@@ -31,11 +31,11 @@ class DND:
         root: the folder dnd_2017.
 
     Attributes:
-        boxes: per photograph (crops, 4) of int: top, left, bottom, right, counted from 0, the end not included.
-        sigmas: per photograph (crops,), standard deviation of each crop's noise on the 0–255 scale, as info.mat has it.
+        boxes: per photograph (crops, 4) int: top, left, bottom, right, counted from 0, with the end excluded.
+        sigmas: per photograph (crops,), standard deviation of each crop's noise on the 0–255 scale, from info.mat.
 
     Raises:
-        ValueError: the folder is not laid out so; the message names the file.
+        ValueError: the folder has another layout. The message names the file.
         ImportError: the package h5py is missing.
     """
 
@@ -60,7 +60,7 @@ class DND:
         return len(self.boxes)
 
     def crops(self, index: int) -> list[np.ndarray]:
-        """The noisy crops of a photograph, each (H, W, 3) of float32 on [0, 1]; `index` counts from 0."""
+        """Return the noisy crops of a photograph, each (H, W, 3) float32 on [0, 1]. `index` counts from 0."""
         path = self.root / "images_srgb" / f"{index + 1:04d}.mat"
         image = read_hdf5(path, lambda file: np.array(file["InoisySRGB"], dtype=np.float32).T)
         for top, left, bottom, right in self.boxes[index]:
@@ -71,7 +71,7 @@ class DND:
 
 
 def read_hdf5(path: Path, read: Callable):
-    """What `read` makes of an open HDF5 file; a file that is absent, damaged or of other contents is a ValueError."""
+    """Return `read(file)` of an HDF5 file. Raises a ValueError if it is missing, damaged or has other contents."""
     try:
         import h5py
     except ImportError as error:
@@ -87,7 +87,7 @@ def read_hdf5(path: Path, read: Callable):
 
 
 def read_mat(path: Path, name: str) -> np.ndarray:
-    """A variable of a MATLAB file. A damaged file, or one without it, is a ValueError with the reason."""
+    """Read a variable of a MATLAB file. Raises a ValueError with the reason if the file is damaged or lacks it."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
@@ -98,10 +98,10 @@ def read_mat(path: Path, name: str) -> np.ndarray:
 
 
 def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, noisy, clean) of each validation block of SIDD; name "0001_01" is photograph 1, block 1.
+    """Yield (name, noisy, clean) of each validation block of SIDD. The name "0001_01" is photograph 1, block 1.
 
     Raises:
-        ValueError: a file is missing, damaged, or of another shape than its partner; the message names it.
+        ValueError: a file is missing, damaged, or has another shape than its counterpart. The message names it.
     """
     blocks = []
     for name in ("ValidationNoisyBlocksSrgb", "ValidationGtBlocksSrgb"):

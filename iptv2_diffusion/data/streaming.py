@@ -1,16 +1,16 @@
-"""Images that are read as a stream, from the Hub or from shards on any disk: nothing is copied, nothing is skipped.
+"""Images that are read as a stream, from the Hub or from shards on any disk, without copies and without losses.
 
-A stream has no random access, so the order is made of what it has: shards, each of them read from its start to its end.
+A stream has no random access. Each shard is read from start to end, and the order of the images is built from shards:
 
-    lanes    Every epoch the shards are shuffled and dealt out to L lanes. A lane is an endless stream, one epoch after
-             the other, and fills the same B / L places of every batch of B. L depends on shards and batch alone, so
-             the stream is the same for any number of processes; each reads only the lanes its places belong to. Where
-             lanes are of unequal length an epoch ends earlier in one than in another, but still holds each image once.
+    lanes    Every epoch the shards are shuffled and distributed over L lanes. A lane is an endless stream of epochs and
+             fills the same B / L positions of every batch of B. L depends only on shards and batch, so the stream is
+             the same for any number of processes. Each process reads only the lanes of its positions. If lanes have
+             different lengths, an epoch ends earlier in one than in another, but still has each image once.
     blocks   A lane is read in blocks of K images, which are shuffled. Image number c of the lane is in block c // K.
 
-So image c of a lane is a pure function of (seed, c), and the position of a run is its step. To get there without
-reading all that came before, a checkpoint holds for each lane where its block begins: `datasets`' own `state_dict` of
-the shard (a shuffle buffer of `datasets` could not be resumed: it is lost with what it holds).
+Image c of a lane is therefore a function of (seed, c), and the position of a run is its step. To resume without reading
+the stream from its beginning, a checkpoint stores the start of each lane's block as the `state_dict` that `datasets`
+has of the shard. (A shuffle buffer of `datasets` loses its contents and cannot be resumed.)
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from iptv2_diffusion.data.latent_encoding import Encoding, LatentSource, expect_
 if TYPE_CHECKING:
     from iptv2_diffusion.latents import LatentCodec
 
-MAX_LANES = 64  # more mix no better, and each is an open file
-AHEAD = 2  # micro-batches that are read and decoded before they are asked for
-SHOWN = 5  # unreadable images that are named; of the others only every hundredth is told
+MAX_LANES = 64  # more lanes do not mix better, and each is an open file
+AHEAD = 2  # number of micro-batches that are read and decoded in advance
+SHOWN = 5  # number of unreadable images that are reported each; of the others, every hundredth is reported
 
 
 @dataclass(frozen=True)
 class ImageStream:
-    """What is streamed.
+    """A stream of images.
 
     Attributes:
-        dataset: with "image" (undecoded) and perhaps "label", from `load_image_dataset(streaming=True)`.
-        size: (height, width) of the images to be.
-        strict: fail at an unreadable image instead of replacing it by the next of its block.
-        block: K times L, images that all lanes together hold and shuffle.
-        limits: how large an image may be.
+        dataset: data set with "image" (undecoded) and, if labelled, "label", from `load_image_dataset(streaming=True)`.
+        size: (height, width) of the decoded images.
+        strict: whether to fail at an unreadable image instead of replacing it by the next image of its block.
+        block: number of images that all lanes together hold and shuffle, K times L.
+        limits: largest size of an image.
     """
 
     dataset: datasets.IterableDataset
@@ -65,13 +65,13 @@ class ImageStream:
 
 
 class StreamOrder(Order):
-    """Places in the stream instead of items of a data set: batch n holds numbers nB ... nB + B - 1."""
+    """Order of positions in the stream instead of items of a data set: batch n has numbers nB ... nB + B - 1."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def items(self, start: int, count: int) -> Tensor:
-        """The numbers themselves, (count,) int64."""
+        """Return the numbers themselves, (count,) int64."""
         return torch.arange(start, start + count)
 
 
@@ -79,11 +79,11 @@ class Lane:
     """An endless stream of undecoded images, block after block.
 
     Args:
-        dataset: with all shards.
-        number, lanes: this is lane `number` of `lanes`.
-        seed: of the run.
+        dataset: data set with all shards.
+        number, lanes: number of this lane, and number of all lanes.
+        seed: seed of the run.
         block_size: K.
-        start: block to begin with, and its entry in `states` of another such lane; None for the beginning.
+        start: first block, and its entry in the `states` of an earlier lane; None for the beginning.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class Lane:
         self._dataset, self._number, self._lanes, self._seed = dataset, number, lanes, seed
         self.block_size = block_size
         self._next, state = start or (0, {"epoch": 0, "shard": 0, "state": None})
-        self.states: dict[int, dict[str, Any]] = {self._next: dict(state)}  # where each block begins
+        self.states: dict[int, dict[str, Any]] = {self._next: dict(state)}  # start of each block
         self._records = self._read(**state)
         self._block: list[Any] = []
 
     def block(self, number: int) -> list[Any]:
-        """The shuffled images of a block: the one asked for last, or a later one."""
+        """Return the shuffled images of a block: the block of the last request or a later one."""
         if number < self._next - 1:
             raise RuntimeError(f"lane {self._number} was asked for block {number} after block {self._next - 1}")
         while self._next <= number:
@@ -117,7 +117,7 @@ class Lane:
         return self._block
 
     def forget_before(self, block: int) -> None:
-        """Drop the states of blocks that are past."""
+        """Drop the states of earlier blocks."""
         self.states = {number: state for number, state in self.states.items() if number >= block}
 
     def _read(self, epoch: int, shard: int, state: Mapping[str, Any] | None) -> Iterator[Any]:
@@ -144,36 +144,36 @@ class Lane:
 
 
 def _readable(source: datasets.IterableDataset, shard: int) -> Iterator[Any]:
-    """The records of a shard; damage, as of a tar that is cut short, is a ValueError."""
+    """Yield the records of a shard. Raises a ValueError for damage, such as a tar that is cut short."""
     try:
         yield from source
     except OSError:
         raise
-    except Exception as error:  # of tarfile, pyarrow and `datasets`
+    except Exception as error:  # tarfile, pyarrow and `datasets` raise several types
         raise ValueError(f"shard {shard} of the stream is damaged ({first_line(error)}); download it again") from error
 
 
 def count_lanes(shards: int, batch_size: int) -> int:
-    """L: the largest divisor of the batch that is not above the number of shards (nor above `MAX_LANES`)."""
+    """Return L, the largest divisor of the batch that is at most the number of shards and `MAX_LANES`."""
     return max(n for n in range(1, min(shards, batch_size, MAX_LANES) + 1) if batch_size % n == 0)
 
 
 class StreamedLatents(LatentSource):
-    """Latents of a stream: images are read, decoded and encoded when they are needed.
+    """Latents of a stream, whose images are read, decoded and encoded when they are needed.
 
-    Steps must be asked for in the order of the run, beginning with step `start`; they are read ahead.
+    Steps must be requested in order, from step `start` on, because they are read ahead.
 
     Args:
         images: the stream.
-        codec: on the device that encodes.
-        draws: of the run, in the order of a `StreamOrder`.
-        start: the first optimiser step.
-        position: `join_positions` of what `position` gave at that step, in whatever number of processes. Without it, or
-            with that of another layout, the stream is read through up to `start`.
-        encoding: its flips, crops and precision count.
-        num_workers: threads that decode; 0 reads and decodes when asked.
-        num_classes: labels must be below this; None: unlabelled.
-        say: prints a message of this process.
+        codec: codec on the device that encodes.
+        draws: random numbers of the run, with a `StreamOrder`.
+        start: first optimiser step.
+        position: `join_positions` of the results of `position` at this step, from any number of processes. Without it,
+            or with that of another layout, the stream is read from its beginning to `start`.
+        encoding: settings of which flips, crops and precision are used.
+        num_workers: number of threads that decode; 0 reads and decodes on request.
+        num_classes: number of classes, above all labels; None without labels.
+        say: function that prints a message of this process.
     """
 
     def __init__(
@@ -194,13 +194,13 @@ class StreamedLatents(LatentSource):
         self._batch_size, self._num_classes = draws.batch_size, num_classes
         shards = images.dataset.num_shards
         self.lanes = count_lanes(shards, draws.batch_size)
-        self._share = draws.batch_size // self.lanes  # places of a batch that a lane fills
+        self._share = draws.batch_size // self.lanes  # number of positions of a batch that a lane fills
         block_size = max(1, images.block // self.lanes)
         self._block_size = block_size
         self._layout = {"lanes": self.lanes, "share": self._share, "block_size": block_size, "shards": shards}
         if position is None or position["layout"] != self._layout:
             if start:
-                say(f"no position of this stream was saved: reading all that came before step {start}")
+                say(f"no position of this stream was saved: reading it from the beginning to step {start}")
             position = {"lanes": {}, "skipped": 0}
         own = {place // self._share for part in draws.slices for place in range(part.start, part.stop)}
         self._lanes = {
@@ -217,16 +217,16 @@ class StreamedLatents(LatentSource):
         self._skipped_earlier: int = position["skipped"]
         self.skipped = 0  # unreadable images of this process since `start`
         self._next_step = start
-        self._served = (start, 0)  # the step asked for last, and how many were skipped before it
+        self._served = (start, 0)  # the last requested step, and the number of skipped images before it
         self._wanted = draws.starting_at(start)
         self._pool = ThreadPoolExecutor(num_workers) if num_workers else None
         self._reader = ThreadPoolExecutor(1) if num_workers else None
         self._ahead: deque[Future] = deque()
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
-        """Latents drawn from the posterior, labels (0 where there are none) and draws.
+        """Yield latents, labels (0 if there are none) and draws of each micro-batch.
 
-        Raises RuntimeError for any step but the next, ValueError or OSError for what cannot be read at all.
+        Raises a RuntimeError for any step but the next, and a ValueError or OSError if the stream cannot be read.
         """
         self._next_step = expect_step(step, self._next_step)
         self._served = (step, self.skipped)
@@ -237,14 +237,14 @@ class StreamedLatents(LatentSource):
             yield sample_posterior(mean, std, draws), labels, draws
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where this process's lanes are at the start of `step`, which was asked for last or comes next (as JSON)."""
+        """Return the positions of this process's lanes, as JSON, at the start of the last requested or next step."""
         states = self._reader.submit(self._states, step).result() if self._reader else self._states(step)
         at, before = self._served
         skipped = self._skipped_earlier, before if at == step else self.skipped
         return {"layout": self._layout, "lanes": states, "skipped": skipped}
 
     def _states(self, step: int) -> dict[str, Any]:
-        """[block, its state] by lane. Where a reader reads ahead, this is to be run by it."""
+        """Return [block, its state] by lane. If a reader reads ahead, the reader must run this."""
         block, states = self._block_of(step), {}
         for number, lane in self._lanes.items():
             if block not in lane.states:
@@ -265,7 +265,7 @@ class StreamedLatents(LatentSource):
         return self._ahead.popleft().result()
 
     def _load(self, draws: StepDraws) -> tuple[Tensor, Tensor, StepDraws, list[str]]:
-        """Pixels (b, 3, H, W) and labels (b,) of a micro-batch, its draws, what was wrong with replaced images."""
+        """Return pixels (b, 3, H, W), labels (b,) and draws of a micro-batch, and the errors of replaced images."""
         views = draws.views(self._encoding.flips, self._encoding.crops)
         jobs = []
         for lane in self._lanes.values():
@@ -279,7 +279,7 @@ class StreamedLatents(LatentSource):
         return torch.stack(pixels), torch.tensor(labels), draws, [e for some in errors for e in some]
 
     def _decode(self, job: tuple[list[Any], int, int, int]) -> tuple[Tensor, int, list[str]]:
-        """An image of a block; the first of those after it that can be read (the same in any run) if it cannot."""
+        """Return an image of a block, or the first readable one after it. The result is the same in any run."""
         records, first, item, view = job
         crop, flip = divmod(view, 2) if self._encoding.flips else (view, 0)
         errors: list[str] = []
@@ -306,11 +306,11 @@ class StreamedLatents(LatentSource):
             self.skipped += 1
             count = self._skipped_earlier + self.skipped
             if count <= SHOWN or count % 100 == 0:
-                self._say(f"{error}: the next one was taken instead ({count} so far)")
+                self._say(f"{error}: used the next image instead ({count} so far)")
 
 
 def join_positions(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The position of a run, from those of its processes: what `StreamedLatents` goes on from."""
+    """Join the positions of the processes to the position of the run, from which `StreamedLatents` resumes."""
     lanes = {number: state for part in parts for number, state in part["lanes"].items()}
     skipped = parts[0]["skipped"][0] + sum(part["skipped"][1] for part in parts)
     return {"layout": parts[0]["layout"], "lanes": lanes, "skipped": skipped}

@@ -153,7 +153,7 @@ def test_without_its_position_the_stream_is_read_through_and_this_is_told(tmp_pa
     whole, _ = Reader(source, codec).read(4)
     late = Reader(source, codec, start=3)
     assert late.read(1)[0] == whole[3 * BATCH :]
-    assert "reading all that came before step 3" in late.messages[0]
+    assert "reading it from the beginning to step 3" in late.messages[0]
     other = Reader(source, codec, start=3, position=Reader(source, codec, block=4).position())  # of other blocks
     assert other.read(1)[0] == whole[3 * BATCH :]
     assert len(other.messages) == 1

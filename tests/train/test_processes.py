@@ -77,7 +77,7 @@ def test_processes_share_a_stream_and_resume_it_on_another_number(ground):
     finish(launch(ground, whole, *options))
     for steps, processes in ((10, 2), (20, 4), (STEPS, 1)):
         output = finish(launch(ground, folder, *options, "--max_train_steps", steps, processes=processes))
-        assert "reading all that came before" not in output
+        assert "reading it from the beginning" not in output
     assert_equal_to_rounding(folder, whole)
 
 
