@@ -17,6 +17,7 @@ from tiny_pipelines import KINDS, save_pipeline
 
 from iptv2_diffusion import IPTV2Pipeline
 from iptv2_diffusion.data.draws import generator_for
+from iptv2_diffusion.evaluation.sampling import label_of
 from iptv2_diffusion.training.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -185,14 +186,14 @@ class TestLabelsAndFormats:
 
     def test_random_labels_are_uniform_and_belong_to_the_index(self, script):
         config = script.SamplesConfig(labels="random", seed=3)
-        labels = [script.label_of(config, i, 10) for i in range(5000)]
+        labels = [label_of(config, i, 10) for i in range(5000)]
         counts = np.bincount(labels, minlength=10)
         assert ((counts - 500) ** 2 / 500).sum() < 27.9  # the 0.1 % quantile of chi-squared with 9 degrees
-        assert labels != [script.label_of(script.SamplesConfig(labels="random", seed=4), i, 10) for i in range(5000)]
+        assert labels != [label_of(script.SamplesConfig(labels="random", seed=4), i, 10) for i in range(5000)]
 
     def test_class_counts_set_the_shares_of_any_number_of_images(self, script):
         config = script.SamplesConfig(class_counts=[1, 2, 7])
-        labels = [script.label_of(config, i, 3) for i in range(40)]
+        labels = [label_of(config, i, 3) for i in range(40)]
         for start in range(0, 40, 10):
             assert np.bincount(labels[start : start + 10]).tolist() == [1, 2, 7]
         assert labels[:5].count(2) in (3, 4)  # spread, not one class after another
