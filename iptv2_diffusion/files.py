@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, their hashes, paths as users give them, names that stay inside a folder."""
+"""Files: atomic writing, hashes, paths of users, and names that stay inside a folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CHUNK = 8 << 20
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+    """Return the hexadecimal SHA-256 of a file, which is read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -40,7 +40,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def user_path(text: str | os.PathLike) -> Path:
-    """A path as a user gives it, in any option: ~ and ~name are home folders."""
+    """Convert a user's path: ~ and ~name are home folders."""
     return Path(os.path.expanduser(os.fspath(text)))
 
 
@@ -48,9 +48,9 @@ _PACKAGE = Path(__file__).parent
 
 
 def shipped(name: str | os.PathLike) -> Path:
-    """A path as a user gives it; one under assets/, configs/ or data/ that is not here is looked for where the code is.
+    """Convert a user's path. If a path under assets/, configs/ or data/ does not exist, look for it next to the code.
 
-    That is the repository for a clone, and the package for a wheel, which carries the recipes and the small models.
+    This is the repository for a clone, and the package for a wheel, which contains the recipes and the small models.
     """
     path = user_path(name)
     if path.exists() or path.is_absolute() or path.parts[:1] not in (("assets",), ("configs",), ("data",)):
@@ -60,7 +60,7 @@ def shipped(name: str | os.PathLike) -> Path:
 
 
 def inside(folder: Path, name: str | os.PathLike) -> Path:
-    """`folder / name`. Raises a ValueError for a name that leaves the folder, is absolute or empty."""
+    """Return `folder / name`. Raises a ValueError if the name leaves the folder, is absolute or empty."""
     path = Path(os.path.normpath(folder / name))
     base = Path(os.path.normpath(folder))
     if "\0" in os.fspath(name) or Path(name).is_absolute() or path == base or base not in path.parents:
@@ -69,34 +69,34 @@ def inside(folder: Path, name: str | os.PathLike) -> Path:
 
 
 def printable(name: str | os.PathLike) -> str:
-    """A name that any encoding can show: what is not UTF-8 in it, and control characters, become escapes."""
+    """Return a name that any encoding can show. Invalid UTF-8 and control characters become escapes."""
     text = os.fspath(name)
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def forgiving_streams() -> None:
-    """Let standard output and error show as an escape what their encoding lacks, rather than fail."""
+    """Let standard output and error escape characters that their encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            with contextlib.suppress(ValueError, OSError):  # a closed one
+            with contextlib.suppress(ValueError, OSError):  # a closed stream
                 reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
         with atomic(path) as temporary:
             temporary.write_text(text)
 
-    The temporary file lies beside `path` and has its suffix. It takes the place of `path` at the end of the block, and
-    is removed if the block fails. Its name is short, and no other process or machine chooses the same one.
+    The temporary file is in the same folder as `path` and has the same suffix. It replaces `path` at the end of the
+    block and is removed if the block fails. Its name is short and unique over processes and machines.
 
     Args:
-        path: the file to write; its folder exists.
-        durable: flush the bytes to the disk first, so that the file is whole after a crash of the machine as well.
-            Leave it out for many small files that are checked when they are read.
+        path: file to write, in an existing folder.
+        durable: whether to flush the bytes to the disk first, so that the file survives a crash of the machine. It is
+            not needed for many small files that are checked when they are read.
     """
     path = Path(path)
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
@@ -109,7 +109,7 @@ def atomic(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             flush_to_disk(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # the error of the block matters, not this one
+        with contextlib.suppress(OSError):  # the error of the block is more important
             temporary.unlink(missing_ok=True)
 
 
@@ -120,18 +120,18 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def is_left_behind(path: Path) -> bool:
-    """Whether this is a temporary file of `atomic` whose process, on this machine, no longer runs."""
+    """Return whether this is a temporary file of `atomic` whose process, on this machine, has ended."""
     match = re.fullmatch(rf"\.tmp-{_host()}-(\d+)-[0-9a-f]{{8}}(\..*)?", path.name)
     return match is not None and not _is_running(int(match[1]))
 
 
 def _host() -> str:
-    """This machine as 8 hexadecimal digits: its name may be long."""
+    """Return 8 hexadecimal digits for this machine, whose name can be long."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def _is_running(process: int) -> bool:
-    import psutil  # late: the command line that restores pictures does not need it
+    import psutil  # late: the command line for restoration does not need it
 
     return psutil.pid_exists(process)
 
@@ -144,7 +144,7 @@ def flush_to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # such a file system cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system does not support it
             raise
     finally:
         os.close(descriptor)

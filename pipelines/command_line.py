@@ -1,4 +1,4 @@
-"""What the console scripts share: errors in one line, notes, and Ctrl-C."""
+"""Shared parts of the console scripts: errors in one line, notes, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["CommandError", "run_command"]
 
 
 class CommandError(Exception):
-    """What the user can mend, in one line."""
+    """Raised for a mistake that the user can fix. The message is one line."""
 
 
 def run_command(main: Callable[[Sequence[str]], int], stopped: str) -> None:
-    """Run a command line's `main` and leave the interpreter with its exit code.
+    """Run a command line's `main` and exit with its exit code.
 
     Args:
-        main: takes the arguments and returns the exit code. A `CommandError` becomes one line and the code 1.
-        stopped: the line to print after Ctrl-C, whose code is 130.
+        main: function of the arguments that returns the exit code. A `CommandError` becomes one line and the code 1.
+        stopped: line to print after Ctrl-C, whose exit code is 130.
     """
     forgiving_streams()
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
@@ -31,7 +31,7 @@ def run_command(main: Callable[[Sequence[str]], int], stopped: str) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end Python's shutdown in a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would show a traceback during Python's shutdown
         print(stopped, file=sys.stderr)
         code = 130
     sys.exit(code)

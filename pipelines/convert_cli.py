@@ -1,10 +1,10 @@
-"""iptv2-convert: turn public weights of the lineage into a pipeline folder.
+"""iptv2-convert: convert U-DiT's public weights to a pipeline folder.
 
     iptv2-convert udit U-DiT-L-400k.pt udit-l --vae stabilityai/sd-vae-ft-ema
 
-OUT becomes a folder that `IPTV2Pipeline.from_pretrained` loads: the denoiser, the VAE, DDPM with DiT's noise schedule,
-and the names of ImageNet's classes. The checkpoint is read without running code from it: of pickled objects beside the
-weights, only `argparse.Namespace` is allowed.
+OUT becomes a folder that `IPTV2Pipeline.from_pretrained` loads. It contains the denoiser, the VAE, DDPM with DiT's
+noise schedule, and the names of ImageNet's classes. Reading the checkpoint runs no code from it. Besides the weights,
+the only pickled object allowed is an `argparse.Namespace`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .pipeline_iptv2 import IPTV2Pipeline
 
-IMAGE_SIZE = 256  # pixels; of the published checkpoints, where the file does not say
+IMAGE_SIZE = 256  # image size of the published checkpoints in pixels, if the file does not state it
 
 
 def run() -> None:
@@ -59,8 +59,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("iptv2-convert", description=__doc__, formatter_class=form)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     udit = kinds.add_parser("udit", help="U-DiT (arXiv 2405.02730), a .pt file of its code", formatter_class=form)
-    udit.add_argument("checkpoint", type=user_path, metavar="CHECKPOINT", help="the .pt file; its `ema` is taken")
-    udit.add_argument("output", type=user_path, metavar="OUT", help="folder for the pipeline; new or empty")
+    udit.add_argument(
+        "checkpoint", type=user_path, metavar="CHECKPOINT", help="the .pt file; its `ema` weights are used"
+    )
+    udit.add_argument("output", type=user_path, metavar="OUT", help="new or empty folder for the pipeline")
     udit.add_argument(
         "--vae",
         required=True,
@@ -68,12 +70,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="folder or Hub name of the VAE that it was trained with, such as stabilityai/sd-vae-ft-ema",
     )
     udit.add_argument("--vae-subfolder", help="subfolder of the VAE, such as `vae` in a pipeline")
-    udit.add_argument("--resolution", type=int, help=f"image size in pixels [what the file says, or else {IMAGE_SIZE}]")
+    udit.add_argument(
+        "--resolution", type=int, help=f"image size in pixels [the size that the file states, or {IMAGE_SIZE}]"
+    )
     udit.add_argument(
         "--kernels",
         choices=("auto", "branches", "merged"),
         default="auto",
-        help="what the 5x5 kernels hold: U-DiT's code merges them in place in eval(); auto: see their values [auto]",
+        help="contents of the 5x5 kernels, which U-DiT's eval() merges in place; auto: decide by their values [auto]",
     )
     udit.add_argument(
         "--fuse", action="store_true", help="write the deployed form, which is smaller and cannot be trained"
@@ -85,9 +89,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
-    """The averaged weights of a .pt file, and the image size in pixels that it was trained at, if it says.
+    """Return the EMA weights of a .pt file, and its image size in pixels if it states one.
 
-    A file of weights alone, without `ema`, is taken as it is.
+    A file that contains only weights, without `ema`, is used as it is.
     """
     import torch  # late: it takes seconds to import
 
@@ -103,7 +107,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
             name = reason.partition("GLOBAL ")[2].split(" ")[0] or "code"
             raise CommandError(f"{shown} holds {name} beside the weights, which is not loaded for safety") from error
         raise CommandError(f"{shown} is no checkpoint of torch: {reason[:200]}") from error
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError) as error:  # of torch, about whatever the file holds
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError) as error:  # of torch, for a bad file
         reason = " ".join(str(error).split())[:200]
         raise CommandError(f"{shown} is no whole checkpoint of torch ({reason}); download it again") from error
     if not isinstance(content, dict):
@@ -119,7 +123,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
 
 
 def convert(arguments: argparse.Namespace, weights: dict[str, Tensor], resolution: int) -> IPTV2Pipeline:
-    """The pipeline of a U-DiT, its VAE, DiT's noise schedule and ImageNet's classes."""
+    """Make the pipeline of a U-DiT, its VAE, DiT's noise schedule and ImageNet's classes."""
     from iptv2_diffusion.imagenet_classes import imagenet_id2label  # late: torch and diffusers take seconds
     from iptv2_diffusion.latents import LatentCodec
     from iptv2_diffusion.models.loading import load_vae
@@ -151,7 +155,7 @@ def convert(arguments: argparse.Namespace, weights: dict[str, Tensor], resolutio
 
 
 def write(pipeline: IPTV2Pipeline, out: Path) -> None:
-    """Write the folder whole or not at all."""
+    """Write the folder completely or not at all."""
     scratch = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

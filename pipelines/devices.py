@@ -1,4 +1,4 @@
-"""The device that a command runs on."""
+"""Choice of the device for a command."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["find_device"]
 
 
 def find_device(name: str = "auto") -> str:
-    """Name of a torch device; "auto" is the GPU if there is one, else the CPU."""
+    """Return the name of a torch device. "auto" is the GPU if there is one, otherwise the CPU."""
     if name != "auto":
         return name
     import torch  # late: it takes seconds

@@ -1,4 +1,4 @@
-"""Images in and out of the restoration pipeline: files, PIL images, arrays and tensors."""
+"""Input and output of the restoration pipeline: files, PIL images, arrays and tensors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Picture:
 
 
 def read_pictures(image: Any, limits: Limits = DEFAULT_LIMITS) -> Iterator[Picture]:
-    """Whatever `__call__` takes, as `Picture`s."""
+    """Convert the images that `__call__` accepts to `Picture`s."""
     if isinstance(image, (list, tuple)):
         for item in image:
             yield from read_pictures(item, limits)
@@ -39,7 +39,7 @@ def read_pictures(image: Any, limits: Limits = DEFAULT_LIMITS) -> Iterator[Pictu
 
 
 def read_file_picture(path: Path, limits: Limits) -> Picture:
-    """An image file; what has more than 8 bits a channel, or floats, keeps its depth."""
+    """Read an image file. Images of more than 8 bits per channel or of floats keep their depth."""
     try:
         return next(from_array(read_image_file(path, limits).pixels))
     except (OSError, ValueError) as error:
@@ -48,7 +48,7 @@ def read_file_picture(path: Path, limits: Limits) -> Picture:
 
 
 def check_values(values: np.ndarray) -> None:
-    """Raise a ValueError unless floats can be those of an image on [0, 1], with noise on it."""
+    """Raise a ValueError unless floats are in the range of a noisy image on [0, 1]."""
     if not np.isfinite(values).all():
         raise ValueError("the image holds NaN or infinite values")
     if np.abs(values).max() > 16:
@@ -56,7 +56,7 @@ def check_values(values: np.ndarray) -> None:
 
 
 def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
-    """Arrays have their channels last, tensors first."""
+    """Convert an array (channels last) or a tensor (channels first)."""
     last = isinstance(image, np.ndarray)
     if image.ndim == 2:
         image = image[..., None] if last else image[None]
@@ -86,7 +86,7 @@ def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
 
 
 def to_output(pictures: list[Picture], output_type: str) -> Any:
-    """PIL images with their alpha; or arrays or tensors, with alpha as a last channel where there was one."""
+    """Convert to PIL images with their alpha, or to arrays or tensors with alpha, if any, as the last channel."""
     if output_type == "pil":
         return [to_pil(picture) for picture in pictures]
     tensors = [p.pixels if p.alpha is None else torch.cat((p.pixels, p.alpha)) for p in pictures]
@@ -97,7 +97,7 @@ def to_output(pictures: list[Picture], output_type: str) -> Any:
 
 
 def to_pil(picture: Picture) -> Image.Image:
-    """8 bits a channel."""
+    """Convert to 8 bits per channel."""
     parts = [picture.pixels] if picture.alpha is None else [picture.pixels, picture.alpha]
     arrays = [(part.clamp(0, 1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for part in parts]
     images = [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array) for array in arrays]

@@ -23,10 +23,10 @@ class IPTV2LoraLoaderMixin(LoraBaseMixin):
 
         Args:
             adapter: the adapter.
-            **kwargs: where it is: weight_name, subfolder, revision, cache_dir, token, local_files_only ….
+            **kwargs: arguments of the download: weight_name, subfolder, revision, cache_dir, token, local_files_only ….
 
         Raises:
-            OSError: there is no such file.
+            OSError: the file does not exist.
         """
         where = dict.fromkeys(("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token"))
         where |= {"revision": None, "subfolder": None, **kwargs}
@@ -39,10 +39,10 @@ class IPTV2LoraLoaderMixin(LoraBaseMixin):
         Args:
             adapter: safetensors file, folder, name on the Hub, or state dict, as `save_lora_weights` writes them.
             adapter_name: name for `set_adapters`; by default "default_0", "default_1" …
-            **kwargs: as for `lora_state_dict`.
+            **kwargs: see `lora_state_dict`.
 
         Raises:
-            OSError: there is no such file.
+            OSError: the file does not exist.
             ValueError: the adapter is not one of this transformer.
         """
         state = self.lora_state_dict(adapter, **kwargs)

@@ -1,13 +1,13 @@
-"""IPTV2Pipeline: class labels in, images out, by denoising latents with an IPT-V2 (or a DiT) transformer.
+"""IPTV2Pipeline: generate images from class labels by denoising latents with an IPT-V2 (or a DiT) transformer.
 
-One step, for every label at once:
+One step, for all labels in one batch:
 
     (cond, uncond) = transformer([x_t, x_t], t, [label, null label])     one forward for the pair
     guided         = uncond + guidance_scale * (cond - uncond)           on all latent channels; or a diffusers guider
     x_{t-1}        = scheduler.step(guided, t, x_t)
 
-The latents and the scheduler's arithmetic stay in float32 whatever the transformer runs in. The scheduler owns the
-noise schedule, the LatentCodec the latent's size and units.
+The latents and the scheduler's arithmetic stay in float32 for every precision of the transformer. The scheduler owns
+the noise schedule. The LatentCodec owns the size and the units of the latents.
 """
 
 import difflib
@@ -50,31 +50,32 @@ logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEARNED_VARIANCES = ("learned", "learned_range")
-# The schedulers that sample with a variance that the model predicts
+# Schedulers that use a variance predicted by the model
 VARIANCE_SCHEDULERS = (DDPMScheduler, DDPMParallelScheduler)
 
 Label = int | str
 
 
 class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
-    """Class-conditional or unconditional image generation.
+    """Pipeline for class-conditional or unconditional image generation.
 
     Args:
         transformer: ``IPTV2Transformer2DModel``, or a ``DiTTransformer2DModel`` as a baseline.
-        vae: any VAE that a ``LatentCodec`` takes.
-        scheduler: any diffusers scheduler that fits the transformer's training target: DDPM, DDIM, DPM-Solver++, Euler
-            and their kin for noise and v-prediction, FlowMatchEuler for flow matching. Swap one for another of the
-            same kind by ``pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)``.
-        id2label: class names by id. A name may list synonyms, separated by commas.
-        flow_matching: whether the transformer was trained for it; None: as the scheduler is. It is saved, as are the
-            next two, so that a scheduler that does not fit, given to ``from_pretrained`` or set later, is refused.
-        prediction_type: what the transformer predicts: "flow", "epsilon", "v_prediction" or "sample"; None: what the
-            scheduler samples.
-        noise_schedule: the fields of the scheduler's config that decide the noise at each training timestep
-            (num_train_timesteps, beta_start ...); None: those of the scheduler.
+        vae: VAE that a ``LatentCodec`` supports.
+        scheduler: diffusers scheduler that fits the transformer's training target: DDPM, DDIM, DPM-Solver++, Euler and
+            similar ones for noise and v-prediction, FlowMatchEuler for flow matching. Replace it by another of the same
+            kind with ``pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)``.
+        id2label: class names by id. A name can list synonyms, separated by commas.
+        flow_matching: whether the transformer was trained for flow matching; None to follow the scheduler. This and the
+            next two arguments are saved, so that a scheduler that does not fit is an error, whether it is passed to
+            ``from_pretrained`` or set later.
+        prediction_type: prediction of the transformer: "flow", "epsilon", "v_prediction" or "sample"; None for that of
+            the scheduler.
+        noise_schedule: fields of the scheduler's config that determine the noise at each training timestep
+            (num_train_timesteps, beta_start ...); None for those of the scheduler.
 
     Raises:
-        ValueError: components that do not fit each other, a class id below 0, or weights that are incomplete.
+        ValueError: the components do not fit each other, a class id is below 0, or weights are missing.
 
     Example:
         >>> pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
@@ -82,7 +83,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         >>> images = pipe(["food_drink", "flags"], num_images_per_label=4, generator=seeds).images
     """
 
-    __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
+    __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ("latents", "class_labels", "model_output")
 
@@ -99,14 +100,14 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         super().__init__()
         for component in (transformer, vae):
             if component is not None:
-                check_complete(component)  # diffusers' own classes leave what their file lacks without any value
-                align_weights(component)  # nor do they align; a saved pipeline must give the same image
+                check_complete(component)  # diffusers' own classes leave missing weights uninitialised
+                align_weights(component)  # they do not align weights either; a saved pipeline must give the same image
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # JSON turns integer keys into strings
         id2label = {int(key): str(name) for key, name in id2label.items()} if id2label else None
         if scheduler is not None:
             flow_matching = is_of_flow(scheduler) if flow_matching is None else flow_matching
-            if is_of_flow(scheduler) == flow_matching:  # else it is one of the other kind, and tells nothing of ours
+            if is_of_flow(scheduler) == flow_matching:  # otherwise it does not describe this model
                 noise_schedule = noise_schedule_of(scheduler) if prediction_type is None else noise_schedule
                 prediction_type = prediction_of(scheduler) if prediction_type is None else prediction_type
         if prediction_type is None and flow_matching is not None:
@@ -149,7 +150,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
 
     @property
     def codec(self) -> LatentCodec:
-        """The codec of the present VAE, with this pipeline's tiling."""
+        """The codec of the VAE, with this pipeline's tiling."""
         codec = LatentCodec(self.vae)
         if self._vae_tiling is not None:
             codec.enable_tiling(*self._vae_tiling)
@@ -157,7 +158,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, also the id of the null label; None for an unconditional transformer."""
+        """Number of classes, which is also the id of the null label; None for an unconditional transformer."""
         config = self.transformer.config
         return config["num_class_embeds"] if "num_class_embeds" in config else config.get("num_embeds_ada_norm")
 
@@ -167,7 +168,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class id by name; synonyms too. Where two classes share a name, the lower id has it."""
+        """Class ids by name, including synonyms. If two classes share a name, it means the lower id."""
         labels: dict[str, int] = {}
         for key, name in sorted(self.id2label.items()):
             for synonym in (name, *name.split(",")):
@@ -184,12 +185,12 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
 
     @property
     def interrupt(self) -> bool:
-        """A step callback may set ``pipe._interrupt = True``: the remaining steps are skipped."""
+        """Whether to skip the remaining steps. A step callback can set ``pipe._interrupt = True``."""
         return self._interrupt
 
     def enable_vae_tiling(self, tile_size: int = 512, overlap: float = 0.25) -> None:
         """Decode large images in tiles; see ``LatentCodec.enable_tiling``."""
-        self.codec.enable_tiling(tile_size, overlap)  # raises at once on sizes that do not fit
+        self.codec.enable_tiling(tile_size, overlap)  # raises at once for an invalid size
         self._vae_tiling = (tile_size, overlap)
 
     def disable_vae_tiling(self) -> None:
@@ -198,7 +199,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     # --- inputs ------------------------------------------------------------------------------------------------------
 
     def get_label_ids(self, labels: Label | Sequence[Label] | Tensor | np.ndarray) -> list[int]:
-        """Class ids of labels given by name or by id."""
+        """Return the class ids of labels, which are names or ids."""
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.flatten().tolist()
         elif isinstance(labels, str) or not isinstance(labels, Sequence):
@@ -242,7 +243,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
             raise ValueError(f"eta is {eta}; it must be a finite number, not negative")
 
     def _prepare_labels(self, class_labels: Any, num_images_per_label: int, device: torch.device) -> Tensor | None:
-        """(B,) int64; None for an unconditional model. All null labels if a conditional model is given none."""
+        """Return the labels (B,) int64, null labels if none are given; None for an unconditional model."""
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label is {num_images_per_label}; it must be at least 1")
         if self.num_classes is None:
@@ -263,7 +264,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         latents: Tensor | None,
         device: torch.device,
     ) -> Tensor:
-        """Starting noise (B, C, h, w), float32, of unit variance: drawn, or checked where it is given."""
+        """Return the initial noise (B, C, h, w) float32 of unit variance, drawn or checked."""
         sample_size = self.transformer.config.sample_size
         default = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
         if latents is not None and latents.ndim == 4:
@@ -283,21 +284,21 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for {batch} images; give one for each, or a single one")
         if latents is None:
-            # float32 before any cast, so that a seed means the same noise in every precision
+            # float32 before any cast, so that a seed gives the same noise in every precision
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents are {tuple(latents.shape)}; {batch} images of this size need {shape}")
         return latents.to(device=device, dtype=torch.float32)
 
     def _prepare_scheduler(self) -> SchedulerMixin:
-        """The scheduler to step with, once it is clear that it fits the transformer's outputs."""
+        """Check that the scheduler fits the transformer's outputs, and return the scheduler for the steps."""
         scheduler, config = self.scheduler, self.scheduler.config
         check_scheduler(scheduler, self.config.prediction_type, self.config.noise_schedule)
         variance_type = config.get("variance_type")
         if variance_type in LEARNED_VARIANCES:
             if not isinstance(scheduler, VARIANCE_SCHEDULERS):
-                # Other schedulers inherit the setting from a DDPM's config without a use for it; DPM-Solver's then cut
-                # the model's output to 3 channels. They get the mean alone from us.
+                # Other schedulers inherit this setting from a DDPM's config but do not use it, and DPM-Solvers then cut
+                # the model's output to 3 channels. They receive only the mean.
                 return type(scheduler).from_config(config, variance_type=None)
             if not self._learns_variance:
                 raise ValueError(
@@ -323,7 +324,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         guidance_rescale: float,
         guidable: bool,
     ) -> BaseGuidance | None:
-        """The guider of a call; None where there is no label to guide towards."""
+        """Return the guider of a call; None if there is no label to guide towards."""
         self._guidance_scale = getattr(guider, "guidance_scale", guidance_scale)
         if not guidable:
             return None
@@ -339,7 +340,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         start, stop = guidance_interval
         guider_log = logging.getLogger("diffusers.guiders.guider_utils")
         level = guider_log.level
-        guider_log.setLevel(logging.ERROR)  # every guider made warns that guiders are experimental
+        guider_log.setLevel(logging.ERROR)  # each new guider warns that guiders are experimental
         try:
             return ClassifierFreeGuidance(
                 guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, start=start, stop=stop
@@ -350,7 +351,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def _denoise(self, latents: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The transformer's output (B, C or 2C, h, w) in float32."""
+        """Return the transformer's output (B, C or 2C, h, w) in float32."""
         timestep = timestep.to(latents.device).expand(latents.shape[0])
         latents = latents.to(self.transformer.dtype)
         return self.transformer(latents, timestep=timestep, class_labels=class_labels, return_dict=False)[0].float()
@@ -358,7 +359,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     def _predict(
         self, latents: Tensor, timestep: Tensor, class_labels: Tensor | None, guider: BaseGuidance | None
     ) -> tuple[Tensor, Tensor]:
-        """Guided prediction (B, C, h, w), and the variance channels (B, C or 0, h, w), which guidance leaves alone."""
+        """Return the guided prediction (B, C, h, w) and the unguided variance channels (B, C or 0, h, w)."""
         channels = latents.shape[1]
         if guider is None:
             output = self._denoise(latents, timestep, class_labels)
@@ -384,7 +385,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         callback: Callable[..., dict] | None,
         callback_tensor_inputs: Sequence[str],
     ) -> Tensor:
-        """Latents (B, C, h, w) of images from noise of unit variance; `step_options` as far as the scheduler knows."""
+        """Denoise noise of unit variance to latents (B, C, h, w). `step_options` are filtered by the scheduler."""
         # flow-matching schedulers have neither of these two
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         scale_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
@@ -424,7 +425,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     def _decode(
         self, latents: Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
     ) -> Any:
-        """Images of the output type."""
+        """Decode latents to images of the output type."""
         if output_type == "latent":
             spoilt = (~latents.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
             if spoilt:
@@ -438,7 +439,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         return images
 
     def _refuse_non_finite(self, indices: list[int], images: Any) -> None:
-        """Raise, naming the images, the step and the precision, rather than give black pictures."""
+        """Raise an error that names the images, the step and the precision, instead of giving black images."""
         count, step = len(self._spoilt), int(self._spoilt[indices[0]])
         shown = ", ".join(str(index + 1) for index in indices[:5]) + (", …" if len(indices) > 5 else "")
         where = f"step {step + 1} of {self._num_timesteps}" if step >= 0 else "decoding by the VAE"
@@ -472,31 +473,31 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         """Generate images.
 
         Args:
-            class_labels: one class or several, by name or id. None: the null label of a conditional model (an image of
-                any class, unguided), or an unconditional model.
-            height, width: in pixels, multiples of the VAE's compression; the size trained at by default.
-            num_inference_steps: steps of the scheduler.
-            guidance_scale: classifier-free guidance; 1 is none and halves the time.
-            guidance_interval: (start, stop), the fraction of the steps from and up to which guidance acts.
-            guidance_rescale: 0 to 1, how far to bring the guided prediction back to the deviation of the unguided (Lin
-                et al. 2023, arXiv 2305.08891, §3.4).
-            guider: a diffusers guider in place of the three arguments above.
-            num_images_per_label: images of each label; images of one label follow one another.
-            eta: of DDIM: 0 is deterministic, 1 is as random as DDPM.
-            generator: one for all images; or a list with one for each: an image then depends on its own seed alone.
-            latents: starting noise (B, C, h, w) of unit variance, in place of drawing it.
+            class_labels: one or more classes, by name or id. None for an unconditional model, or for the null label of
+                a conditional model (an image of any class, without guidance).
+            height, width: size in pixels, multiples of the VAE's compression factor; by default the training size.
+            num_inference_steps: number of denoising steps.
+            guidance_scale: classifier-free guidance scale. 1 turns guidance off and halves the time.
+            guidance_interval: (start, stop), the part of the sampling with guidance, as fractions of the steps.
+            guidance_rescale: 0 to 1, how strongly the guided prediction is rescaled to the standard deviation of the
+                conditional one (Lin et al. 2023, arXiv 2305.08891, §3.4).
+            guider: diffusers guider that replaces the three arguments above.
+            num_images_per_label: number of images for each label. Images of one label are consecutive.
+            eta: eta of DDIM: 0 is deterministic, 1 is as random as DDPM.
+            generator: one generator for all images, or a list with one per image, which then depends on its seed only.
+            latents: initial noise (B, C, h, w) of unit variance, instead of drawing it.
             output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; "latent", in model units.
-            return_dict: return an ``ImagePipelineOutput`` instead of a tuple.
-            callback_on_step_end: called as ``callback(pipe, step, timestep, tensors)`` after each step; what it
-                returns in a dict under "latents" or "class_labels" is used from then on.
-            callback_on_step_end_tensor_inputs: which of "latents", "class_labels", "model_output" it is given.
+            return_dict: whether to return an ``ImagePipelineOutput`` instead of a tuple.
+            callback_on_step_end: function that is called as ``callback(pipe, step, timestep, tensors)`` after each
+                step. "latents" and "class_labels" in the dict that it returns replace the current values.
+            callback_on_step_end_tensor_inputs: tensors for the callback: "latents", "class_labels", "model_output".
 
         Returns:
-            ``ImagePipelineOutput`` with ``.images``, or a tuple with them.
+            ``ImagePipelineOutput`` with ``.images``, or a tuple with the images.
 
         Raises:
-            ValueError: an argument out of its range, or a scheduler that does not fit the transformer.
-            NonFiniteImageError, a ValueError: NaN or infinity instead of an image; its ``images`` hold the sound ones.
+            ValueError: an argument is out of range, or the scheduler does not fit the transformer.
+            NonFiniteImageError: a ValueError; an image has NaN or infinity. Its ``images`` are the valid images.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs

@@ -1,4 +1,4 @@
-"""Image restoration with IPT-V2: any image, any size, in overlapped tiles that blend without a seam."""
+"""Image restoration with IPT-V2, for images of any size, in overlapping tiles that blend without a seam."""
 
 import math
 import warnings
@@ -29,10 +29,9 @@ class RestorationPipelineOutput(BaseOutput):
     """Restored images.
 
     Attributes:
-        images: a list of PIL images; or an array (B, H, W, C) or a tensor (B, C, H, W) of float32 on [0, 1], a list of
-            such without B where the sizes differ.
-        sigmas: the noise level each image was restored with, given or estimated; None for blind models, which
-            restore without one (`estimate_sigma` tells it).
+        images: list of PIL images, or array (B, H, W, C) or tensor (B, C, H, W) of float32 on [0, 1]. If the sizes
+            differ, a list of arrays or tensors without B.
+        sigmas: noise level of each image, given or estimated; None for a blind model, which takes none.
     """
 
     images: Any
@@ -46,12 +45,12 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         clean = pipe("noisy.png", sigma=25).images[0]
 
     Args:
-        model: the restorer, best fused.
-        sigma_range: the noise levels it was trained with, on the 0–255 scale; beyond them a warning is given. None: not
-            known, or a model that takes none.
+        model: the restorer. A fused one is faster.
+        sigma_range: range of the noise levels in training, on the 0–255 scale. The pipeline warns about a level outside
+            it. None if it is unknown or the model takes no noise level.
     """
 
-    __module__ = "iptv2_diffusion"  # what saved pipelines record, wherever this file lives
+    __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
     model_cpu_offload_seq = "model"
 
     def __init__(self, model: IPTV2RestorationModel, sigma_range: Optional[list] = None):  # noqa: UP045 - see IPTV2Pipeline
@@ -79,27 +78,27 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
 
         Args:
             image: a path, PIL image, array (H, W), (H, W, C) or (B, H, W, C), tensor (C, H, W) or (B, C, H, W), or a
-                list of these. Files and PIL images are turned upright (EXIF orientation). Integers are on their type's
-                range (8 or 16 bits); floats are on [0, 1] and are not clipped, since noise goes beyond. Gray goes
-                through a colour model as three equal channels and comes back gray; an alpha channel is kept as it is.
-            sigma: standard deviation of the noise on the 0–255 scale, one or one per image; None: estimated, for a
-                model that takes it.
-            task: for a model of several tasks.
-            strength: 0 returns the input, 1 the restored image, between them a mixture.
-            tile: side of the tiles in pixels; "auto": the largest that `memory` has room for, or the whole image; None:
-                the whole image. Out of memory, the tiles are halved.
-            overlap: pixels that neighbouring tiles share; None: an eighth of the tile, at least one window.
-            memory: gigabytes (10⁹ bytes) that the activations of a tile may take with tile="auto"; see
-                `activation_bytes_per_pixel`. Weights and the images themselves (12 bytes a pixel and copy) come on top.
-            self_ensemble: mean over the eight flips and rotations; eight times the time.
+                list of these. Files and PIL images are turned upright (EXIF orientation). Integers use the range of
+                their type (8 or 16 bits). Floats are on [0, 1] and are not clipped, because noise exceeds this range.
+                A colour model restores gray as three equal channels and returns gray. Alpha is kept unchanged.
+            sigma: standard deviation of the noise on the 0–255 scale, one number or one per image. If it is None and
+                the model takes a noise level, it is estimated.
+            task: index of the task, for a model with several tasks.
+            strength: weight of the restored image in the result: 0 returns the input, 1 the restored image.
+            tile: side of the tiles in pixels; "auto" for the largest that fits into `memory`, or the whole image; None
+                for the whole image. If memory runs out, the tiles are halved.
+            overlap: pixels that neighbouring tiles share; None for an eighth of the tile, at least one window.
+            memory: memory in gigabytes (10⁹ bytes) for the activations of a tile with tile="auto"; see
+                `activation_bytes_per_pixel`. Weights and images (12 bytes per pixel and copy) need additional memory.
+            self_ensemble: whether to average over the eight flips and rotations, which takes eight times as long.
             output_type: "pil" (8 bits), "np" or "pt".
-            return_dict: return a `RestorationPipelineOutput` instead of a tuple.
-            clip: cut the result to [0, 1]; False keeps what lies beyond in an input of floats ("np" and "pt").
-            max_pixels: height times width that a file may have; None: about 179 million, as Pillow's own limit.
+            return_dict: whether to return a `RestorationPipelineOutput` instead of a tuple.
+            clip: whether to clip the result to [0, 1]. False keeps other values for float inputs ("np" and "pt").
+            max_pixels: largest height times width of a file; None for Pillow's own limit, about 179 million.
 
         Raises:
-            ValueError: an image that cannot be read, is empty or has wrong channels; a number out of its range.
-            NonFiniteImageError, a ValueError: the model gives NaN or infinity for an image.
+            ValueError: an image cannot be read, is empty or has wrong channels, or a number is out of range.
+            NonFiniteImageError: a ValueError; the model gives NaN or infinity for an image.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
@@ -124,7 +123,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         return RestorationPipelineOutput(images=images, sigmas=levels) if return_dict else (images, levels)
 
     def refuse_non_finite(self, result: Tensor, index: int, count: int, plan: tuple[int, list[int], list[int]]) -> None:
-        """Raise, naming the image, the tile and the precision, rather than give a black picture."""
+        """Raise an error that names the image, the tile and the precision, instead of giving a black image."""
         _, tops, lefts = plan
         row, column = (~result.isfinite().all(dim=0)).nonzero()[0].tolist()
         tile = sum(top <= row for top in tops) * len(lefts) - len(lefts) + sum(left <= column for left in lefts)
@@ -135,7 +134,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
     # Noise level
 
     def noise_levels(self, sigma: float | Sequence[float] | None, pictures: list[Picture]) -> list[float | None]:
-        """One σ per image: given, estimated, or None for a model that takes none."""
+        """Return one σ per image, given or estimated; None for a model that takes none."""
         takes = self.model.config.sigma_conditioning is not None
         if sigma is None and not takes:
             return [None] * len(pictures)
@@ -166,11 +165,11 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         overlap: int | None = None,
         memory: float = 1.0,
     ) -> tuple[int, list[int], list[int]]:
-        """Side of the tiles, their tops and lefts: multiples of `granularity`, so that windows stay where they are.
+        """Return the side of the tiles and their tops and lefts, multiples of `granularity` that keep windows in place.
 
         Args:
-            shape: (C, H, W) of the image.
-            tile, overlap, memory: as of `__call__`.
+            shape: shape of the image, (C, H, W).
+            tile, overlap, memory: see `__call__`.
         """
         channels, height, width = shape
         step = self.model.granularity
@@ -189,9 +188,10 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         return side, starts(height, side, shared, step), starts(width, side, shared, step)
 
     def largest_tile(self, channels: int, height: int, width: int, memory: float) -> int | None:
-        """Side of the largest square tile whose activations take no more than `memory` GB; None: the image does not."""
+        """Return the side of the largest square tile that fits into `memory` GB; None if the whole image fits."""
         step = self.model.granularity
-        copies = channels if self.model.config.in_channels == 1 else 1  # colour goes through a gray model as a batch
+        # A gray model restores the channels of a colour image as a batch.
+        copies = channels if self.model.config.in_channels == 1 else 1
         needed = copies * activation_bytes_per_pixel(self.model) / 1e9  # GB a pixel
         padded = -(-height // step) * step * -(-width // step) * step
         if padded * needed <= memory:
@@ -214,7 +214,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         turns: Sequence[int],
         bar: Any,
     ) -> Tensor:
-        """(C, H, W) -> (C, H, W): the model on every tile, blended; smaller tiles when memory runs out."""
+        """Restore (C, H, W) tile by tile and blend the tiles. If memory runs out, use smaller tiles."""
         while True:
             try:
                 return self.restore_tiles(pixels, sigma, task, plan, turns, bar)
@@ -235,7 +235,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
         turns: Sequence[int],
         bar: Any,
     ) -> Tensor:
-        """One pass over the tiles of a plan."""
+        """Restore all tiles of a plan."""
         side, tops, lefts = plan
         _, height, width = pixels.shape
         if len(tops) == len(lefts) == 1:
@@ -252,13 +252,14 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
     def run_model(
         self, pixels: Tensor, sigma: float | None, task: int | None, turns: Sequence[int], bar: Any
     ) -> Tensor:
-        """(C, H, W) -> (C, H, W) of float32 on the CPU: mean over the wanted flips and rotations."""
+        """Restore (C, H, W) to float32 on the CPU, as the mean over the given flips and rotations."""
         channels, total = self.model.config.in_channels, torch.zeros_like(pixels)
         model_dtype = next(self.model.parameters()).dtype
         for turn in turns:
             turned = torch.rot90(pixels, turn % 4, (-2, -1))
             turned = turned.flip(-1) if turn >= 4 else turned
-            # A gray image is three equal channels for a colour model, a colour image three gray ones for a gray model.
+            # A colour model gets a gray image as three equal channels. A gray model gets a colour image as three gray
+            # images.
             batch = turned.reshape(-1, 1, *turned.shape[-2:]) if channels == 1 else turned[None].expand(-1, 3, -1, -1)
             batch = batch.to(self._execution_device, model_dtype)
             result = self.model(batch, sigma, task, return_dict=False)[0].float().cpu()
@@ -271,7 +272,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
 
 
 def cut(pixels: Tensor) -> Tensor:
-    """Pixels within [0, 1]; says so where that takes more than the noise that is left."""
+    """Clip pixels to [0, 1], with a warning if this removes more than residual noise."""
     low, high = float(pixels.min()), float(pixels.max())
     if high > 1.25 or low < -0.25:
         warnings.warn(f"values from {low:.3g} to {high:.3g} are cut to [0, 1]; clip=False keeps them", stacklevel=4)
@@ -279,6 +280,6 @@ def cut(pixels: Tensor) -> Tensor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
+    """Return whether an allocation failed, on a GPU or on a CPU (where torch raises a plain RuntimeError)."""
     words = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)

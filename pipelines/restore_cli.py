@@ -1,13 +1,13 @@
 """iptv2-restore: restore photographs and folders of them from the command line.
 
-    iptv2-restore photo.jpg                                           (denoised, to the folder restored)
+    iptv2-restore photo.jpg                                           (denoises to the folder "restored")
     iptv2-restore photo.jpg -o clean.png --model assets/iptv2-deblur-color
     iptv2-restore photo.jpg holiday/ -o out --sigma 25
 
-Every picture is written under OUT by its own name (folders keep their structure). OUT keeps a record of what was
-written, so the same command goes on after an interruption; what lies there otherwise is neither counted nor touched,
-and an input is never overwritten. For a single picture OUT may also be the name of a picture. EXIF and ICC profiles are
-kept, and so are the 16 bits a channel of PNG and TIFF files and the floats of TIFF files. Pictures are written upright.
+Every image is written to OUT under its own name, and folders keep their structure. For a single image, OUT can also be
+the name of a file. OUT keeps a record of the written images. After an interruption, run the same command again to
+restore the rest. Other files in OUT are not changed, and an input is never overwritten. EXIF data, ICC profiles,
+16 bits per channel (PNG, TIFF) and floats (TIFF) are kept. Images are written upright.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Restore everything that is named; 0 if all went well, 1 if a picture failed."""
+    """Restore all inputs; returns 0, or 1 if an image failed."""
     arguments = parse(argv)
     if is_picture_name(arguments):
         return restore_to_file(arguments)
@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
         try:
             restore(pipeline, source, name, folder.writing, arguments)
             print(f"{what} -> {printable(arguments.output / name)}")
-        except (ValueError, RuntimeError, MemoryError, OSError) as error:  # one picture (out of memory, say)
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # is so for all that follow
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:  # of one image, such as out of memory
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # affects all further images
                 written = f"{number - 1 - failed} of {len(todo)} are written, whole"
                 raise CommandError(
                     f"cannot write to {printable(arguments.output)}: {error.strerror}; {written}: make room, and the "
@@ -84,13 +84,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def is_picture_name(arguments: argparse.Namespace) -> bool:
-    """Whether a single picture is restored to a file of another name, rather than into a folder."""
+    """Return whether a single image is restored to a named file rather than to a folder."""
     single, output = len(arguments.inputs) == 1 and arguments.inputs[0].is_file(), arguments.output
     return single and output.suffix.lower() in SUFFIXES and not output.is_dir()
 
 
 def restore_to_file(arguments: argparse.Namespace) -> int:
-    """Restore the picture that is named to the file that is named; 0 if all went well."""
+    """Restore a single image to a named file; returns 0 or 1."""
     ((source, _),), output = list(pictures(arguments.inputs[0], arguments.output)), arguments.output
     if output.exists():
         raise CommandError(f"{printable(output)} exists already; delete it, or choose another --output")
@@ -107,7 +107,7 @@ def restore_to_file(arguments: argparse.Namespace) -> int:
 
 
 def claim(output: Path) -> OwnFolder:
-    """The output folder with the record of what was restored into it; refuses a folder of something else."""
+    """Open the output folder with its record. A folder with other files is refused."""
     try:
         folder = OwnFolder.claim(output, KIND)
         with tempfile.TemporaryFile(dir=output):
@@ -119,7 +119,7 @@ def claim(output: Path) -> OwnFolder:
 
 
 def is_done(folder: OwnFolder, name: str) -> bool:
-    """Whether a picture was restored. One that was changed since is left alone, unless it is damaged."""
+    """Return whether an image was restored already. A changed file counts as restored unless it is damaged."""
     if folder.holds(name):
         return True
     if name not in folder.files or not (folder.folder / name).is_file():
@@ -136,14 +136,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "iptv2-restore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", type=user_path, metavar="IN", help="pictures, and folders of pictures")
+    parser.add_argument("inputs", nargs="+", type=user_path, metavar="IN", help="images and folders of images")
     parser.add_argument(
         "-o",
         "--output",
         default="restored",
         type=user_path,
         metavar="OUT",
-        help="folder for the restored pictures, or a file's name for a single picture [restored]",
+        help="folder for the restored images, or a file name for a single image [restored]",
     )
     parser.add_argument(
         "--model",
@@ -151,13 +151,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=model_name,
         help=f"folder or Hub name of a restoration pipeline [{DEFAULT_MODEL}, a denoiser]",
     )
-    parser.add_argument("--sigma", type=float, help="noise level on the 0-255 scale [estimated for each picture]")
+    parser.add_argument("--sigma", type=float, help="noise level on the 0-255 scale [estimated for each image]")
     parser.add_argument("--task", type=int, help="number of the task, for a model that has several")
     parser.add_argument(
         "--strength",
         type=float,
         default=1.0,
-        help="share of the restored picture in the result: 0: the input, 1: fully restored [1]",
+        help="weight of the restored image in the result: 0: the input, 1: fully restored [1]",
     )
     parser.add_argument("--tile", default="auto", help="side of the tiles in pixels, auto, or none [auto]")
     parser.add_argument(
@@ -176,7 +176,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--max-pixels",
         type=int,
         default=DEFAULT_LIMITS.pixels,
-        help=f"largest number of pixels of a picture; larger ones are refused unread [{DEFAULT_LIMITS.pixels}]",
+        help=f"largest number of pixels of an image; larger ones are refused before decoding [{DEFAULT_LIMITS.pixels}]",
     )
     parser.add_argument(
         "--device", default="auto", help="device to run on: cpu, cuda, mps, or auto for the GPU if there is one [auto]"
@@ -195,13 +195,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def model_name(text: str) -> str:
-    """A model as a user gives it: a folder here or where the code is, else a name on the Hub."""
+    """Resolve a model: a folder here or next to the code, or a name on the Hub."""
     path = shipped(text)
     return str(path) if path.exists() else os.path.expanduser(text)
 
 
 def plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, str]]:
-    """(picture, its name under `output`) for all that is named; raises rather than overwrite an input or a namesake."""
+    """Return (image, its name in `output`) of all inputs. Raises an error rather than overwrite one."""
     jobs = [job for source in inputs for job in pictures(source, output)]
     sources = {source.resolve() for source, _ in jobs}
     taken: dict[Path, Path] = {}
@@ -219,12 +219,12 @@ def plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, str]]:
 
 
 def pictures(source: Path, output: Path) -> Iterator[tuple[Path, str]]:
-    """A picture, or all pictures under a folder, with their names under `output`."""
+    """Return an image, or all images of a folder, with their names in `output`."""
     if source.is_dir():
         found = list(image_files(source, SUFFIXES))
         if not found:
             raise CommandError(f"{printable(source)} holds no pictures ({' '.join(sorted(SUFFIXES))})")
-        within = source.resolve() in output.resolve().parents  # what an output inside the input holds is no input
+        within = source.resolve() in output.resolve().parents  # an output folder inside the input has no inputs
         for path in found:
             if not (within and path.resolve().is_relative_to(output.resolve())):
                 yield path, path.relative_to(source).as_posix()
@@ -237,7 +237,7 @@ def pictures(source: Path, output: Path) -> Iterator[tuple[Path, str]]:
 
 
 def load(arguments: argparse.Namespace):
-    """The pipeline; late, since this takes seconds."""
+    """Load the pipeline. The imports are here, because they take seconds."""
     from iptv2_diffusion.memory import keep_freed_memory
     from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
 
@@ -249,14 +249,14 @@ def load(arguments: argparse.Namespace):
         raise CommandError(f"{arguments.model} holds a {kind}, not an {IPTV2RestorationPipeline.__name__}")
     try:
         pipeline = IPTV2RestorationPipeline.from_pretrained(arguments.model)
-    except Exception as error:  # of diffusers and its libraries, about whatever the folder holds
+    except Exception as error:  # diffusers and its libraries raise various types
         local = "" if Path(arguments.model).exists() else "no such folder, and from the Hub: "
         raise CommandError(f"cannot load {arguments.model}: {local}{' '.join(str(error).split())[:500]}") from error
     try:
         pipeline.to(arguments.device)
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"--device {arguments.device}: {str(error).splitlines()[0][:160]}") from error
-    try:  # what is wrong for one picture is wrong for all
+    try:  # an error of the options affects all images
         pipeline.plan_tiles((3, 4096, 4096), arguments.tile, arguments.overlap, arguments.memory)
         if arguments.sigma is not None:
             pipeline.noise_levels(arguments.sigma, [None])
@@ -266,7 +266,7 @@ def load(arguments: argparse.Namespace):
 
 
 def pipeline_class(folder: Path) -> str | None:
-    """The class that a pipeline's folder names; None if it is no such folder."""
+    """Return the class that a pipeline's folder names; None for another folder."""
     try:
         return json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError):
@@ -280,7 +280,7 @@ def restore(
     writing: Callable[[str], AbstractContextManager[Path]],
     arguments: argparse.Namespace,
 ) -> None:
-    """One picture: restored, then written under its final name at once, by `writing`."""
+    """Restore an image and write it through `writing`, which gives it its final name at once."""
     options = {
         option: getattr(arguments, option)
         for option in ("sigma", "task", "strength", "tile", "overlap", "memory", "self_ensemble")
@@ -301,7 +301,7 @@ def restore(
 
 
 def read(source: Path, limits: Limits) -> ImageFile:
-    """A picture with its metadata; refuses files of several frames, which would be cut to one."""
+    """Read an image with its metadata. Files of several frames are refused, because only one would be kept."""
     try:
         picture = read_image_file(source, limits)
     except (OSError, ValueError) as error:
@@ -313,16 +313,16 @@ def read(source: Path, limits: Limits) -> ImageFile:
 
 
 def write(result: Image.Image | np.ndarray, kind: str, path: Path, picture: ImageFile) -> None:
-    """Write with the metadata; those that the format or the library cannot take are dropped, with a note."""
+    """Write an image with its metadata. Metadata that cannot be written are dropped with a note."""
     metadata = picture.metadata.saved()
     for dropped in ((), ("exif",), ("exif", "icc_profile")):
         kept = {key: value for key, value in metadata.items() if key not in dropped}
         try:
             write_as(result, kind, path, kept)
         except OSError as error:
-            if error.errno is not None or not kept:  # the system's, not the library's
+            if error.errno is not None or not kept:  # an error of the system, not of the library
                 raise
-        except Exception:  # of Pillow, pypng or tifffile, about metadata
+        except Exception:  # error of Pillow, pypng or tifffile about metadata
             if not kept:
                 raise
         else:
@@ -333,7 +333,7 @@ def write(result: Image.Image | np.ndarray, kind: str, path: Path, picture: Imag
 
 
 def write_as(result: Image.Image | np.ndarray, kind: str, path: Path, metadata: dict[str, bytes]) -> None:
-    """8 bits a channel by Pillow, 16 bits and floats of (H, W, C) on [0, 1] by `sixteen_bit.py`."""
+    """Write (H, W, C) on [0, 1]: 8 bits per channel with Pillow, 16 bits and floats with `sixteen_bit.py`."""
     from iptv2_diffusion.data.sixteen_bit import write_16_bit, write_float_tiff
 
     if kind == "float32":
@@ -345,11 +345,11 @@ def write_as(result: Image.Image | np.ndarray, kind: str, path: Path, metadata: 
 
 
 def write_pil(image: Image.Image, path: Path, metadata: dict[str, bytes]) -> None:
-    """8 bits a channel, by Pillow."""
+    """Write 8 bits per channel with Pillow."""
     suffix = path.suffix.lower()
     if suffix in (".jpg", ".jpeg", ".bmp", ".ppm") and image.mode in ("RGBA", "LA"):
         image = image.convert("RGB" if image.mode == "RGBA" else "L")
-    encoded = io.BytesIO()  # so that what fails later is the disk, with its reason, and not Pillow
+    encoded = io.BytesIO()  # to memory first, so that an error of the disk is not hidden by Pillow
     image.save(encoded, format=Image.registered_extensions()[suffix], **SAVE_OPTIONS.get(suffix, {}), **metadata)
     path.write_bytes(encoded.getbuffer())
 

@@ -1,7 +1,7 @@
-"""Which schedulers sample a denoiser rightly: those of the prediction and the noise schedule that it was trained with.
+"""Check that a scheduler fits a denoiser: it must use the denoiser's prediction type and noise schedule.
 
-A scheduler of another kind runs all the same and draws noise or mush, so `IPTV2Pipeline` asks here before every call.
-Every scheduler class of diffusers is put through it in tests/pipelines/test_scheduler_fit.py.
+A scheduler that does not fit gives noise or blurred images without an error, so `IPTV2Pipeline` checks it before every
+call. tests/pipelines/test_scheduler_fit.py tests this with every scheduler class of diffusers.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ WITHOUT_SAMPLE = (
     "KDPM2DiscreteScheduler",
     "PNDMScheduler",
 )
-CLIPPING = ("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler")  # by default
+CLIPPING = ("DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler")  # default of the class
 
 
 def check_scheduler(scheduler: SchedulerMixin, prediction: str | None, schedule: Mapping[str, Any] | None) -> None:
-    """Raise a ValueError, which names the right call, unless the scheduler samples what the denoiser predicts.
+    """Raise a ValueError, which shows the right call, unless the scheduler fits the denoiser.
 
     Args:
-        scheduler: the one to sample with.
-        prediction: what the denoiser was trained to predict, as of `prediction_of`; None: not known.
-        schedule: the noise schedule that it was trained with, as of `noise_schedule_of`; None: not known.
+        scheduler: scheduler for sampling.
+        prediction: prediction type of the denoiser, as from `prediction_of`; None if unknown.
+        schedule: noise schedule of its training, as from `noise_schedule_of`; None if unknown.
     """
     name, flow = type(scheduler).__name__, is_of_flow(scheduler)
     if prediction is None:
@@ -84,7 +84,7 @@ def check_scheduler(scheduler: SchedulerMixin, prediction: str | None, schedule:
 
 
 def _class_of(scheduler: SchedulerMixin) -> str | None:
-    """The first of its classes that is known to sample such models; a subclass of yours counts as its parent."""
+    """Return the first of a scheduler's classes that is known to sample such models; subclasses count too."""
     fitting = (*FLOW_CLASSES, *FLOW_SIGMA_CLASSES) if is_of_flow(scheduler) else NOISE_CLASSES
     for kind in type(scheduler).__mro__:
         if kind.__module__.startswith("diffusers."):
@@ -119,7 +119,7 @@ def _noise_problem(scheduler: SchedulerMixin, prediction: str) -> str | None:
 
 
 def _check_schedule(scheduler: SchedulerMixin, prediction: str, schedule: Mapping[str, Any] | None) -> None:
-    """The noise at each training timestep must be what it was in training."""
+    """Check that the noise at each training timestep is that of the training."""
     own, name = noise_schedule_of(scheduler), type(scheduler).__name__
     if not schedule or not own:
         return
@@ -138,7 +138,7 @@ def _check_schedule(scheduler: SchedulerMixin, prediction: str, schedule: Mappin
 
 
 def _signal(schedule: Mapping[str, Any]) -> torch.Tensor:
-    """ᾱ at every training timestep, (T,)."""
+    """Return ᾱ at every training timestep, (T,)."""
     return DDPMScheduler(**schedule).alphas_cumprod
 
 
@@ -152,7 +152,7 @@ def _said(prediction: str) -> str:
 
 
 def _right_call(name: str, prediction: str, schedule: Mapping[str, Any] | None) -> str:
-    """A call that makes a scheduler of this class, or of one that can, fit."""
+    """Return a call that makes a fitting scheduler, of this class if possible."""
     if prediction == "sample" and name in WITHOUT_SAMPLE:
         name = "DDIMScheduler"
     if name in FLOW_CLASSES:

@@ -1,8 +1,8 @@
-"""A restorer as one safetensors file that describes itself, for programs that load weights without a configuration.
+"""A restorer as one self-describing safetensors file, for programs that load weights without a configuration.
 
-Beside the weights, the tensor `iptv2_restorer` holds a JSON text in UTF-8 as bytes: {"config", "sigma", "task"}.
-Without it, `infer_config` finds the configuration from the names and shapes of the weights, unless the model has grid
-attention: its stride leaves no trace in them.
+Besides the weights, the tensor `iptv2_restorer` contains the bytes of a JSON text in UTF-8: {"config", "sigma",
+"task"}. Without it, `infer_config` derives the configuration from the names and shapes of the weights. This does not
+work with grid attention, because the weights do not depend on its stride.
 """
 
 import json
@@ -24,7 +24,7 @@ DESCRIPTION = "iptv2_restorer"  # name of the tensor
 
 
 def save_single_file(model: nn.Module, path: Path, sigma: float | None = None, task: int | None = None) -> None:
-    """Write a fused restorer as one safetensors file, whole or not at all.
+    """Write a fused restorer as one safetensors file, completely or not at all.
 
     Args:
         model: an `IPTV2RestorationModel`.
@@ -33,7 +33,7 @@ def save_single_file(model: nn.Module, path: Path, sigma: float | None = None, t
         task: index of the task for a model that has several.
 
     Raises:
-        ValueError: the model is no restorer, or `sigma` or `task` is missing, not supported or out of range.
+        ValueError: the model is not a restorer, or `sigma` or `task` is missing, not supported or out of range.
     """
     if not isinstance(model, IPTV2RestorationModel):
         raise ValueError(f"a {type(model).__name__} is no restorer; only restorers become single files")
@@ -56,7 +56,7 @@ def build_restorer(weights: dict[str, Tensor]) -> tuple[IPTV2RestorationModel, f
     The weights are not loaded into the model.
 
     Raises:
-        ValueError: the weights do not tell their configuration, or none that is valid.
+        ValueError: the weights do not determine a valid configuration.
     """
     if DESCRIPTION not in weights:
         return IPTV2RestorationModel(**infer_config(weights)), None, None
@@ -74,7 +74,7 @@ def infer_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     """Return the arguments of `IPTV2RestorationModel` that give weights of these names and shapes.
 
     Raises:
-        ValueError: the weights do not tell: they have grid attention, or are no restorer's.
+        ValueError: the weights have grid attention, or are not those of a restorer.
     """
     try:
         return _infer_config(weights)

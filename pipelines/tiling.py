@@ -1,4 +1,4 @@
-"""Tiles that cover an axis of an image, and the weights that blend them without a seam."""
+"""Tiles that cover one axis of an image, and weights that blend them without a seam."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ __all__ = ["blending", "overlap_of", "starts"]
 
 
 def overlap_of(side: int, step: int, overlap: int | None) -> int:
-    """Overlap in pixels, a multiple of `step`: the given one rounded up, or an eighth of the tile."""
+    """Return the overlap in pixels, a multiple of `step`: the given one rounded up, or an eighth of the tile."""
     if overlap is not None and overlap < 1:
         raise ValueError(f"overlap is {overlap}; tiles must share at least 1 pixel")
     wanted = side // 8 if overlap is None else overlap
@@ -15,18 +15,18 @@ def overlap_of(side: int, step: int, overlap: int | None) -> int:
 
 
 def starts(length: int, side: int, overlap: int, step: int) -> list[int]:
-    """First pixels of tiles that cover `length`, each a multiple of `step`; the last tile may be shorter."""
+    """Return the first pixels of tiles that cover `length`, multiples of `step`. The last tile can be shorter."""
     result = [0]
     while result[-1] + side < length:
-        last = -(-max(0, length - side) // step) * step  # no further than where the last tile must begin
+        last = -(-max(0, length - side) // step) * step  # at most the start of the last tile
         result.append(min(result[-1] + side - overlap, last))
     return result
 
 
 def blending(begins: list[int], side: int, length: int) -> list[Tensor]:
-    """Weights of each tile along one axis, which sum to 1 at each pixel.
+    """Return the weights of each tile along one axis, which sum to 1 at each pixel.
 
-    Where two tiles overlap, the outer quarter of each is not used, since it lacks context; a smooth ramp lies between.
+    In an overlap, the outer quarter of each tile is not used, because it lacks context. A smooth ramp is in between.
     """
     ends = [min(begin + side, length) for begin in begins]
     weights = [torch.ones(end - begin) for begin, end in zip(begins, ends, strict=True)]
@@ -36,7 +36,7 @@ def blending(begins: list[int], side: int, length: int) -> list[Tensor]:
         ramp = ramp * ramp * (3 - 2 * ramp)  # smooth at both ends
         weights[index - 1][-shared:] *= 1 - ramp
         weights[index][:shared] *= ramp
-    total = torch.zeros(length)  # not 1 where the last tile reaches over two others
+    total = torch.zeros(length)  # not 1 where the last tile overlaps two others
     for begin, end, weight in zip(begins, ends, weights, strict=True):
         total[begin:end] += weight
     return [weight / total[begin:end] for begin, end, weight in zip(begins, ends, weights, strict=True)]

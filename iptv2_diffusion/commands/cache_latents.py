@@ -2,9 +2,10 @@
 
     accelerate launch train/cache_latents.py --config configs/imagenet256.yaml --cache_dir /shared/latents
 
-It takes the very options of `train_ldm.py` and makes the caches that this would make by itself; the training command
-with the same `--data`, `--vae` and `--cache_dir` finds them. Start it again after a kill: whole shards are kept. The
-files are the same for any number of processes; over several machines `cache_dir` must lie on a disk that all see.
+The command takes the options of `train_ldm.py` and writes the caches that the training would write. The training command
+with the same `--data`, `--vae` and `--cache_dir` uses them. After an interruption, run the same command again: complete
+shards are kept. The files are the same for any number of processes. With several machines, `cache_dir` must be on a
+shared disk.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """Run the console script."""
     run_main(main)
 
 

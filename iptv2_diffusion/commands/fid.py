@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """Run the console script."""
     run_main(main)
 
 

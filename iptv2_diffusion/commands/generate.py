@@ -1,10 +1,10 @@
-"""Draw pictures of chosen classes with a pipeline.
+"""Draw images of chosen classes with a pipeline.
 
     iptv2-generate food_drink flags -n 8 --grid sheet.png
     iptv2-generate --list-classes
 
-Every picture becomes OUT/CLASS-SEED.png. It depends on its class and its seed alone, not on what else is drawn. OUT is
-a new folder, or one that this command made before.
+Every image is written to OUT/CLASS-SEED.png and depends only on its class and its seed. OUT is a new folder, or a folder
+of an earlier run of this command.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from iptv2_diffusion import IPTV2Pipeline
 
 DEFAULT_PIPELINE = "assets/iptv2-emoji64"
-BATCH = 16  # pictures that are drawn together
+BATCH = 16  # number of images that are drawn together
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,17 +34,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "iptv2-generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("classes", nargs="*", metavar="CLASS", help="names or numbers of classes; without any, no label is given")
-    add("-n", "--number", type=int, default=4, metavar="N", help="number of pictures of each class [4]")
-    add("-o", "--output", type=user_path, default="generated", metavar="OUT", help="folder of the pictures [generated]")
-    add("--grid", type=user_path, metavar="FILE", help="write all pictures as one sheet too, one row a class")
+    add(
+        "classes",
+        nargs="*",
+        metavar="CLASS",
+        help="names or numbers of classes; without classes, images are drawn without a label",
+    )
+    add("-n", "--number", type=int, default=4, metavar="N", help="number of images of each class [4]")
+    add("-o", "--output", type=user_path, default="generated", metavar="OUT", help="folder for the images [generated]")
+    add("--grid", type=user_path, metavar="FILE", help="also write all images as one sheet, one row per class")
     add("--pipeline", default=DEFAULT_PIPELINE, help=f"folder or Hub name of an IPTV2Pipeline [{DEFAULT_PIPELINE}]")
     add("--lora", metavar="ADAPTER", help="file, folder or Hub name of a LoRA adapter for the pipeline")
-    add("--seed", type=int, default=0, help="seed of the first picture of each class; the next ones follow it [0]")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first image of each class; the next ones use the next seeds [0]",
+    )
     add("--steps", type=int, default=30, help="number of denoising steps [30]")
     add("--guidance-scale", type=float, default=3.0, help="classifier-free guidance scale; 1: no guidance [3]")
-    add("--height", type=int, help="height in pixels [that of the training]")
-    add("--width", type=int, help="width in pixels [that of the training]")
+    add("--height", type=int, help="height in pixels [the training size]")
+    add("--width", type=int, help="width in pixels [the training size]")
     add("--device", default="auto", help="device to run on: cpu, cuda, mps, or auto for the GPU if there is one [auto]")
     add("--list-classes", action="store_true", help="print the classes of the pipeline and stop")
     add("--json", action="store_true", help="print the result as JSON")
@@ -55,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw what is asked for; returns the exit code."""
+    """Draw the images; returns the exit code."""
     arguments = parse(argv)
     pipeline = load(arguments)
     if arguments.list_classes:
@@ -75,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(arguments: argparse.Namespace) -> IPTV2Pipeline:
-    """The pipeline on its device, with the adapter."""
+    """Load the pipeline on its device, with the adapter."""
     from iptv2_diffusion import IPTV2Pipeline  # late: it takes seconds
     from iptv2_diffusion.pipelines.devices import find_device
 
@@ -91,7 +101,7 @@ def load(arguments: argparse.Namespace) -> IPTV2Pipeline:
         with loading(arguments.lora):
             pipeline.load_lora_weights(str(user_path(arguments.lora)))
             pipeline.fuse_lora()
-    with user_errors(RuntimeError, AssertionError):  # of torch, about the device
+    with user_errors(RuntimeError, AssertionError):  # torch's error about the device
         pipeline.to(find_device(arguments.device))
     return pipeline
 
@@ -109,7 +119,7 @@ def list_classes(pipeline: IPTV2Pipeline, *, as_json: bool) -> int:
 
 
 def draw_class(pipeline: IPTV2Pipeline, label: int | None, arguments: argparse.Namespace) -> list[Image.Image]:
-    """The pictures of one class."""
+    """Draw the images of one class."""
     import torch
     from tqdm import tqdm
 
@@ -140,12 +150,12 @@ def draw_class(pipeline: IPTV2Pipeline, label: int | None, arguments: argparse.N
 
 
 def name_of(pipeline: IPTV2Pipeline, label: int | None) -> str:
-    """Name of a class for rows and files."""
+    """Return the name of a class for rows and files."""
     return "unlabelled" if label is None else pipeline.id2label.get(label, f"class-{label}")
 
 
 def save(arguments: argparse.Namespace, rows: list[list[Image.Image]], names: list[str]) -> list[dict[str, Any]]:
-    """Write pictures and sheet; returns file, class and seed of each picture."""
+    """Write the images and the sheet; returns file, class and seed of each image."""
     from iptv2_diffusion.data.own_folder import OwnFolder
     from iptv2_diffusion.evaluation.pictures import picture_sheet
 

@@ -4,8 +4,8 @@
     accelerate launch train/train_ldm.py --config configs/emoji64.yaml   (in a clone, any number of processes)
     accelerate launch -m iptv2_diffusion.commands.train --config emoji64 (anywhere)
 
-Latents come from a VAE through `LatentCodec`, cached once or on the fly; `DiffusionObjective` says what is predicted;
-`Trainer` runs the loop, resumes exactly and saves; `recipes/latent_diffusion/run.py` joins them.
+A VAE encodes the images to latents, once into a cache or in every step. The denoiser learns to remove noise from them.
+An interrupted run resumes exactly. The result, output_dir/pipeline, loads with `IPTV2Pipeline.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ examples:
   try every stage in a minute          ... --dry_run
   memory, speed and time beforehand    ... --plan
   your own photographs, no labels      ... --data my_photos --heldout_split none --resolution 64 --output_dir runs/mine
-  labelled: one sub-folder a class     ... --data my_photos (the folders' names become the classes)
+  labelled: one sub-folder per class   ... --data my_photos (the folders' names become the classes)
   fine-tune on your own classes        iptv2-train --config finetune --model assets/iptv2-emoji64 --data my_photos
-  an adapter of some 100 kB            ... --lora_rank 8
+  an adapter of about 100 kB           ... --lora_rank 8
   another VAE from the Hub             ... --vae stabilityai/sd-vae-ft-ema --resolution 256 --model iptv2-s
-  a DiT under the same recipe          ... --model dit-s-2 --output_dir runs/dit
+  a DiT with the same recipe           ... --model dit-s-2 --output_dir runs/dit
   larger than the disk                 ... --data imagenet-1k --streaming --heldout_split validation
   latents instead of images            ... --config imagenet256 --data imagenet_feature.tar
   8 GPUs in bfloat16                   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
                                          -m iptv2_diffusion.commands.train ...
 
 The same command resumes: it continues from the newest checkpoint in output_dir, bit for bit.
-`accelerate launch --quiet` leaves its own traceback out when a run ends with an error.
-A YAML file names only what differs from the defaults shown here; the command line overrides it.
+`accelerate launch --quiet` hides its own traceback when a run ends with an error.
+A YAML file sets only what differs from the defaults shown here. The command line overrides it.
 """
 
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """Run the console script."""
     run_main(main)
 
 

@@ -1,4 +1,4 @@
-"""Transfer of a trained denoiser to other classes and another size, with the rows of the classes that it knows."""
+"""Transfer of a trained denoiser to other classes and another size. Known classes keep their embedding rows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from iptv2_diffusion.models.presets import disable_label_dropout, translate_over
 
 __all__ = ["adapt_denoiser", "match_classes"]
 
-_TABLES = ("class_embedder.weight", "class_embedder.embedding_table.weight")  # (classes + 1, D), the null label last
+_TABLES = (
+    "class_embedder.weight",
+    "class_embedder.embedding_table.weight",
+)  # (classes + 1, D), with the null label last
 
 
 def match_classes(names: Sequence[str], id2label: Mapping[int, str], classes: int | None) -> dict[int, int]:
-    """Find the row of the class embedding that each new class takes over: new class -> old class.
+    """Find the old class whose embedding row each new class keeps: new class -> old class.
 
-    Classes match by name; an old name may list synonyms, separated by commas. Without names on either side, as for
-    labels that are bare numbers, classes match by number if there are as many.
+    Classes match by name. An old name can list synonyms, separated by commas. Without names on either side, classes
+    match by number if their number is the same.
 
     Args:
         names: names of the new classes.
@@ -43,28 +46,28 @@ def adapt_denoiser(
 ) -> nn.Module:
     """Make a denoiser with the weights of another, for other classes and latents of another size.
 
-    A new class starts from the row of the null label: the model then draws an image of any class for it. Without
-    classes, the null label's row becomes a part of the timestep's embedding, so that the new model computes what the
-    old one computes without a label.
+    A new class starts from the row of the null label, for which the model draws an image of any class. Without classes,
+    the null label's row is added to the timestep's embedding, so that the new model computes the same as the old one
+    without a label.
 
     Args:
         model: `IPTV2Transformer2DModel`, not fused, or `DiTTransformer2DModel`.
         sample_size: latent size of the new model.
         num_classes: number of its classes; None for an unconditional model (a single class for DiT).
-        kept: new class -> old class whose row it takes over.
+        kept: new class -> old class whose row it keeps.
 
     Raises:
-        ValueError: DiT is given a latent that is not square.
+        ValueError: the model is a DiT and the latent is not square.
     """
     overrides = {"sample_size": sample_size, "num_class_embeds": num_classes}
-    if "window_size" in model.config:  # the windows, and with them the weights, stay what they are
+    if "window_size" in model.config:  # keeps the windows, and therefore the weights
         overrides["window_fit_size"] = model.config.window_fit_size or model.config.sample_size
     new = type(model).from_config(model.config, **translate_overrides(type(model), overrides))
     state, wanted = model.state_dict(), new.state_dict()
     for name in {*state, *wanted}:
         if not name.endswith(_TABLES):
             continue
-        if name not in state:  # unconditional before: every row adds nothing
+        if name not in state:  # unconditional before: every row adds zero
             state[name] = torch.zeros_like(wanted[name])
             continue
         table = state.pop(name)
@@ -80,6 +83,6 @@ def adapt_denoiser(
 
 
 def _new_table(table: Tensor, rows: int, kept: Mapping[int, int]) -> Tensor:
-    """Rows of the new classes and of the null label, which stays the last."""
+    """Return the rows of the new classes and, last, of the null label."""
     sources = [kept.get(row, -1) for row in range(rows - 1)] + [-1]
     return table[sources].clone()

@@ -1,4 +1,4 @@
-"""Where a saved model is: a folder, a pipeline's folder, or a name on the Hub; and what lies beside its weights."""
+"""Location of a saved model (a folder, a pipeline's folder, or a name on the Hub) and of its other components."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from iptv2_diffusion.files import shipped
 __all__ = ["SavedModel", "find_saved"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Classes of the components that train here, as model_index.json names them
+# Classes of the trainable components, as in model_index.json
 _TRAINED = ("IPTV2Transformer2DModel", "IPTV2RestorationModel", "DiTTransformer2DModel")
 
 
@@ -24,8 +24,8 @@ class SavedModel:
 
     Attributes:
         folder: folder with config.json and the weights.
-        home: folder of the pipeline that it is a part of; None outside of one.
-        index: model_index.json of that pipeline, empty outside of one.
+        home: folder of the pipeline that contains the model; None without a pipeline.
+        index: model_index.json of that pipeline; empty without a pipeline.
     """
 
     folder: Path
@@ -34,12 +34,12 @@ class SavedModel:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """config.json of the model; empty if there is none."""
+        """Contents of the model's config.json; empty if there is none."""
         return _read_json(self.folder / "config.json")
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
-        """Configuration of the scheduler beside the weights; empty if there is none."""
+        """Configuration of the pipeline's scheduler; empty if there is none."""
         return _read_json(self.home / "scheduler" / "scheduler_config.json") if self.home else {}
 
     @property
@@ -49,12 +49,12 @@ class SavedModel:
 
     @property
     def has_vae(self) -> bool:
-        """Whether a VAE lies beside the weights."""
+        """Whether the pipeline has a VAE."""
         return self.home is not None and (self.home / "vae" / "config.json").is_file()
 
 
 def find_saved(name: str) -> SavedModel | None:
-    """Find a saved model by the folder of the model or its pipeline, or by a name on the Hub, which is downloaded.
+    """Find a saved model by the folder of the model or its pipeline, or by a name on the Hub, and download it.
 
     Returns:
         The model; None if the name is neither a folder nor a possible name on the Hub.
@@ -74,7 +74,7 @@ def find_saved(name: str) -> SavedModel | None:
 
 
 def _component(pipeline: Path) -> str:
-    """Name of the component of a pipeline that trains here."""
+    """Return the name of the trainable component of a pipeline."""
     index = _read_json(pipeline / "model_index.json")
     for name, kind in index.items():
         if isinstance(kind, list) and len(kind) == 2 and kind[1] in _TRAINED:
@@ -83,8 +83,8 @@ def _component(pipeline: Path) -> str:
 
 
 def _download(name: str) -> Path:
-    """Folder of a repository of the Hub: all configurations, and the weights of the model alone."""
-    from huggingface_hub import snapshot_download  # late: it takes a while
+    """Download a repository of the Hub (all configurations, and only the weights of the model); return its folder."""
+    from huggingface_hub import snapshot_download  # late: the import takes a while
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json"]))
@@ -97,7 +97,7 @@ def _download(name: str) -> Path:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; empty if the file does not exist or holds something else, which the loading of it reports."""
+    """Read a JSON object; empty if the file does not exist or is invalid, which loading the model reports."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
-"""Forms of the operators for maps whose size is symbolic: while `torch.export` or `torch.jit.trace` records a model.
+"""Forms of the operators for maps of symbolic size, while `torch.export` or `torch.jit.trace` records a model.
 
-The formulas of `attention.py` and `backbone.py` choose by the size of the map: no padding where none is needed, no
-shifted windows on a map of one window, a stride of at most the map's side. A recorded graph keeps the choices of the
-example and would be wrong for other sizes. The forms below have no such choice. They pad always, and they mask what the
-formulas leave out, so one graph serves every size. tests/models/test_symbolic_sizes.py holds the two together.
+The formulas of `attention.py` and `backbone.py` depend on the size of the map: they skip padding that is not needed,
+omit shifted windows on a map of one window, and limit the stride to the map's side. A recorded graph keeps the choices
+of the example and would be wrong for other sizes. The forms below have no such choices. They always pad and mask what
+the formulas omit, so one graph works at every size. tests/models/test_symbolic_sizes.py compares both.
 
 Shape letters as in `attention.py`: B batch, C channels, H, W height and width, h heads, d = C/h, w window size, N = w²,
 p stride, T tokens of a grid group.
@@ -71,7 +71,7 @@ def focal_attention_symbolic(
 ) -> Tensor:
     """See `focal_attention` in attention.py: (B, H, W, 3C) -> (B, H, W, C).
 
-    The shifted windows cover as many windows as the others do. Their last row and column has the share 0.
+    There are as many shifted windows as base windows. The last row and column of them have the share 0.
     """
     _, map_height, map_width, channels = qkv.shape
     rows, columns = cells(map_height, window), cells(map_width, window)

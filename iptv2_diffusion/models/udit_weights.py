@@ -1,14 +1,14 @@
-"""Weights of U-DiT (Tian et al. 2024, arXiv 2405.02730) under our names: they are a configuration of our denoiser.
+"""Conversion of weights of U-DiT (Tian et al. 2024, arXiv 2405.02730), which is a configuration of our denoiser.
 
 U-DiT has the attentions ("grid", "grid") with stride 2, three levels, and a conditioning vector for each width. Its
-weights map one to one, except that one linear map makes the adaptive norms of an attention and of its feed-forward:
-its rows are split in halves. A feed-forward has one of three forms:
+weights map one to one, with one exception: a single linear layer computes the adaptive norms of an attention and of its
+feed-forward, so its rows are split in halves. A feed-forward has one of three forms:
 
     branches    dwconv.0, .1, .2 are a 5×5, a 3×3 and a 1×1 kernel        our trainable form
     merged      the same names, but dwconv.0 is K₅ + pad K₃ + pad K₁ + δ  separated again, then our trainable form
     single      one 5×5 `dwconv`, one `project_in`, one `project_out`     our fused form
 
-U-DiT's code leaves the merged form in weights that are saved after `eval()`. The names do not tell it from branches.
+Weights that U-DiT's code saves after `eval()` have the merged form, whose names are the same as those of the branches.
 """
 
 import re
@@ -75,19 +75,19 @@ def convert_udit(
 ) -> IPTV2Transformer2DModel:
     """Build our denoiser from U-DiT's weights, in float32.
 
-    The two compute the same function to rounding, except that U-DiT caps the logit scale at exp(4.6052) = 100.003 and
-    we cap it at 100, and that its rotary embedding has wrong rows on maps that are not square.
+    Up to rounding, both compute the same function, with two exceptions. U-DiT caps the logit scale at exp(4.6052) =
+    100.003, here the cap is 100. U-DiT's rotary embedding has wrong rows on maps that are not square.
 
     Args:
         state: weights by U-DiT's names, of any width, depth and number of heads and classes.
-        name: the file, for error messages.
+        name: name of the file, for error messages.
         sample_size: side of the latents.
-        kernels: what the 5×5 kernels of feed-forwards with branches hold: "branches", "merged", or "auto" to tell by
-            `merged_share`.
+        kernels: contents of the 5×5 kernels of feed-forwards with branches: "branches", "merged", or "auto" to decide
+            by `merged_share`.
 
     Raises:
-        ValueError: the weights are not those of a U-DiT, are incomplete, or are NaN or infinite; or `kernels` is "auto"
-            and the weights do not tell.
+        ValueError: the weights are not those of a U-DiT, are incomplete, or have NaN or infinity; or `kernels` is
+            "auto" and the weights are ambiguous.
     """
     config = udit_config(state, name)
     broken = next((key for key, value in state.items() if not value.isfinite().all()), None)
@@ -120,7 +120,7 @@ def convert_udit(
 def udit_config(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     """Return the arguments of our denoiser, except `sample_size`, that these weights need.
 
-    Width, depth, heads, classes and ratio follow from names and shapes; the stride 2 is that of all published sizes.
+    Width, depth, heads, classes and ratio follow from names and shapes. The stride is 2, as in all published sizes.
 
     Raises:
         ValueError: the weights are not those of a U-DiT with Rep-LeFFN and cosine attention.
@@ -173,7 +173,7 @@ def rename(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def our_names(key: str) -> list[str]:
-    """Return our name of a weight of U-DiT, two names of an adaptive norm's, or none if U-DiT has no such weight."""
+    """Return our name of a weight of U-DiT (two names for an adaptive norm), or none for an unknown weight."""
     module, _, leaf = key.rpartition(".")
     if module in TOP:
         return [f"{TOP[module]}.{leaf}"]
@@ -188,7 +188,7 @@ def our_names(key: str) -> list[str]:
 
 
 def _reshape(name: str, value: Tensor) -> Tensor:
-    """A 1×1 kernel (out, in, 1, 1) that is a linear map here: (out, in); the logit scale (h, 1, 1): (h,)."""
+    """Reshape a 1×1 kernel (out, in, 1, 1), a linear layer here, to (out, in), and the logit scale (h, 1, 1) to (h,)."""
     if name.endswith(".logit_scale"):
         return value.flatten()
     is_linear = re.search(r"\.(out_proj|expand\w*|project\w*|proj)\.weight$", name) is not None
@@ -200,7 +200,7 @@ def _reshape(name: str, value: Tensor) -> Tensor:
 
 
 def holds_merged_kernels(state: Mapping[str, Tensor], name: str, kernels: KernelForm) -> bool:
-    """Return whether the 5×5 kernels hold the sum of all branches: as `kernels` says, or by `merged_share`."""
+    """Return whether the 5×5 kernels are the sum of all branches, from `kernels` or by `merged_share`."""
     if kernels != "auto":
         return kernels == "merged"
     share = merged_share(state)
@@ -215,8 +215,8 @@ def holds_merged_kernels(state: Mapping[str, Tensor], name: str, kernels: Kernel
 def merged_share(state: Mapping[str, Tensor]) -> float:
     """Return the mean over all feed-forwards of the centres of K₅ - K₃ - K₁: about 0 for branches, 1 if merged.
 
-    A merged K₅ has K₃ and K₁ in it and the 1 of the identity. Training moves the centres of all three branches alike,
-    by some Δ, so that the share is -Δ for branches and 1 + Δ if merged: the two are apart unless Δ is about -1/2.
+    A merged K₅ contains K₃, K₁ and the 1 of the identity. Training moves the centres of all three branches by the same
+    Δ. The share is then -Δ for branches and 1 + Δ if merged. The two differ unless Δ is about -1/2.
     """
     shares = []
     for kernels in _branches(state).values():
