@@ -332,9 +332,9 @@ def save(rows: list[dict[str, Any]], folder: Path) -> None:
             save_plot(own, x, "peak_mb", (label, "peak MB"), folder / f"{what}_memory_over_{x}.png")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure what the options select and print or write the rows."""
-    config = parse_config(ThroughputConfig, description=__doc__)
+    config = parse_config(ThroughputConfig, argv, description=__doc__)
     if config.device == "cpu":
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     if config.kernels == "off":
