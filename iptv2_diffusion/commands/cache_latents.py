@@ -2,10 +2,10 @@
 
     accelerate launch train/cache_latents.py --config configs/imagenet256.yaml --cache_dir /shared/latents
 
-The command takes the options of `train_ldm.py` and writes the caches that the training would write. The training command
-with the same `--data`, `--vae` and `--cache_dir` uses them. After an interruption, run the same command again: complete
-shards are kept. The files are the same for any number of processes. With several machines, `cache_dir` must be on a
-shared disk.
+The command takes the options of `train_ldm.py` and writes the caches that the training would write. The training
+command with the same `--data`, `--vae` and `--cache_dir` uses them. After an interruption, run the same command again:
+complete shards are kept. The files are the same for any number of processes. With several machines, `cache_dir` must
+be on a shared disk.
 """
 
 from __future__ import annotations

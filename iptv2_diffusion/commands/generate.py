@@ -3,8 +3,8 @@
     iptv2-generate food_drink flags -n 8 --grid sheet.png
     iptv2-generate --list-classes
 
-Every image is written to OUT/CLASS-SEED.png and depends only on its class and its seed. OUT is a new folder, or a folder
-of an earlier run of this command.
+Every image is written to OUT/CLASS-SEED.png and depends only on its class and its seed. OUT is a new folder, or a
+folder of an earlier run of this command.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     accelerate launch train/train_restoration.py --config configs/restoration/denoise-color-nano.yaml
 
-Patches are degraded during training (noise, blur, rain, JPEG) or come in pairs from a data set's folders. An interrupted
-run resumes exactly. The result, output_dir/pipeline, loads with `IPTV2RestorationPipeline.from_pretrained`.
+Patches are degraded during training (noise, blur, rain, JPEG) or come in pairs from a data set's folders. An
+interrupted run resumes exactly. The result, output_dir/pipeline, loads with `IPTV2RestorationPipeline.from_pretrained`.
 """
 
 from __future__ import annotations

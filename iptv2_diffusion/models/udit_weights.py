@@ -188,7 +188,7 @@ def our_names(key: str) -> list[str]:
 
 
 def _reshape(name: str, value: Tensor) -> Tensor:
-    """Reshape a 1×1 kernel (out, in, 1, 1), a linear layer here, to (out, in), and the logit scale (h, 1, 1) to (h,)."""
+    """Reshape a 1×1 kernel (out, in, 1, 1), a linear layer here, to (out, in), a logit scale (h, 1, 1) to (h,)."""
     if name.endswith(".logit_scale"):
         return value.flatten()
     is_linear = re.search(r"\.(out_proj|expand\w*|project\w*|proj)\.weight$", name) is not None
