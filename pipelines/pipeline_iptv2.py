@@ -21,6 +21,9 @@ from typing import Any, Optional, SupportsIndex, Union
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMParallelScheduler,
     DDPMScheduler,
@@ -34,6 +37,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -55,13 +59,27 @@ VARIANCE_SCHEDULERS = (DDPMScheduler, DDPMParallelScheduler)
 
 Label = int | str
 
+EXAMPLE_DOC_STRING = """
+        Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers import FlowMatchHeunDiscreteScheduler
+            >>> from iptv2_diffusion import IPTV2Pipeline
+
+            >>> pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
+            >>> pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+            >>> seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]  # one per image
+            >>> images = pipe(["food_drink", "flags"], num_images_per_label=4, generator=seeds).images
+            ```
+"""
+
 
 class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     """Pipeline for class-conditional or unconditional image generation.
 
     Args:
         transformer: ``IPTV2Transformer2DModel``, or a ``DiTTransformer2DModel`` as a baseline.
-        vae: VAE that a ``LatentCodec`` supports.
+        vae: VAE that a ``LatentCodec`` supports. A pipeline without one (``vae=None``) gives latents.
         scheduler: diffusers scheduler that fits the transformer's training target: DDPM, DDIM, DPM-Solver++, Euler and
             similar ones for noise and v-prediction, FlowMatchEuler for flow matching. Replace it by another of the same
             kind with ``pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)``.
@@ -76,21 +94,17 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
 
     Raises:
         ValueError: the components do not fit each other, a class id is below 0, or weights are missing.
-
-    Example:
-        >>> pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
-        >>> seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
-        >>> images = pipe(["food_drink", "flags"], num_images_per_label=4, generator=seeds).images
     """
 
     __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
     model_cpu_offload_seq = "transformer->vae"
-    _callback_tensor_inputs = ("latents", "class_labels", "model_output")
+    _callback_tensor_inputs = ["latents", "class_labels", "model_output"]
 
     def __init__(
         self,
         transformer: Union[IPTV2Transformer2DModel, DiTTransformer2DModel],  # noqa: UP007 - see id2label
-        vae: ModelMixin,
+        # `from_pipe` passes on a model whose exact class is named here. ModelMixin admits the other VAEs to the call.
+        vae: Union[AutoencoderKL, AutoencoderTiny, AutoencoderDC, ModelMixin],  # noqa: UP007
         scheduler: SchedulerMixin,
         id2label: Optional[dict] = None,  # noqa: UP045 - diffusers before 0.37 reads no `dict | None`
         flow_matching: Optional[bool] = None,  # noqa: UP045
@@ -124,7 +138,8 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         self._num_timesteps = 0
         if transformer is not None and vae is not None:
             self._check_channels()
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.compression if vae is not None else 8)
+        self.vae_scale_factor = self.codec.compression if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def _check_channels(self) -> None:
         config, channels = self.transformer.config, self.codec.latent_channels
@@ -151,6 +166,8 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     @property
     def codec(self) -> LatentCodec:
         """The codec of the VAE, with this pipeline's tiling."""
+        if self.vae is None:
+            raise ValueError("this pipeline has no VAE: use output_type='latent' and leave height and width out")
         codec = LatentCodec(self.vae)
         if self._vae_tiling is not None:
             codec.enable_tiling(*self._vae_tiling)
@@ -222,30 +239,43 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
             raise ValueError(f"class label {index} is out of range; the model has classes 0 to {self.num_classes - 1}")
         return index
 
-    def _check_options(self, output_type: str, num_inference_steps: int, callback_tensor_inputs: Sequence[str]) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+    def check_inputs(
+        self,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        guidance_rescale: float,
+        num_images_per_label: int,
+        eta: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raise a ValueError for an argument of `__call__` that is out of range."""
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
-        unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
+        if not math.isfinite(guidance_scale):
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}; it must be a finite number, such as 4 (1: no guidance)"
+            )
+        start, stop = guidance_interval
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(f"guidance_interval is ({start}, {stop}); it must rise within 0 and 1")
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale is {guidance_rescale}; it must lie in [0, 1]")
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label is {num_images_per_label}; it must be at least 1")
+        if not 0 <= eta < math.inf:
+            raise ValueError(f"eta is {eta}; it must be a finite number, not negative")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+        if self.vae is None and output_type != "latent":
+            raise ValueError(f"this pipeline has no VAE for output_type {output_type!r}; use output_type='latent'")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}; not {unknown}")
 
-    def _check_guidance(self, scale: float, interval: tuple[float, float], rescale: float, eta: float) -> None:
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale is {scale}; it must be a finite number, such as 4 (1: no guidance)")
-        start, stop = interval
-        if not 0 <= start <= stop <= 1:
-            raise ValueError(f"guidance_interval is ({start}, {stop}); it must rise within 0 and 1")
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"guidance_rescale is {rescale}; it must lie in [0, 1]")
-        if not 0 <= eta < math.inf:
-            raise ValueError(f"eta is {eta}; it must be a finite number, not negative")
-
     def _prepare_labels(self, class_labels: Any, num_images_per_label: int, device: torch.device) -> Tensor | None:
         """Return the labels (B,) int64, null labels if none are given; None for an unconditional model."""
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label is {num_images_per_label}; it must be at least 1")
         if self.num_classes is None:
             if class_labels is not None:
                 raise ValueError("this model is unconditional: leave class_labels out and set num_images_per_label")
@@ -255,7 +285,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
             raise ValueError("class_labels is empty; give at least one class, or None for the model's null label")
         return torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
 
-    def _prepare_latents(
+    def prepare_latents(
         self,
         batch: int,
         height: int | None,
@@ -266,21 +296,22 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     ) -> Tensor:
         """Return the initial noise (B, C, h, w) float32 of unit variance, drawn or checked."""
         sample_size = self.transformer.config.sample_size
-        default = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
         if latents is not None and latents.ndim == 4:
-            default = tuple(latents.shape[-2:])
-        default_height, default_width = self.codec.image_size(*default)
-        size = self.codec.latent_size(
-            default_height if height is None else height, default_width if width is None else width
-        )
+            size = tuple(latents.shape[-2:])
+        if height is not None or width is not None:
+            default_height, default_width = self.codec.image_size(*size)
+            size = self.codec.latent_size(
+                default_height if height is None else height, default_width if width is None else width
+            )
         if isinstance(self.transformer, DiTTransformer2DModel):
             patch = self.transformer.config.patch_size
             if size[0] != size[1] or size[0] % patch:
                 raise ValueError(
                     f"a DiT takes square latents in multiples of its patch size {patch}, not {size[0]} x {size[1]}; "
-                    f"choose equal height and width in multiples of {patch * self.codec.compression}"
+                    f"choose equal height and width in multiples of {patch * self.vae_scale_factor}"
                 )
-        shape = (batch, self.codec.latent_channels, *size)
+        shape = (batch, self.transformer.config.in_channels, *size)
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for {batch} images; give one for each, or a single one")
         if latents is None:
@@ -303,7 +334,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
             if not self._learns_variance:
                 raise ValueError(
                     f"variance_type {variance_type!r} of the scheduler needs a transformer with 2 x "
-                    f"{self.codec.latent_channels} output channels; set it to 'fixed_small'"
+                    f"{self.transformer.config.in_channels} output channels; set it to 'fixed_small'"
                 )
         if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)) and config.clip_sample:
             logger.warning(
@@ -427,16 +458,15 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     ) -> Any:
         """Decode latents to images of the output type."""
         if output_type == "latent":
-            spoilt = (~latents.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-            if spoilt:
-                self._refuse_non_finite(spoilt, latents)
-            return latents
-        decoded = self.codec.decode(latents, generator if isinstance(generator, torch.Generator) else None)
-        spoilt = (~decoded.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-        images = self.image_processor.postprocess(decoded.nan_to_num(0.0) if spoilt else decoded, output_type)
+            result = latents
+        else:
+            result = self.codec.decode(latents, generator if isinstance(generator, torch.Generator) else None)
+        spoilt = (~result.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if output_type != "latent":
+            result = self.image_processor.postprocess(result.nan_to_num(0.0) if spoilt else result, output_type)
         if spoilt:
-            self._refuse_non_finite(spoilt, images)
-        return images
+            self._refuse_non_finite(spoilt, result)
+        return result
 
     def _refuse_non_finite(self, indices: list[int], images: Any) -> None:
         """Raise an error that names the images, the step and the precision, instead of giving black images."""
@@ -451,6 +481,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     # --- the call ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         class_labels: Label | Sequence[Label] | Tensor | np.ndarray | None = None,
@@ -498,29 +529,25 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         Raises:
             ValueError: an argument is out of range, or the scheduler does not fit the transformer.
             NonFiniteImageError: a ValueError; an image has NaN or infinity. Its ``images`` are the valid images.
+
+        Examples:
         """
+        tensors = callback_on_step_end_tensor_inputs
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_options(output_type, num_inference_steps, callback_on_step_end_tensor_inputs)
-        self._check_guidance(guidance_scale, guidance_interval, guidance_rescale, eta)
+            tensors = callback_on_step_end.tensor_inputs
+        guidance = (guidance_scale, guidance_interval, guidance_rescale)
+        self.check_inputs(num_inference_steps, *guidance, num_images_per_label, eta, output_type, tensors)
 
         device = self._execution_device
         guidable = class_labels is not None
         class_labels = self._prepare_labels(class_labels, num_images_per_label, device)
         batch = num_images_per_label if class_labels is None else len(class_labels)
-        latents = self._prepare_latents(batch, height, width, generator, latents, device)
-        guider = self._prepare_guider(guider, guidance_scale, guidance_interval, guidance_rescale, guidable)
+        latents = self.prepare_latents(batch, height, width, generator, latents, device)
+        guider = self._prepare_guider(guider, *guidance, guidable)
         scheduler = self._prepare_scheduler()
         scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = self._sample(
-            latents,
-            class_labels,
-            guider,
-            scheduler,
-            {"generator": generator, "eta": eta},
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        step_options = {"generator": generator, "eta": eta}
+        latents = self._sample(latents, class_labels, guider, scheduler, step_options, callback_on_step_end, tensors)
         images = self._decode(latents, output_type, generator)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -495,6 +497,36 @@ class TestComponents:
             make_pipeline(make_transformer(out_channels=5))
         with pytest.raises(ValueError, match="id2label names class 3, the transformer has classes 0 to 2"):
             make_pipeline(id2label={3: "fox"})
+
+    @pytest.mark.parametrize("vae_class", [AutoencoderKL, AutoencoderTiny, AutoencoderDC])
+    def test_every_vae_that_the_codec_documents_is_an_expected_type(self, vae_class):
+        assert vae_class in IPTV2Pipeline._get_signature_types()["vae"]  # otherwise from_pipe drops the VAE
+
+    def test_from_pipe_shares_the_components_and_keeps_the_settings(self):
+        pipe = make_pipeline()
+        scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        same, other = IPTV2Pipeline.from_pipe(pipe), IPTV2Pipeline.from_pipe(pipe, scheduler=scheduler)
+        assert (same.transformer, same.vae, same.scheduler) == (pipe.transformer, pipe.vae, pipe.scheduler)
+        assert same.config.id2label == pipe.config.id2label
+        assert same.config.prediction_type == other.config.prediction_type == "v_prediction"
+        options = {"num_inference_steps": 2, "output_type": "pt"}
+        expected = pipe("cat", generator=seeds(0), **options).images
+        assert same("cat", generator=seeds(0), **options).images.equal(expected)
+        assert other.scheduler is scheduler
+        assert not other("cat", generator=seeds(0), **options).images.equal(expected)
+
+    def test_without_a_vae_it_gives_latents(self, tmp_path):
+        pipe = make_pipeline()
+        pipe.save_pretrained(tmp_path)
+        bare = IPTV2Pipeline.from_pretrained(tmp_path, vae=None)
+        options = {"num_inference_steps": 2, "generator": seeds(0)[0]}
+        latents = bare("cat", output_type="latent", **options).images
+        options["generator"] = seeds(0)[0]
+        assert latents.equal(pipe("cat", output_type="latent", **options).images)
+        with pytest.raises(ValueError, match="this pipeline has no VAE for output_type 'pil'"):
+            bare("cat", **options)
+        with pytest.raises(ValueError, match="no VAE: use output_type='latent' and leave height and width out"):
+            bare("cat", output_type="latent", height=32, **options)
 
     def test_offload_order_names_the_models(self):
         pipe = make_pipeline()
