@@ -113,7 +113,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
     if not isinstance(content, dict):
         raise CommandError(f"{shown} holds {type(content).__name__}, not a dictionary of weights")
     weights = content.get("ema", content)
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    named = isinstance(weights, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for key, value in weights.items()
+    )
+    if not named:
         raise CommandError(
             f"{shown} has no `ema`, but {', '.join(sorted(map(str, content))[:5])}; give a checkpoint of U-DiT's "
             "training"

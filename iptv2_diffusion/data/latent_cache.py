@@ -32,7 +32,7 @@ from tqdm import tqdm
 from iptv2_diffusion.data.archives import file_of
 from iptv2_diffusion.data.draws import RunDraws, StepDraws, derive_seed
 from iptv2_diffusion.data.latent_encoding import Encoding, LatentSource, encode_shard
-from iptv2_diffusion.files import atomic, is_left_behind, write_text
+from iptv2_diffusion.files import atomic, inside, is_left_behind, write_text
 
 if TYPE_CHECKING:
     from iptv2_diffusion.data.images import ImageTensors
@@ -163,7 +163,7 @@ def cached_latents(
     }
     key = f"{derive_seed(0, json.dumps(description, sort_keys=True)):016x}"
     folder = Path(cache_dir).expanduser() / key
-    if not _is_whole(folder):
+    if not _is_whole(folder, description):
         parts = [range(first, min(first + shard_images, len(images))) for first in range(0, len(images), shard_images)]
         maker = _Maker(folder, images, codec, encoding, parts, batch_size=batch_size, num_workers=num_workers)
         try:
@@ -176,7 +176,7 @@ def cached_latents(
             ) from None
         if share[0] == 0:
             maker.finish(description, say)
-    while not _is_whole(folder):  # not a barrier, because a barrier times out and a large set takes hours
+    while not _is_whole(folder, description):  # not a barrier, because a barrier times out and a large set takes hours
         time.sleep(0.2)
     cache = LatentCache(folder)
     if cache.unreadable and images.strict:  # from a run that was not strict
@@ -207,13 +207,19 @@ def dataset_fingerprint(images: ImageTensors) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_whole(folder: Path) -> bool:
-    """Return whether index.json exists and every shard has the stated size."""
+def _is_whole(folder: Path, description: dict[str, Any]) -> bool:
+    """Return whether index.json is that of `description` and names the complete shards with their sizes."""
     try:
-        shards: dict[str, int] = json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]
-        return all((folder / name).stat().st_size == size for name, size in shards.items())
-    except (OSError, ValueError, KeyError):
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if not isinstance(index, dict) or any(index.get(name) != value for name, value in description.items()):
+            return False
+        shards, shape = index.get("shards"), index.get("latent_shape")
+        if not isinstance(shards, dict) or not shards or not isinstance(shape, list):
+            return False
+        sizes = {name: inside(folder, name).stat().st_size for name in shards}
+    except (OSError, ValueError):
         return False
+    return sizes == shards and all(_is_shard(folder / name, shape) for name in shards)
 
 
 class _Maker:
@@ -292,16 +298,25 @@ def _unreadable(path: Path) -> list[str]:
         return json.loads(shard.metadata()["unreadable"])
 
 
-def _is_shard(path: Path) -> bool:
-    """Return whether a complete shard exists: safetensors checks the length of the file against its header.
+def _is_shard(path: Path, latent_shape: list[int] | None = None) -> bool:
+    """Return whether a complete shard exists, of latents of this shape if it is given.
 
-    Raises a ValueError for a complete file that is not ours, which is neither used nor overwritten.
+    safetensors checks the length of the file against its header. Raises a ValueError for a complete file that is not
+    ours, which is neither used nor overwritten.
     """
     try:
         with safe_open(path, framework="pt") as shard:
             ours = "unreadable" in (shard.metadata() or {}) and {"mean", "class_labels", "items"} <= set(shard.keys())
+            shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118  (no dict)
+            is_count = {name: shard.get_slice(name).get_dtype() == "I64" for name in shapes}
     except (OSError, SafetensorError):
         return False
     if not ours:
         raise ValueError(f"{path} holds no latents that were made here; move it away, or choose another cache_dir")
-    return True
+    _, count, *shape = [*shapes["mean"], None, None]
+    return (
+        len(shapes["mean"]) == 5
+        and shapes.get("std", shapes["mean"]) == shapes["mean"]
+        and all(is_count[name] and shapes[name] == [count] for name in ("class_labels", "items"))
+        and latent_shape in (None, shape[:3])
+    )

@@ -90,12 +90,12 @@ def convert_udit(
             "auto" and the weights are ambiguous.
     """
     config = udit_config(state, name)
-    broken = next((key for key, value in state.items() if not value.isfinite().all()), None)
-    if broken is not None:
-        raise ValueError(f"{name}: the weight {broken} is NaN or infinite; download the file again")
+    for key, value in state.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{name}: the weight {key} is {value.dtype}, not of floats; convert it to float32")
+        if not value.isfinite().all():
+            raise ValueError(f"{name}: the weight {key} is NaN or infinite; download the file again")
     state = {key: value.float() for key, value in state.items()}
-    if not config["fused"] and holds_merged_kernels(state, name, kernels):
-        state = separate_branches(state)
     with torch.device("meta"):
         model = IPTV2Transformer2DModel(**config, sample_size=sample_size)
     ours, unexpected = rename(state)
@@ -113,6 +113,8 @@ def convert_udit(
             ],
         },
     )
+    if not config["fused"] and holds_merged_kernels(state, name, kernels):
+        ours, _ = rename(separate_branches(state))
     model.load_state_dict(ours, assign=True)
     return model.requires_grad_(not config["fused"]).eval()
 
@@ -136,6 +138,12 @@ def udit_config(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
         raise ValueError(
             f"{name} does not hold the weights of a U-DiT: it has no {missing[0]}"
             + (f"; the file seems to be {content}" if content else "")
+        )
+    dims = {key: 2 if key.endswith("table.weight") else 3 for key in needed}
+    flat = next((key for key in needed if state[key].ndim < dims[key] or 0 in state[key].shape), None)
+    if flat is not None:
+        raise ValueError(
+            f"{name} does not hold the weights of a U-DiT: {flat} has the shape {tuple(state[flat].shape)}"
         )
     channels, in_channels = state[needed[0]].shape[:2]
     return {
@@ -165,10 +173,11 @@ def rename(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         names = our_names(key)
         if not names:
             unexpected.append(key)
-        elif len(names) == 2:  # (6C, D): shift, scale and gate of the attention's norm, then of the feed-forward's
+        elif len(names) == 2 and value.ndim and len(value) % 2 == 0:
+            # (6C, D): shift, scale and gate of the attention's norm, then of the feed-forward's
             ours.update(zip(names, (half.clone() for half in value.chunk(2)), strict=True))
-        else:
-            ours[names[0]] = _reshape(names[0], value)
+        else:  # also a norm of another shape, which does not fit then
+            ours |= {each: _reshape(each, value) for each in names}
     return ours, unexpected
 
 

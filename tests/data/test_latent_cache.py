@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from iptv2_diffusion.data.draws import DataOrder, RunDraws, draw_step, own_slices
 from iptv2_diffusion.data.images import ImageTensors, load_image_dataset
@@ -132,6 +133,46 @@ def test_a_damaged_or_half_made_cache_is_made_again(folder, codec, tmp_path):
     (again.folder / "index.json").unlink()
     assert "encoded" in make(folder, codec, tmp_path)[1][0]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [again.folder.name]
+
+
+def test_a_cache_whose_index_is_not_its_own_is_made_again(folder, codec, tmp_path):
+    path = make(folder, codec, tmp_path)[0].folder / "index.json"
+    whole = path.read_bytes()
+    name = "shard-00000000-00000011.safetensors"
+    changes = [{"shards": other} for other in (None, {}, [name], {name: "1"}, {name: 1}, {"../x": 1})]
+    changes += [{"latent_shape": None}, {"latent_shape": [4, 8]}, {"flips": 3}, {"crops": "many"}]
+    changed = [json.dumps({**json.loads(whole), **change}).encode() for change in changes]
+    for content in (b"null", b"[]", b"{}", b"\xff", *changed):
+        path.write_bytes(content)
+        again, messages = make(folder, codec, tmp_path)
+        assert messages[0].startswith("encoded 0 images of 11"), content  # the shards are whole
+        assert len(again) == COUNT
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("shard", ["header", "labels", "std", "shape"])
+def test_a_damaged_shard_of_the_right_size_is_made_again(folder, codec, tmp_path, shard):
+    cache, _ = make(folder, codec, tmp_path)
+    path = cache.folder / "shard-00000000-00000011.safetensors"
+    labels = cache.class_labels
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    if shard == "header":  # a bit that turned
+        whole = bytearray(path.read_bytes())
+        whole[9] = 0
+        path.write_bytes(whole)
+    else:
+        changed = {
+            "labels": {"class_labels": labels[:3]},
+            "std": {"std": tensors["std"][:, :3].contiguous()},
+            "shape": {"mean": tensors["mean"].flatten()},
+        }
+        save_file({**tensors, **changed[shard]}, path, metadata={"unreadable": "[]"})
+        index = json.loads((cache.folder / "index.json").read_text())
+        index["shards"][path.name] = path.stat().st_size
+        (cache.folder / "index.json").write_text(json.dumps(index))
+    again, messages = make(folder, codec, tmp_path)
+    assert messages[0].startswith("encoded 11 images of 11")
+    assert torch.equal(again.class_labels, labels)
 
 
 def test_corrupt_images_are_left_out_and_named(folder, codec, tmp_path):

@@ -57,7 +57,8 @@ def test_the_validation_blocks_of_sidd(tmp_path):
     with pytest.raises(ValueError, match=r"noisy blocks \(2, 3, 32, 32, 3\) of uint8, clean ones \(1, 3"):
         list(sidd_validation_blocks(tmp_path))
     whole = (tmp_path / "ValidationNoisyBlocksSrgb.mat").read_bytes()
-    for damaged in (b"no MATLAB file", whole[:1000]):
+    unknown_type = whole[:128] + b"\x63" + whole[129:]
+    for damaged in (b"", b"no MATLAB file", b"PK\3\4", whole[:128], whole[:150], whole[:1000], unknown_type):
         (tmp_path / "ValidationGtBlocksSrgb.mat").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"ValidationGtBlocksSrgb\.mat is not as SIDD's"):
             list(sidd_validation_blocks(tmp_path))

@@ -114,6 +114,24 @@ WRONG = {
         lambda s: {k.replace("project_in.0", "fc1"): v for k, v in without(s, "latent.0.mlp1.dwconv").items()},
         r"fc1\.",
     ),
+    "a scalar": (
+        lambda s: {**s, "x_embedder.proj.weight": torch.tensor(1.0)},
+        r"x_embedder\.proj\.weight has the shape \(\)",
+    ),
+    "an empty table": (
+        lambda s: {**s, "y_embedder_1.embedding_table.weight": torch.zeros(0, 8)},
+        r"embedding_table\.weight has the shape \(0, 8\)",
+    ),
+    "a flat kernel": (lambda s: {**s, "latent.0.mlp1.dwconv.1.weight": torch.zeros(3)}, r"\(3, not 128x1x3x3\)\) is"),
+    "a norm of three parts": (
+        lambda s: {**s, "latent.0.adaLN_modulation1.1.weight": torch.zeros(3)},
+        r"norms\.0\.linear\.weight \(3, not",
+    ),
+    "whole numbers": (lambda s: {**s, "output.bias": s["output.bias"].long()}, r"output\.bias is torch\.int64"),
+    "complex numbers": (
+        lambda s: {**s, "output.bias": s["output.bias"].to(torch.complex64)},
+        r"output\.bias is torch\.complex64",
+    ),
     "not a number": (lambda s: {**s, "output.bias": s["output.bias"] / 0}, r"output\.bias is NaN or infinite"),
 }
 

@@ -102,6 +102,10 @@ def write_wrong(kind, path, state):
         torch.save(torch.zeros(2), path)
     elif kind == "code":
         torch.save({"ema": state, "args": pathlib.Path("x")}, path)
+    elif kind == "numbered":
+        torch.save({"ema": {**state, 1: torch.zeros(1)}}, path)
+    elif kind == "sparse":
+        torch.save({"ema": {**state, "output.bias": torch.zeros(4).to_sparse()}}, path)
     elif kind == "dit":
         torch.save({"blocks.0.adaLN_modulation.1.weight": torch.zeros(6, 1)}, path)
 
@@ -114,6 +118,8 @@ def write_wrong(kind, path, state):
         ("empty", "no (whole )?checkpoint of torch"),
         ("text", "no (whole )?checkpoint of torch"),
         ("no ema", "has no `ema`, but model, opt; give"),
+        ("numbered", "has no `ema`, but ema; give"),
+        ("sparse", "has no `ema`, but ema; give"),
         ("tensor", "holds Tensor, not a dictionary"),
         ("code", r"holds pathlib\S* beside the weights, which is not loaded for safety"),
         ("dit", "seems to be the weights of a DiT in its authors' names"),
