@@ -4,7 +4,8 @@ Modules take and return (B, C, H, W) maps in channels-last memory. Inside, the m
 view. Shape letters: B batch, C channels, H, W height and width, h heads, d = C/h channels of a head, w window size,
 N = w² positions of a window, p stride, T tokens of a grid group, G windows or groups times batch.
 
-`focal_attention` and `grid_attention` are the equations. `kernels/` has faster implementations of both.
+`focal_attention` and `grid_attention` are the equations. `kernels/` has faster implementations of both. docs/model.md
+specifies the model; [paper], [lineage] and [ours] name the source of a part, as on that page.
 """
 
 import math
@@ -73,17 +74,15 @@ class FocalContextAttention(nn.Module):
         self.qkv_depthwise = DepthwiseConv2d(3 * channels, 3, bias=bias)
         self.temperature = nn.Parameter(torch.full((branches, num_heads), float(temperature_init)))
         self.spatial_affine = nn.Parameter(torch.ones(branches, num_heads, positions))
-        if shifted:
-            self.merge_logits = nn.Parameter(torch.zeros(branches, num_heads, positions))
+        self.register_parameter("merge_logits", nn.Parameter(torch.zeros(2, num_heads, positions)) if shifted else None)
         self.out_proj = Linear(channels, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend to channels: (B, C, H, W) -> (B, C, H, W), any H and W."""
         qkv = self.qkv(x.permute(0, 2, 3, 1))  # 1×1: (B, H, W, 3C)
         qkv = self.qkv_depthwise(qkv.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # DW3×3: (B, H, W, 3C)
-        merge_logits = self.merge_logits if self.shifted else None
         out = focal_attention(
-            qkv, self.spatial_affine, self.temperature, merge_logits, self.num_heads, self.window_size
+            qkv, self.spatial_affine, self.temperature, self.merge_logits, self.num_heads, self.window_size
         )  # (B, H, W, C)
         return self.out_proj(out).permute(0, 3, 1, 2)  # 1×1: (B, C, H, W)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from iptv2_diffusion.kernels import operator
 
-from . import symbolic_sizes  # noqa: F401  (its forms are registered)
+from . import symbolic_sizes  # noqa: F401  (the import registers the operators' forms for export)
 from .blocks import Downsample, FGBlock, FGBlockConfig, SkipConnection, Upsample
 
 __all__ = ["IPTV2Backbone", "StageSpec", "stage_specs"]

@@ -170,6 +170,14 @@ class TestDiffusersTools:
         with pytest.raises(RuntimeError, match=r"call fuse\(\) before enabling offloading or layerwise casting"):
             model.fuse()
 
+    @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+    def test_group_offload(self, offload_type):
+        model, given = denoiser(), inputs()
+        expected, cpu = sample(model, **given), torch.device("cpu")
+        model.enable_group_offload(cpu, cpu, offload_type, num_blocks_per_group=1)
+        assert any(hasattr(module, "_diffusers_hook") for module in model.modules())
+        torch.testing.assert_close(sample(model, **given), expected, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("fused", [False, True])
     def test_sequential_offload(self, fused):
         """`enable_sequential_cpu_offload`: outside of a layer's own call its weights are on the meta device."""

@@ -544,6 +544,16 @@ class TestComponents:
         assert np.abs(pipe([0, 1], generator=seeds(0, 1), **options).images - expected).max() <= 2 / 255
 
 
+def test_the_example_of_the_documentation_runs(monkeypatch):
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(root)
+    names: dict = {}
+    exec(page.split("```python")[1].split("```")[0], names)
+    assert [image.size for image in names["images"]] == [(64, 64), (64, 64)]
+    assert names["pipe"].interrupt
+
+
 LOAD_IN_FRESH_PROCESS = """
 import sys
 import numpy as np, torch
@@ -574,6 +584,14 @@ class TestSaving:
             assert all(after[key].equal(value) for key, value in before.items())
         options = {"num_inference_steps": 2, "output_type": "pt"}
         assert loaded(0, generator=seeds(0), **options).images.equal(pipe(0, generator=seeds(0), **options).images)
+
+    def test_variant_in_shards_is_exact(self, tmp_path):
+        pipe = make_pipeline()
+        pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+        assert len(list(tmp_path.glob("transformer/*.fp16-*.safetensors"))) > 1
+        loaded = IPTV2Pipeline.from_pretrained(tmp_path, variant="fp16")
+        before, after = pipe.transformer.state_dict(), loaded.transformer.state_dict()
+        assert all(after[key].equal(value) for key, value in before.items())
 
     def test_fresh_process_gives_the_same_images(self, tmp_path):
         pipe = make_pipeline()
