@@ -50,7 +50,7 @@ _PACKAGE = Path(__file__).parent
 def shipped(name: str | os.PathLike) -> Path:
     """Convert a user's path. If a path under assets/, configs/ or data/ does not exist, look for it next to the code.
 
-    This is the repository for a clone, and the package for a wheel, which contains the recipes and the small models.
+    That is the repository in a clone, and the package in a wheel, which contains the recipes and the small models.
     """
     path = user_path(name)
     if path.exists() or path.is_absolute() or path.parts[:1] not in (("assets",), ("configs",), ("data",)):

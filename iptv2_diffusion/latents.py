@@ -161,8 +161,8 @@ class LatentCodec:
                 latents = output[field].float()
                 return torch.cat([latents, torch.zeros_like(latents)], dim=1)
         raise TypeError(
-            f"{type(self.vae).__name__}.encode gives {', '.join(output)}; "
-            "a LatentCodec reads latent_dist, latents or latent"
+            f"{type(self.vae).__name__}.encode returns {', '.join(output)}; "
+            "a LatentCodec needs latent_dist, latents or latent"
         )
 
     # --- latents to images -------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class LatentCodec:
             ValueError: the latents do not have C channels.
         """
         if latents.shape[1] != self.latent_channels:
-            raise ValueError(f"latents have {latents.shape[1]} channels, the VAE takes {self.latent_channels}")
+            raise ValueError(f"latents have {latents.shape[1]} channels, but the VAE takes {self.latent_channels}")
         raw = latents.float() / self._scale.to(latents.device) + self._shift.to(latents.device)
         takes_generator = "generator" in inspect.signature(self.vae.decode).parameters
         options = {"generator": generator} if generator is not None and takes_generator else {}

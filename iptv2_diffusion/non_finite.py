@@ -17,7 +17,7 @@ class NonFiniteImageError(ValueError):
         which: description of the image and the step.
         dtype: precision of the network.
         indices: indices of the affected images in the call, counted from 0.
-        images: all images of the call in its output type, of which the others are valid; None if they are not known.
+        images: all images of the call in its output type; the unaffected ones are valid. None if they are not known.
 
     Attributes:
         indices: as above.
@@ -31,4 +31,4 @@ class NonFiniteImageError(ValueError):
             remedy = "weights or inputs are broken, or guidance is too strong: try others, or download the model again"
         else:
             remedy = f"{precision} may overflow: use float32" + (" or bfloat16" if precision == "float16" else "")
-        super().__init__(f"{which}: the model gives NaN or infinity in {precision}; {remedy}")
+        super().__init__(f"{which}: the model returns NaN or infinity in {precision}; {remedy}")

@@ -48,10 +48,10 @@ VLB_WEIGHT = 0.001
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a scheduler samples
+# Properties of a scheduler
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What decides a DDPM's noise schedule
+# Config fields that define a DDPM's noise schedule
 SCHEDULE_FIELDS = (
     "num_train_timesteps",
     "beta_start",
@@ -63,17 +63,17 @@ SCHEDULE_FIELDS = (
 
 
 def is_of_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler samples flow matching, rather than noise or v-prediction."""
+    """Return whether a scheduler is for flow matching, rather than for noise or v-prediction."""
     return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 def prediction_of(scheduler: SchedulerMixin) -> str:
-    """What a denoiser predicts that this scheduler samples: "flow", "epsilon", "v_prediction" or "sample"."""
+    """Return the prediction type of a scheduler's denoiser: "flow", "epsilon", "v_prediction" or "sample"."""
     return FLOW if is_of_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
 
 
 def noise_schedule_of(scheduler: SchedulerMixin) -> dict[str, Any] | None:
-    """The fields that decide the noise at each training timestep, as plain values; None where there are none."""
+    """Return the config fields that define the noise at each training timestep, as plain values; None without any."""
     known = {name: scheduler.config[name] for name in SCHEDULE_FIELDS if name in scheduler.config}
     if is_of_flow(scheduler):
         return {"num_train_timesteps": known["num_train_timesteps"]} if "num_train_timesteps" in known else None
@@ -129,7 +129,7 @@ class DiffusionObjective:
                 f"here; use one of {', '.join(PREDICTION_TYPES)}"
             )
         if timestep_sampling not in TIMESTEP_SAMPLINGS:
-            raise ValueError(f"timestep_sampling {timestep_sampling!r}: use one of {', '.join(TIMESTEP_SAMPLINGS)}")
+            raise ValueError(f"timestep_sampling is {timestep_sampling!r}; use one of {', '.join(TIMESTEP_SAMPLINGS)}")
         if logit_std <= 0:
             raise ValueError(f"logit_std is {logit_std}; it must be above 0")
         if timestep_shift <= 0:
@@ -182,12 +182,10 @@ class DiffusionObjective:
         """
         if prediction_type == "flow":
             if learned_variance:
-                raise ValueError(
-                    "learned_variance goes with 'epsilon' or 'v_prediction'; flow matching has no variance"
-                )
+                raise ValueError("learned_variance needs 'epsilon' or 'v_prediction'; flow matching has no variance")
             return FlowMatchEulerDiscreteScheduler(**{"num_train_timesteps": 1000, "shift": 1.0, **overrides})
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type {prediction_type!r}: use one of {', '.join(PREDICTION_TYPES)}")
+            raise ValueError(f"prediction_type is {prediction_type!r}; use one of {', '.join(PREDICTION_TYPES)}")
         variance_type = overrides.pop("variance_type", "learned_range" if learned_variance else "fixed_small")
         settings = {
             "num_train_timesteps": 1000,
@@ -285,8 +283,8 @@ class DiffusionObjective:
         expected = channels * (2 if self.learned_variance else 1)
         if output.shape[1] != expected:
             raise ValueError(
-                f"the model gives {output.shape[1]} channels for latents of {channels}; with learned_variance="
-                f"{self.learned_variance} it must give {expected}: set the model's out_channels to {expected}"
+                f"the model returns {output.shape[1]} channels for latents of {channels}; with learned_variance="
+                f"{self.learned_variance} it must return {expected}: set the model's out_channels to {expected}"
             )
         prediction = output[:, :channels]
         error = (prediction - self.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))

@@ -51,7 +51,7 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     if _BASE_60.fullmatch(text):
         raise StrictSyntaxError(f"line {line}: {text} would be read as a number to base 60; put it in quotes")
     if len(text) > MOST_DIGITS:
-        raise StrictSyntaxError(f"line {line}: a number of {len(text)} digits")
+        raise StrictSyntaxError(f"line {line}: a number has {len(text)} digits; the limit is {MOST_DIGITS}")
     return loader.construct_yaml_int(node)
 
 
@@ -61,7 +61,7 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
         raise StrictSyntaxError(f"line {line}: {text} would be read as a number to base 60; put it in quotes")
     value = loader.construct_yaml_float(node)
     if not math.isfinite(value):
-        raise StrictSyntaxError(f"line {line}: {text} is no finite number; give one, or none")
+        raise StrictSyntaxError(f"line {line}: {text} is not a finite number; use a finite number or none")
     return value
 
 
@@ -97,12 +97,12 @@ def read_json(text: str) -> Any:
     def finite(word: str) -> float:
         value = float(word)
         if not math.isfinite(value):
-            raise StrictSyntaxError(f"{word} is no finite number; give one, or null")
+            raise StrictSyntaxError(f"{word} is not a finite number; use a finite number or null")
         return value
 
     def short(word: str) -> int:
         if len(word) > MOST_DIGITS:
-            raise StrictSyntaxError(f"a number of {len(word)} digits")
+            raise StrictSyntaxError(f"a number has {len(word)} digits; the limit is {MOST_DIGITS}")
         return int(word)
 
     try:

@@ -151,8 +151,8 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
             )
         if out_channels not in (channels, 2 * channels):
             raise ValueError(
-                f"the transformer gives {out_channels} channels for latents of {channels}; it must give {channels}, "
-                f"or {2 * channels} with a learned variance"
+                f"the transformer returns {out_channels} channels for latents of {channels}; it must return "
+                f"{channels}, or {2 * channels} with a learned variance"
             )
         if self.id2label and min(self.id2label) < 0:
             raise ValueError(f"id2label names class {min(self.id2label)}; classes are numbered from 0")

@@ -98,7 +98,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an image cannot be read, is empty or has wrong channels, or a number is out of range.
-            NonFiniteImageError: a ValueError; the model gives NaN or infinity for an image.
+            NonFiniteImageError: a ValueError; the model returns NaN or infinity for an image.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")

@@ -320,7 +320,7 @@ class TestSchedulers:
 class TestErrors:
     def test_wrong_channel_count_names_the_numbers(self):
         objective = make_objective("epsilon", learned_variance=True)
-        with pytest.raises(ValueError, match=r"gives 3 channels for latents of 3.*must give 6"):
+        with pytest.raises(ValueError, match=r"returns 3 channels for latents of 3.*must return 6"):
             objective.loss(tiny_model(3), *make_batch(objective))
 
     def test_learned_variance_needs_its_scheduler(self):

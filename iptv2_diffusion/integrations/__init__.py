@@ -1,1 +1,1 @@
-"""Adapters to other people's programs."""
+"""Adapters for third-party programs."""

@@ -4,7 +4,7 @@ import iptv2_diffusion.integrations.spandrel, spandrel
 
 iptv2_diffusion.integrations.spandrel.register()
 model = spandrel.ModelLoader().load_from_file("denoise.safetensors")
-restored = model(image)  # (1, C, H, W) on [0, 1]
+restored = model(image)  # (1, C, H, W) in [0, 1]
 """
 
 import torch
@@ -28,8 +28,8 @@ def register() -> None:
 class IPTV2RestorerArchitecture(Architecture[IPTV2RestorationModel]):
     """`IPTV2RestorationModel` from the weights alone: a file of `iptv2-export --format spandrel`, or bare weights.
 
-    A model that takes a noise level receives the one in the file. Without one, it receives an estimate for each image
-    that it is called with, which is a tile where the program works in tiles.
+    A model that takes a noise level uses the one in the file. If the file has none, the model estimates the noise level
+    of each input, which is a tile if the program works in tiles.
     """
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class IPTV2RestorerArchitecture(Architecture[IPTV2RestorationModel]):
         """Build the model and load its weights.
 
         Raises:
-            ValueError: the weights do not tell their configuration.
+            ValueError: the configuration cannot be inferred from the weights.
         """
         model, sigma, task = build_restorer(state_dict)
         if task is None and model.config.num_tasks is not None:
             raise ValueError(
-                f"the model has {model.config.num_tasks} tasks and the file names none; export it with iptv2-export "
+                f"the model has {model.config.num_tasks} tasks, but the file names none; export it with iptv2-export "
                 "--format spandrel --task"
             )
 

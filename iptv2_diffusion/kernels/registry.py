@@ -97,8 +97,8 @@ def fast_form(
 def symbolic_form(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the decorated function as the form of the operator `name` for maps of symbolic size.
 
-    A recorded graph serves other sizes than the example's if no Python branch of it depends on a size. A plain formula
-    that has such branches needs this form.
+    A recorded graph is valid for sizes other than the example's only if no Python branch depends on a size. A plain
+    formula that has such branches needs this form.
     """
 
     def register(run: Callable[P, R]) -> Callable[P, R]:
@@ -142,7 +142,7 @@ def use_fast_forms(enabled: bool, *names: str) -> Iterator[None]:
 
     Args:
         enabled: whether the forms may run.
-        *names: names of operators; none means all of them. "merged_weights" stands for the layers whose weights
+        *names: names of operators; without names, all of them. "merged_weights" means the layers whose weights
             `models/layers.py` merges during training.
 
     Raises:
@@ -152,7 +152,7 @@ def use_fast_forms(enabled: bool, *names: str) -> Iterator[None]:
     before, changed = _off, set(names or ("all",))
     if unknown := changed - {"all", "merged_weights", *_FORMS}:
         known = ", ".join(sorted({"merged_weights", *_FORMS}))
-        raise ValueError(f"no operator is called {', '.join(sorted(unknown))}; there are {known}")
+        raise ValueError(f"no operator is called {', '.join(sorted(unknown))}; use one of {known}")
     _off = (set() if "all" in changed else before - changed) if enabled else before | changed
     try:
         yield
@@ -191,7 +191,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def is_quantized(weight: Tensor) -> bool:
     """Return whether torchao has quantised a weight. Only PyTorch's own operators accept such a tensor.
 
-    It is a tensor that wraps others, and no DTensor (which has placements). `torch.compile` can trace these questions.
+    Such a tensor wraps others and, unlike a DTensor, has no placements. `torch.compile` can trace both checks.
     """
     return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "placements")
 

@@ -1,7 +1,8 @@
 """Gradients of depthwise kernels in the strides of their parameter.
 
-In channels-last memory a (C, 1, k, k) parameter has another stride in its second dimension than a contiguous tensor,
-although both lie in memory alike. Autograd takes a contiguous gradient for it, but DDP warns that the strides differ.
+A (C, 1, k, k) parameter in channels-last memory and a contiguous tensor have the same memory layout, but different
+strides in the second dimension. Autograd accepts a contiguous gradient for the parameter, but DDP warns about the
+strides.
 """
 
 import torch
@@ -12,7 +13,7 @@ from .registry import wants_gradient
 
 
 def keep_strides(weight: Tensor) -> Tensor:
-    """The weight itself, whose gradient will have the weight's strides."""
+    """Return the weight itself. Its gradient will have the weight's strides."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not wants_gradient(weight):
         return weight
     return KeepStrides.apply(weight)

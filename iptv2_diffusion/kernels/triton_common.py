@@ -18,7 +18,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
+except ImportError:  # torch's CPU builds do not include it
     triton = tl = None
 
 __all__ = [
@@ -86,7 +86,7 @@ def is_usable(name: str, device_type: str, device_index: int | None, probe: Call
         return True
     reason = unsuitable(device_type, device_index)
     if reason is not None:
-        if device_type == "cuda":  # on other devices no one expects Triton kernels
+        if device_type == "cuda":  # users expect Triton kernels only here
             warn_once((device_type, device_index), f"Triton kernels are not used: {reason}")
         return False
     attempt = (name, device_index, *key)
@@ -103,7 +103,7 @@ def is_usable(name: str, device_type: str, device_index: int | None, probe: Call
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             _problems[attempt] = first
             warn_once(
-                attempt, f"the Triton kernel {name} does not run for {key} and the plain formula is used: {first}"
+                attempt, f"the Triton kernel {name} does not run for {key}, so the plain formula is used: {first}"
             )
     return _problems[attempt] is None
 

@@ -34,7 +34,7 @@ def window_counts(height: int, width: int, window: int) -> tuple[int, int]:
 
 
 def branches(rows: int, columns: int, merge_logits: Tensor | None) -> tuple[bool, ...]:
-    """Return the launches by whether they are shifted: base windows only, or base windows and then shifted ones."""
+    """Return whether each launch is shifted: base windows only, or base windows and then shifted ones."""
     return (False, True) if merge_logits is not None and rows > 1 and columns > 1 else (False,)
 
 

@@ -132,7 +132,7 @@ def logit_gradient(attention, cosines, grad_attention, tau, square_q, square_k):
     energy = grad_logits * cosines
     decay_q, decay_k = tl.sum(energy, axis=1), tl.sum(energy, axis=0)
     total = tl.sum(decay_q, axis=0)
-    decay_q = tl.where(square_q > 1e-24, decay_q * tau, 0.0)  # a norm at its lower limit does not follow its vector
+    decay_q = tl.where(square_q > 1e-24, decay_q * tau, 0.0)  # a norm at its lower limit does not depend on its vector
     decay_k = tl.where(square_k > 1e-24, decay_k * tau, 0.0)
     return grad_logits * tau, total, decay_q, decay_k
 

@@ -65,7 +65,7 @@ def angles(qkv: Tensor, heads: int, step_y: int, step_x: int) -> tuple[Tensor, T
     """Cosine and sine (T, d/2) of a group's rotations, float32. The table of a shape and device is computed once."""
     _, height, width, channels = qkv.shape
     rows, columns = group_size(height, width, step_y, step_x)
-    capturing = qkv.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph's memory is its own
+    capturing = qkv.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph owns its memory
     table = angle_table.__wrapped__ if capturing else angle_table
     return table(rows, columns, channels // (3 * heads), qkv.device)
 

@@ -5,7 +5,7 @@ and g the gradient of the output:
 
     L = s · R(u_q) R(u_k)ᵀ      P = softmax(L)      out = P v
     dv = Pᵀ g        dL = P∘(g vᵀ - δ),  δ = Σ g∘out        ds = Σ dL∘L/s
-    z_q = s · dL R(u_k)         dq = (Rᵀ(z_q) - u_q·(R(u_q)·z_q))/‖q‖,  and so for k with dLᵀ and R(u_q)
+    z_q = s · dL R(u_k)         dq = (Rᵀ(z_q) - u_q·(R(u_q)·z_q))/‖q‖,  and likewise for k with dLᵀ and R(u_q)
 
 The softmax of the forward is online [FlashAttention], so that a program holds one block of logits. Norms, rotations,
 softmax and sums are float32. Products run on tensor cores in the map's precision and accumulate in float32.
@@ -74,7 +74,7 @@ def store_gradient(base, offsets, inside, x, z, turn_cos, turn_sin, ROWS: tl.con
     """Store dx of q or k, given z, the gradient of R(u). Return Σ_c R(u)·z."""
     unit, turned, inverse = unit_and_turned(x, turn_cos, turn_sin, ROWS, COLUMNS)
     aligned = tl.sum(turned * z, axis=1)
-    along = tl.where(inverse < 1e12, aligned, 0.0)  # a norm at its lower limit does not follow its vector
+    along = tl.where(inverse < 1e12, aligned, 0.0)  # a norm at its lower limit does not depend on its vector
     back = z * turn_cos - swap_pairs(z, ROWS, COLUMNS) * turn_sin  # Rᵀ(z)
     grad = (back - unit * along[:, None]) * inverse[:, None]
     tl.store(base + offsets, grad.to(base.dtype.element_ty), mask=inside)
@@ -261,7 +261,7 @@ def backward_kernel(
         step_y, step_x, columns, tokens, height, width, HEAD_DIM, BLOCK_T, BLOCK_D, PRECISION,
     )  # fmt: skip
     turn_cos, turn_sin = load_turn(cos, sin, t, tokens, channel, HEAD_DIM)
-    raw = load_part(qkv, y, x, stride_y, stride_x, channel, inside)  # the cache has it
+    raw = load_part(qkv, y, x, stride_y, stride_x, channel, inside)  # read from the cache
     aligned = store_gradient(grad_qkv, offsets, inside, raw, factor * z, turn_cos, turn_sin, BLOCK_T, BLOCK_D)
     tl.store(grad_scale + program, tl.sum(aligned, axis=0) / factor)
 

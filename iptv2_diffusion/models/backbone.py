@@ -21,7 +21,7 @@ class StageSpec:
     """One stage of the U.
 
     Attributes:
-        width_level: level of its width, C·2^width_level, which is also that of its conditioning vector.
+        width_level: level that sets its width, C·2^width_level, and selects its conditioning vector.
         channels: its width.
         num_layers: number of FG blocks.
         num_heads: number of attention heads.
@@ -56,10 +56,10 @@ class IPTV2Backbone(nn.Module):
         grid_stride: stride of GGSA, one number or one per level; None if `block.grid_size` is given.
         conditioning_dim: D. One number means one conditioning vector for all stages, one number per level means one
             vector per level, and None means an unconditional backbone.
-        sample_size: (height, width) of the map that the windows are fitted to; None to fit no size.
+        sample_size: (height, width) of the map to which the windows are fitted; None to leave the windows as they are.
 
     Raises:
-        ValueError: a sequence has the wrong number of entries, or a block refuses its settings.
+        ValueError: a sequence has the wrong number of entries, or a block rejects its settings.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class IPTV2Backbone(nn.Module):
         _, _, height, width = x.shape
         x = pad_replicate(x, multiple=2 ** (self.levels - 1)).contiguous(memory_format=torch.channels_last)
         vectors = conditioning if isinstance(conditioning, (tuple, list)) else [conditioning] * self.levels
-        vectors = [vectors[level] for level in self.width_levels]  # one per stage, that of the stage's width
+        vectors = [vectors[level] for level in self.width_levels]  # one per stage: the vector of its width level
 
         # Encoder, level l: (B, 2^l·C, H/2^l, W/2^l) -> (B, 2^(l+1)·C, H/2^(l+1), W/2^(l+1))
         encoded = []

@@ -88,7 +88,7 @@ class FGBlock(nn.Module):
         config: all other settings.
 
     Raises:
-        ValueError: `config` names an unknown attention or feed-forward, or settings that these refuse.
+        ValueError: `config` names an unknown attention or feed-forward, or has settings that these reject.
     """
 
     def __init__(self, channels: int, num_heads: int, config: FGBlockConfig = FGBlockConfig()):
@@ -124,7 +124,7 @@ def make_attention(kind: str, channels: int, num_heads: int, config: FGBlockConf
         )
     if kind == "grid":
         return GlobalGridAttention(channels, num_heads, config.grid_stride, config.grid_size)
-    raise ValueError(f"attention_pattern has {kind!r}; it may name 'focal' and 'grid'")
+    raise ValueError(f"attention_pattern has {kind!r}; use 'focal' and 'grid'")
 
 
 def make_feed_forward(channels: int, config: FGBlockConfig) -> nn.Module:
@@ -132,7 +132,7 @@ def make_feed_forward(channels: int, config: FGBlockConfig) -> nn.Module:
         return RepLeFFN(channels, config.ffn_ratio, config.fused)
     if config.feed_forward == "plain":
         return FeedForward(channels, config.ffn_ratio)
-    raise ValueError(f"feed_forward is {config.feed_forward!r}; it may be 'rep-leffn' or 'plain'")
+    raise ValueError(f"feed_forward is {config.feed_forward!r}; use 'rep-leffn' or 'plain'")
 
 
 class Downsample(nn.Module):

@@ -40,7 +40,7 @@ class BackboneReport:
         for name, (theirs, ours) in list(self.mismatched.items())[:3]:
             lines.append(f"  {name}: {theirs} in the source, {ours} in the target")
         if len(self.mismatched) > 3:
-            lines.append(f"  ... {len(self.mismatched)} shapes differ in all")
+            lines.append(f"  ... {len(self.mismatched)} shapes differ in total")
         return "\n".join(lines)
 
 

@@ -148,10 +148,9 @@ def merge_depthwise(*branches: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
 def may_merge(*layers: nn.Module) -> bool:
     """Return whether the layers' weights may be read and merged instead of calling the layers.
 
-    A layer inside an adapter (LoRA), one whose weight torchao has quantised, or one whose weights a
-    hook loads only during its forward, must be called.
-    `use_fast_forms(False)` also disables merging. A recorded graph is not merged: whether it pays depends on the size,
-    and exporters want weights that are constants; `fuse()` the model first.
+    A layer must be called if it is inside an adapter (LoRA), if torchao has quantised its weight, or if a hook loads
+    its weights only during its forward. `use_fast_forms(False)` also disables merging. A recorded graph is not merged,
+    because the benefit depends on the size and exporters expect constant weights; `fuse()` the model first.
     """
     plain = all(
         type(layer) in (Linear, DepthwiseConv2d) and not is_hooked(layer) and not is_quantized(layer.weight)

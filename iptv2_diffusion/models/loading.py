@@ -29,8 +29,8 @@ SIGNS = (
         r"\.lora_[AB]\.|\.lora\.(up|down)\.|lora_(up|down)",
         "an adapter (LoRA), which is loaded onto a model by load_lora_adapter",
     ),
-    (r"^_orig_mod\.", "saved from a compiled model (torch.compile): take the prefix _orig_mod. off its names"),
-    (r"^module\.", "saved from a wrapped model (DataParallel): take the prefix module. off its names"),
+    (r"^_orig_mod\.", "saved from a compiled model (torch.compile): remove the prefix _orig_mod. from its names"),
+    (r"^module\.", "saved from a wrapped model (DataParallel): remove the prefix module. from its names"),
     (
         r"^(encoder|decoder)\.(conv_in|down_blocks|up_blocks|mid_block)|^quant_conv",
         "the weights of a VAE (AutoencoderKL)",
@@ -38,7 +38,7 @@ SIGNS = (
     (r"^transformer_blocks\.\d+\.norm1\.emb\.", "the weights of a DiT (DiTTransformer2DModel)"),
     (
         r"^blocks\.\d+\.adaLN_modulation",
-        "the weights of a DiT in its authors' names; diffusers loads facebook/DiT-XL-2-256 from the Hub",
+        "the weights of a DiT under its authors' names; diffusers loads facebook/DiT-XL-2-256 from the Hub",
     ),
     (r"^(down|up)_blocks\.\d+\.(attentions|resnets)", "the weights of a U-Net (such as UNet2DModel)"),
     (r"^text_model\.|^vision_model\.", "the weights of a CLIP model"),
@@ -59,7 +59,7 @@ def align_weights(model: nn.Module) -> None:
 
 
 def check_complete(model: nn.Module) -> None:
-    """Raise a ValueError that names the weights without values, those that are still on the meta device."""
+    """Raise a ValueError that names the weights without values, which are still on the meta device."""
     empty = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
     if empty:
         raise ValueError(
@@ -69,10 +69,10 @@ def check_complete(model: nn.Module) -> None:
 
 
 def load_whole(model_class: type, *args: Any, **kwargs: Any) -> nn.Module:
-    """Call `model_class.from_pretrained(...)` and refuse weights that are missing, unexpected or misshapen.
+    """Call `model_class.from_pretrained(...)`, and raise if weights are missing, unexpected or misshapen.
 
     Raises:
-        ValueError: such weights exist. The message names them and the probable content of the file.
+        ValueError: there are such weights. The message names them and the probable content of the file.
         OSError: the folder, the file or the name on the Hub does not exist.
     """
     name = _name_of(args, kwargs)
@@ -86,7 +86,7 @@ def load_vae(name: str, subfolder: str | None = None) -> nn.Module:
     """Load a VAE of diffusers, of the class that its configuration names, in evaluation mode and without gradients.
 
     Raises:
-        ValueError: it is no VAE with latent channels, or weights are missing, unexpected or misshapen.
+        ValueError: the model is not a VAE with latent channels, or weights are missing, unexpected or misshapen.
         OSError: the folder or the name on the Hub does not exist, or it has no safetensors.
     """
     options = {} if subfolder is None else {"subfolder": subfolder}
@@ -152,7 +152,7 @@ def check_loaded(model: nn.Module, name: str, info: dict[str, Any]) -> None:
 
 
 def probable_content(keys: Iterable[str]) -> str | None:
-    """Return what a file with such unexpected keys probably holds; None if it resembles nothing known."""
+    """Return the probable content of a file with these unexpected keys; None if it resembles nothing known."""
     keys = list(keys)
     return next((what for pattern, what in SIGNS if any(re.search(pattern, key) for key in keys)), None)
 

@@ -31,7 +31,7 @@ class Preset:
 
 
 def dit(heads: int, head_dim: int, layers: int, patch_size: int, parameters: float, gmacs: float) -> Preset:
-    """Preset of diffusers' DiT (Peebles & Xie 2023), whose embedders per block add parameters to the paper's."""
+    """Preset of diffusers' DiT (Peebles & Xie 2023). Its embedders in each block add to the paper's parameters."""
     config = {
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
@@ -61,7 +61,8 @@ def restorer(parameters: float, gmacs: float, **config: Any) -> Preset:
     return Preset({"sample_size": 128, **config}, parameters, gmacs, IPTV2RestorationModel)
 
 
-# restoration-b has the parameters and MACs of Restormer's neighbours (model.md §7); heads of 24 to 48 channels [ours].
+# restoration-b has about the parameters and MACs of Restormer and Xformer (model.md §7). Heads have 24 to 48 channels
+# [ours].
 RESTORATION_PRESETS: dict[str, Preset] = {
     "restoration-tiny": restorer(  # for tests
         0.0776,

@@ -39,7 +39,7 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
         The model, on the CPU unless a `torch.device` context is active.
 
     Raises:
-        ValueError: `name` is no preset, file or saved model, or an override is unknown, out of range or in conflict
+        ValueError: `name` is not a preset, file or saved model, or an override is unknown, out of range or in conflict
             with a saved model.
     """
     saved = find_weights(name)
@@ -85,7 +85,7 @@ def _make(model_class: type[ModelMixin], config: dict[str, Any], overrides: dict
     for name, value in values.items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(number, (int, float)) and abs(number) > LARGEST_SIZE for number in numbers):
-            raise ValueError(f"{name} is {value!r}; no size of a model is above {LARGEST_SIZE}")
+            raise ValueError(f"{name} is {value!r}; the largest size allowed is {LARGEST_SIZE}")
     layers = values.get("layers_per_stage", values.get("num_layers", 0))
     if isinstance(layers, (list, tuple)):
         layers = sum(count for count in layers if isinstance(count, int))
@@ -101,7 +101,7 @@ def _make(model_class: type[ModelMixin], config: dict[str, Any], overrides: dict
     except Exception as error:  # torch and diffusers raise many types for bad values
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         shown = ", ".join(f"{name}={value!r}" for name, value in (given or values).items() if name[0] != "_")[:200]
-        raise ValueError(f"a {model_class.__name__} cannot be made with {shown}: {reason}") from error
+        raise ValueError(f"cannot build a {model_class.__name__} with {shown}: {reason}") from error
 
 
 def _check_memory(model_class: type[ModelMixin], config: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -111,8 +111,8 @@ def _check_memory(model_class: type[ModelMixin], config: dict[str, Any], overrid
     available = psutil.virtual_memory().total
     if needed > available:
         raise ValueError(
-            f"a model of {needed / 4e9:.3g} billion parameters takes {needed / 1e9:.3g} GB, this machine has "
-            f"{available / 1e9:.3g} GB; lower channels or layers_per_stage"
+            f"a model of {needed / 4e9:.3g} billion parameters needs {needed / 1e9:.3g} GB, but this machine "
+            f"has {available / 1e9:.3g} GB; lower channels or layers_per_stage"
         )
 
 
@@ -128,8 +128,8 @@ def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             inside = [child.parent.name for child in sorted(path.glob("*/config.json"))]
-            hint = f"; one of its folders may be meant: {', '.join(inside)}" if inside else ""
-            raise ValueError(f"{path} has no config.json: it is not a folder that a model was saved in{hint}")
+            hint = f"; did you mean one of its folders: {', '.join(inside)}?" if inside else ""
+            raise ValueError(f"{path} has no config.json: no model was saved in this folder{hint}")
         path = path / "config.json"
     try:
         config = read_yaml(path.read_text(encoding="utf-8"))  # JSON is YAML
@@ -178,9 +178,9 @@ def translate_overrides(model_class: type[ModelMixin], overrides: dict[str, Any]
 def disable_label_dropout(model: nn.Module) -> None:
     """Disable the label dropout inside diffusers' DiT, so that only the training loop drops labels.
 
-    Each block of diffusers' DiT has a label embedder that drops 10 % of the labels independently of the others. Hardly
-    any sample then has no label in all blocks, which classifier-free guidance needs. The embedding of the null label
-    remains.
+    Each block of diffusers' DiT has a label embedder that drops 10 % of the labels independently of the others.
+    Classifier-free guidance needs samples without a label in every block, which are then very rare. The embedding of
+    the null label remains.
     """
     for module in model.modules():
         if isinstance(module, LabelEmbedding):

@@ -77,9 +77,9 @@ class IPTV2RestorationModel(
         num_tasks: number of tasks that the model serves, selected by a conditioning vector; None for a single task.
         conditioning_dim: width of the conditioning vector, if the model has one.
         temperature_init: initial temperature of FCSA.
-        sample_size: size of the training patches, one number or (height, width), that the windows are fitted to; None
-            to fit no size. The model accepts images of any size.
-        fused: whether to build the deployed form. `fuse()` makes it; it cannot be trained.
+        sample_size: size of the training patches, one number or (height, width), to which the windows are fitted; None
+            to leave the windows as they are. The model accepts images of any size.
+        fused: whether to build the deployed form, which `fuse()` returns and which cannot be trained.
 
     Raises:
         ValueError: an argument is out of range, or a sequence has the wrong number of entries.
@@ -167,8 +167,8 @@ class IPTV2RestorationModel(
         Args:
             image: degraded images, (B, in_channels, H, W) in [0, 1], any H and W. Noise may exceed this range.
             sigma: standard deviation of the noise on the 0–255 scale, () or (B,). Models with `sigma_conditioning`
-                require it; others refuse it.
-            task: index of the task in [0, num_tasks), () or (B,). Models with `num_tasks` require it; others refuse it.
+                require it; others reject it.
+            task: index of the task in [0, num_tasks), () or (B,). Models with `num_tasks` require it; others reject it.
             return_dict: whether to return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:

@@ -71,7 +71,7 @@ def focal_attention_symbolic(
 ) -> Tensor:
     """See `focal_attention` in attention.py: (B, H, W, 3C) -> (B, H, W, C).
 
-    There are as many shifted windows as base windows. The last row and column of them have the share 0.
+    There are as many shifted windows as base windows. The last row and the last column of them have share 0.
     """
     _, map_height, map_width, channels = qkv.shape
     rows, columns = cells(map_height, window), cells(map_width, window)
@@ -135,7 +135,7 @@ def grid_attention_symbolic(qkv: Tensor, scale: Tensor, num_heads: int, stride: 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `rope` in attention.py: x (B, p·p, h, T, d), by indices, since the tracing exporter loses track of ranks."""
+    """See `rope` in attention.py; x is (B, p·p, h, T, d). It uses indices: the tracing exporter loses ranks."""
     channel = torch.arange(x.shape[-1], device=x.device)
     pair = torch.div(channel, 2, rounding_mode="floor")  # 0 0 1 1 …
     sign = (channel % 2 * 2 - 1).to(x.dtype)  # -1 1 -1 1 …

@@ -76,9 +76,9 @@ class IPTV2Transformer2DModel(
         conditioning_dim: width of the conditioning vector that all levels share [ours]; None for a separate vector
             of each level's width [lineage].
         temperature_init: initial temperature of FCSA.
-        fused: whether to build the deployed form. `fuse()` makes it; it cannot be trained.
-        window_fit_size: latent size, one number or (height, width), that the windows are fitted to; None for
-            `sample_size`. A model that is fine-tuned at another size keeps the windows of its weights by it.
+        fused: whether to build the deployed form, which `fuse()` returns and which cannot be trained.
+        window_fit_size: latent size, one number or (height, width), to which the windows are fitted; None for
+            `sample_size`. A model that is fine-tuned at another size keeps its windows this way.
 
     Raises:
         ValueError: an argument is out of range, or a sequence has the wrong number of entries.

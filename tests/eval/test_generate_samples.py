@@ -285,7 +285,7 @@ class TestWhatIsNotOurs:
         pipeline = IPTV2Pipeline.from_pretrained(pipelines["iptv2"])
         pipeline.transformer.proj_out.weight.data.mul_(float("nan"))
         pipeline.save_pretrained(tmp_path / "nan")
-        expected = r"2 images are missing, for example 0: .*step 1 of 3: the model gives NaN or infinity in float32"
+        expected = r"2 images are missing, for example 0: .*step 1 of 3: the model returns NaN or infinity in float32"
         with pytest.raises(UserError, match=expected):
             script.main(words(tmp_path / "nan", tmp_path / "out", "--num_samples", 2))
         assert not list((tmp_path / "out" / "images").iterdir())

@@ -162,7 +162,7 @@ class TestTheSwitch:
         assert ours <= functions()
 
     def test_an_unknown_operator_is_named(self):
-        with pytest.raises(ValueError, match=r"no operator is called focal; there are .*focal_attention"):
+        with pytest.raises(ValueError, match=r"no operator is called focal; use one of .*focal_attention"):
             use_fast_forms(False, "focal").__enter__()
 
     def test_the_environment_turns_all_off(self):

@@ -232,7 +232,7 @@ class TestCreateModel:
         with pytest.raises(ValueError, match=r"has no config\.json"):
             create_model(str(tmp_path))
         create_model("tiny").save_config(tmp_path / "transformer")
-        with pytest.raises(ValueError, match="one of its folders may be meant: transformer"):
+        with pytest.raises(ValueError, match="did you mean one of its folders: transformer"):
             create_model(str(tmp_path))
 
     def test_unknown_names_and_arguments_name_the_nearest(self):

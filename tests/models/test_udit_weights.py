@@ -94,7 +94,7 @@ def without(state, *starts):
 WRONG = {
     "a DiT": (
         lambda state: {f"blocks.{n}.adaLN_modulation.1.weight": torch.zeros(6, 1) for n in range(2)},
-        r"no x_embedder\.proj\.weight; the file seems to be the weights of a DiT in its authors' names",
+        r"no x_embedder\.proj\.weight; the file seems to be the weights of a DiT under its authors' names",
     ),
     "a block too few": (lambda s: without(s, "encoder_level_2.0."), r"has no encoder_level_2\.0\.attn1\.logit_scale"),
     "a gap": (

@@ -122,7 +122,7 @@ def write_wrong(kind, path, state):
         ("sparse", "has no `ema`, but ema; give"),
         ("tensor", "holds Tensor, not a dictionary"),
         ("code", r"holds pathlib\S* beside the weights, which is not loaded for safety"),
-        ("dit", "seems to be the weights of a DiT in its authors' names"),
+        ("dit", "seems to be the weights of a DiT under its authors' names"),
         ("missing", "is no file"),
     ],
 )

@@ -101,7 +101,7 @@ class TestRestoration:
         command = [*inputs, "-o", str(tmp_path / "out"), "--sigma", "5", "--model", str(tmp_path / "model")]
         assert main(command) == 1
         told = capsys.readouterr().err
-        assert told.count("the model gives NaN or infinity in float32") == 2
+        assert told.count("the model returns NaN or infinity in float32") == 2
         assert "a.png failed" in told
         assert "2 of 2 failed" in told
         assert not [p for p in (tmp_path / "out").rglob("*") if p.suffix in (".png", ".jpg")]

@@ -493,7 +493,7 @@ class TestComponents:
     def test_disagreeing_channels_are_named(self):
         with pytest.raises(ValueError, match="takes 3 channels, the VAE's latents have 4"):
             make_pipeline(make_transformer(in_channels=3))
-        with pytest.raises(ValueError, match="gives 5 channels for latents of 4"):
+        with pytest.raises(ValueError, match="returns 5 channels for latents of 4"):
             make_pipeline(make_transformer(out_channels=5))
         with pytest.raises(ValueError, match="id2label names class 3, the transformer has classes 0 to 2"):
             make_pipeline(id2label={3: "fox"})
