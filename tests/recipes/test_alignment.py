@@ -126,9 +126,9 @@ def test_training_aligns_the_tokens():
 
 
 def test_what_cannot_be_aligned_is_told():
-    with pytest.raises(ConfigError, match=r"align_stage is 9; this model has the stages 0 to 2, 1 the bottleneck"):
+    with pytest.raises(ConfigError, match=r"align_stage is 9; this model has stages 0 to 2, and 1 is the bottleneck"):
         attach_alignment(tiny(), 9, dim=5)
-    with pytest.raises(ConfigError, match="goes with IPT-V2 models"):
+    with pytest.raises(ConfigError, match="needs an IPT-V2 model"):
         attach_alignment(torch.nn.Linear(2, 2), 0, dim=5)
     for name in ("no.such:thing", "torch:nothing_of_the_kind", "torch"):
         with pytest.raises(ConfigError, match=r"no such module:function"):

@@ -243,7 +243,7 @@ def test_an_adapter_trains_beside_an_untouched_base(ground, tmp_path, train, cap
     options = ["--lora_rank", 4, "--max_train_steps", 40, "--eval_every", 10, "--learning_rate", 1e-2]
     losses, merged = train(folder, *options, "--save_dtype", "float32")
     assert losses[-1] < 0.98 * losses[0]
-    assert " M of them train," in capfd.readouterr().out
+    assert " M trainable)" in capfd.readouterr().out
     assert merged.id2label == dict(enumerate(BASE))  # those of the base: an adapter adds no classes
     base, adapter = IPTV2Pipeline.from_pretrained(folder), tmp_path / "run/lora"
     assert [path.name for path in adapter.iterdir()] == ["pytorch_lora_weights.safetensors"]
@@ -293,7 +293,7 @@ def test_labels_of_an_adapter_are_classes_of_the_base(ground, tmp_path, train, m
     seen.clear()
     train(folder, *short, "--label_column", "ignore", "--overwrite", "--accept_changes")
     assert seen == {9}
-    with pytest.raises(ConfigError, match="lora_rank needs saved weights to change"):
+    with pytest.raises(ConfigError, match="lora_rank needs saved weights; set --model"):
         train("tiny", *short)
-    with pytest.raises(ConfigError, match="kid_samples is 40, which does not go with lora_rank 2; leave one out"):
+    with pytest.raises(ConfigError, match="kid_samples is 40, but it does not work with lora_rank 2; leave one out"):
         train(folder, *short, "--kid_samples", 40)

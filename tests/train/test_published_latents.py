@@ -98,8 +98,8 @@ def rescaled(features, folder, change):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--resolution", 64), r"latents of 4x8x8, the VAE .* gives 4x16x16 at 64x64 pixels; set --resolution 32"),
-        (("--heldout_split", "val"), r"heldout_split is val, but .* holds latents: .*; set heldout_split to none"),
+        (("--resolution", 64), r"latents of 4x8x8, but the VAE .* gives 4x16x16 at 64x64 pixels; set --resolution 32"),
+        (("--heldout_split", "val"), r"heldout_split is val, but .* contains latents: .*; set heldout_split to none"),
         (("--streaming", "true", "--heldout_split", "val"), r"streaming is True, .*; set streaming to false"),
         (("--kid_samples", 8), r"kid_samples is 8, .* no pixels; set kid_samples to 0"),
         (("--num_classes", 2), r"num_classes is 2, but the data has labels up to 2; use 3 or more"),

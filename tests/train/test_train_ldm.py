@@ -306,15 +306,15 @@ def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path
         (["--resolution", 30], "height 30 is not a multiple of the VAE's 4; use 28 or 32"),
         (["--model", "iptv2-z"], "iptv2-s"),
         (["--model_overrides", '{"chanels": 8}'], "channels"),
-        (["--model_overrides", '{"in_channels": 3}'], "the model takes 3 channels, the VAE .* gives 4"),
+        (["--model_overrides", '{"in_channels": 3}'], "the model takes 3 channels, but the VAE .* gives 4"),
         (["--data", "FLAT", "--num_classes", 3], "num_classes is 3, but no labels were found in"),
         (["--resolution", 0], "resolution is 0; it must be at least 1"),
         (["--preview_per_class", 0], "preview_per_class is 0; it must be at least 1"),
         (["--heldout_samples", 0], "heldout_samples is 0; it must be at least 1"),
         (["--num_classes", 2], "num_classes is 2, but the data has labels up to 2; use 3 or more"),
         (["--model", "dit-s-2", "--resolution", 36], "latents of 9 x 9 do not divide into this DiT's patches of 2"),
-        (["--model_overrides", '{"out_channels": 5}'], "the model gives 5 channels for latents of 4"),
-        (["--model_overrides", '{"num_class_embeds": 2}'], "the model has 2 classes, the data 3; set --num_classes"),
+        (["--model_overrides", '{"out_channels": 5}'], "the model returns 5 channels for latents of 4"),
+        (["--model_overrides", '{"num_class_embeds": 2}'], "the model has 2 classes, but the data has 3; set"),
         (["--model_overrides", '{"patch_size": 0}'], "patch_size is 0; it must be at least 1"),
         (["--seed", 2**32], r"seed is 4294967296; it must lie in \[0, 4294967295\]"),
         (
@@ -325,7 +325,7 @@ def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path
         (["--class_balance", 1.5], r"class_balance is 1.5; it must lie in \[0, 1\]"),
         (
             ["--class_balance", 0.5, "--streaming", "true"],
-            "is 0.5, but a stream does not know all labels",
+            "is 0.5, but the labels of a stream are not known",
         ),
         (["--kid_every", 15], "kid_every is 15, not a multiple of eval_every 10; use 20"),
         (["--kid_every", 0], "kid_every is 0; it must be at least 1"),
@@ -362,7 +362,7 @@ def test_a_vae_that_decodes_to_nan_leaves_white_pictures_and_the_run_goes_on(mai
         "KID: images 1, 2",
     ):
         assert told in text
-    assert text.count("the model gives NaN or infinity in float32") >= 3
+    assert text.count("the model returns NaN or infinity in float32") >= 3
     assert all(np.isfinite(row.get("kid", 0.0)) for row in log(tmp_path / "run"))
     for name in ("samples.png", "previews/step-00000002.png"):
         sheet = np.asarray(Image.open(tmp_path / "run" / name).convert("L"))

@@ -192,8 +192,8 @@ def test_scales_add_smaller_copies_to_train_on_and_leave_the_heldout_crops_alone
     ("words", "message"),
     [
         (("--patch_sizes", "16,24"), "patch_steps is empty; give 1 in increasing order for 2 patch_sizes"),
-        (("--losses", '{"vgg": 1}'), "losses names vgg"),
-        (("--degradations", "snow"), "'snow' is no degradation; choose out of noise"),
+        (("--losses", '{"vgg": 1}'), "unknown losses vgg"),
+        (("--degradations", "snow"), "'snow' is not a degradation; choose from noise"),
         (("--noise", "50,5"), "noise is 50,5"),
         (("--heldout_size", "100"), "no image of .*photos is large enough for .* of 100"),
         (
@@ -211,9 +211,9 @@ def test_scales_add_smaller_copies_to_train_on_and_leave_the_heldout_crops_alone
         (("--seed", "-1"), r"seed is -1; it must lie in \[0, 4294967295\]"),
         (("--tasks", "", "--degradations", ""), "degradations and tasks are both empty"),
         (("--data", "absent"), "absent is not a folder"),
-        (("--degradations", "rain", *SIGMA), "takes a noise level and the data has none"),
-        (("--tasks", "noise", "--layout", "gopro"), "layout gopro has pairs of its own"),
-        (("--scales", "0.5", "--layout", "gopro"), "layout gopro has pairs of its own"),
+        (("--degradations", "rain", *SIGMA), "takes a noise level, but the data has none"),
+        (("--tasks", "noise", "--layout", "gopro"), "layout gopro has pairs"),
+        (("--scales", "0.5", "--layout", "gopro"), "layout gopro has pairs"),
         (("--scales", "1,2"), r"scales is 1,2; each must lie in \(0, 1\]"),
         (("--model", "tiny"), "Transformer2DModel"),
     ],

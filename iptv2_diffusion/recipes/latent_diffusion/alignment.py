@@ -1,10 +1,11 @@
-"""Representation alignment: a stage's tokens are drawn to the features of an encoder (REPA, Yu et al. 2024).
+"""Representation alignment: training brings a stage's tokens close to an encoder's features (REPA, Yu et al. 2024).
 
     loss = diffusion loss + weight * mean over tokens of -cos(projection(tokens of x_t), features(x0))
 
-(arXiv 2410.06940, eq. 8). The encoder is the user's: a `TargetFeatures`, named by `--align_target module:function`. The
-projection is an MLP of three layers. It is a part of the model while this trains, so that optimiser, averages, sharding
-and checkpoints hold it, and no part of what is saved at the end. Switched off there is neither a hook nor a parameter.
+This is arXiv 2410.06940, eq. 8. The user supplies the encoder: `--align_target module:function` names a function that
+returns a `TargetFeatures`. The projection is an MLP of three layers. During training it is a part of the model, so that
+the optimiser, the EMA, sharding and checkpoints include it. The saved pipeline does not contain it. Without
+`--align_target`, there are no hooks and no additional parameters.
 """
 
 from __future__ import annotations
@@ -21,31 +22,32 @@ from iptv2_diffusion.training.errors import ConfigError
 if TYPE_CHECKING:
     from iptv2_diffusion.latents import LatentCodec
 
-PREFIX = "alignment."  # of the projection's names in the model's state dict
+PREFIX = "alignment."  # prefix of the projection's names in the model's state dict
 
 
 class TargetFeatures(Protocol):
-    """What tokens are aligned with. `--align_target` names a function of the run's `LatentCodec` that returns one.
+    """Features to align tokens with. `--align_target` names a function that returns them for the run's `LatentCodec`.
 
     Attributes:
-        dim: D of the features.
+        dim: width D of the features.
     """
 
     dim: int
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Features (B, D, h, w), of any h and w, of clean latents (B, C, H, W) in model units, on their device.
+        """Return features (B, D, h, w), any h and w, of clean latents (B, C, H, W) in model units, on their device.
 
-        `codec.decode(latents)` gives the pictures, mirrored and cropped as the latents are. No gradient is taken.
+        `codec.decode(latents)` returns the images, mirrored and cropped as the latents are. The call runs without
+        gradients.
         """
 
 
 class Alignment(nn.Module):
-    """The projection, and the loss of what it was given at the last forward pass.
+    """The projection, and the alignment loss of the last forward pass.
 
     Args:
-        width: channels of the tokens.
-        dim: D of the features.
+        width: number of channels of the tokens.
+        dim: width D of the features.
         hidden: width of the two inner layers, 2048 in the paper.
     """
 
@@ -57,12 +59,12 @@ class Alignment(nn.Module):
         self._projected: Tensor | None = None
 
     def capture(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """A forward pre-hook of whatever module the tokens (B, C, h, w) go into. Does nothing but in training."""
+        """Forward pre-hook of the module that takes the tokens (B, C, h, w). It does nothing in evaluation mode."""
         if torch.is_grad_enabled() and module.training:
             self._projected = self.projection(arguments[0].permute(0, 2, 3, 1))  # (B, h, w, D)
 
     def loss(self, features: Tensor) -> Tensor:
-        """-cos of each sample, (B,) float32 in [-1, 1], for features (B, D, any h, any w); once a forward pass."""
+        """Return -cos of each sample, (B,) float32 in [-1, 1], for features (B, D, h, w). Call it once per forward."""
         projected, self._projected = self._projected, None
         size = projected.shape[1:3]
         features = features.float()
@@ -73,16 +75,18 @@ class Alignment(nn.Module):
 
 
 def attach_alignment(model: nn.Module, stage: int, dim: int, hidden: int = 2048) -> Alignment:
-    """Give the model an `Alignment` of the tokens that leave `stage`: 0 to 2L-2 for L levels, L-1 the bottleneck.
+    """Add an `Alignment` of the output tokens of `stage` (0 to 2L-2 for L levels; L-1 is the bottleneck) to the model.
 
-    The hook sits on the module that takes them up, which gradient checkpointing does not run again.
+    The hook is on the next module, which gradient checkpointing does not run a second time.
     """
     backbone = getattr(model, "backbone", None)
     if backbone is None:
-        raise ConfigError(f"alignment goes with IPT-V2 models; {type(model).__name__} has no stages: leave it out")
+        raise ConfigError(
+            f"alignment needs an IPT-V2 model; {type(model).__name__} has no stages: leave align_target out"
+        )
     last, encoder = len(backbone.width_levels) - 1, backbone.levels - 1
     if not 0 <= stage <= last:
-        raise ConfigError(f"align_stage is {stage}; this model has the stages 0 to {last}, {encoder} the bottleneck")
+        raise ConfigError(f"align_stage is {stage}; this model has stages 0 to {last}, and {encoder} is the bottleneck")
     takers = [*backbone.downsamples, *backbone.upsamples, model.head]
     model.alignment = Alignment(model.config.channels * 2 ** backbone.width_levels[stage], dim, hidden)
     takers[stage].register_forward_pre_hook(model.alignment.capture)
@@ -90,12 +94,12 @@ def attach_alignment(model: nn.Module, stage: int, dim: int, hidden: int = 2048)
 
 
 def without_alignment(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict less what only training needs."""
+    """Return a state dict without the alignment, which only training needs."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
 
 
 def load_target(name: str, codec: LatentCodec) -> TargetFeatures:
-    """The features that `module:function` makes for a codec."""
+    """Return the features that `module:function` creates for a codec."""
     module, colon, function = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), function)

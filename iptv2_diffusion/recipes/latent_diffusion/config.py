@@ -14,7 +14,7 @@ from iptv2_diffusion.training.options import Range, option
 class LDMConfig(ImageConfig):
     """A latent-diffusion run."""
 
-    # Alignment takes tokens from inside the model
+    # Alignment reads tokens inside the model
     not_with_cuda_graphs: ClassVar[tuple[str, ...]] = (*ImageConfig.not_with_cuda_graphs, "align_target")
 
     plan: bool = option(
@@ -27,24 +27,27 @@ class LDMConfig(ImageConfig):
     )
     label_column: str | None = option(
         None,
-        "column with the class labels; none: find it, if there is one; ignore: train without labels",
+        "column with the class labels; none: detect it; ignore: train without labels",
         group="data",
     )
     class_balance: float = option(
         0.0,
-        "how far rare classes are drawn more often: a class of n images is drawn in proportion to n^(1 - balance); "
+        "exponent that favours rare classes: a class of n images is drawn in proportion to n^(1 - class_balance); "
         "0: as often as in the data; 1: all classes equally often",
         group="data",
         within=(0, 1),
     )
     crops: int = option(
-        1, "number of crops of an image: 1: the centre crop; more: random crops beside it", group="data", at_least=1
+        1,
+        "number of crops of each image; 1: only the centre crop; more: the centre crop and random crops",
+        group="data",
+        at_least=1,
     )
     streaming: bool = option(
         False, "read images from the Hub or from shards as they are needed, without copying them", group="data"
     )
     shuffle_block: int = option(
-        4096, "number of images of a stream that are held in memory and shuffled", group="data", at_least=1
+        4096, "number of images of a stream that are kept in memory and shuffled", group="data", at_least=1
     )
 
     vae: str | None = option(
@@ -66,7 +69,8 @@ class LDMConfig(ImageConfig):
     )
     cache_shard_images: int = option(
         2048,
-        "images per shard of the cache; a killed run repeats one shard, and processes take turns by shards",
+        "number of images in a shard of the cache; a killed run encodes one shard again, and processes share the work "
+        "by shards",
         group="latents",
         free=True,
         at_least=1,
@@ -89,7 +93,7 @@ class LDMConfig(ImageConfig):
     )
     num_classes: int | None = option(
         None,
-        "number of classes; none: count them in the data; a larger number leaves room",
+        "number of classes; none: count them in the data; a larger number leaves room for more classes",
         group="model",
         at_least=0,
     )
@@ -101,7 +105,7 @@ class LDMConfig(ImageConfig):
     )
     learned_variance: bool | None = option(
         None,
-        "learn the variance in a range, as ADM and DiT do; none: as the saved model in model, else false",
+        "learn the variance within a range, as ADM and DiT do; none: that of the saved model in model, else false",
         group="objective",
     )
     timestep_sampling: Literal["uniform", "logit_normal"] = option(
@@ -119,8 +123,8 @@ class LDMConfig(ImageConfig):
     )
     timestep_shift: float = option(
         1.0,
-        "shift of the timesteps in training only, for any objective; for a larger image use "
-        "sqrt(pixels / pixels that the recipe was made for)",
+        "shift of the timesteps in training only, for any objective; for larger images use "
+        "sqrt(pixels / pixels of the recipe's images)",
         group="objective",
         above=0,
     )
@@ -136,16 +140,18 @@ class LDMConfig(ImageConfig):
     )
 
     align_target: str | None = option(
-        None, "module:function that makes the features to align with (REPA); none: no alignment", group="alignment"
+        None,
+        "module:function that returns the features for representation alignment (REPA); none: no alignment",
+        group="alignment",
     )
     align_stage: int = option(
         1,
-        "stage whose tokens are aligned, counted from 0; 2 is the bottleneck of 5 stages",
+        "stage whose tokens are aligned, counted from 0; with 5 stages, 2 is the bottleneck",
         group="alignment",
         at_least=0,
     )
-    align_weight: float = option(0.5, "weight of the alignment in the loss", group="alignment", above=0)
-    align_hidden: int = option(2048, "hidden width of the projection", group="alignment", at_least=1)
+    align_weight: float = option(0.5, "weight of the alignment loss", group="alignment", above=0)
+    align_hidden: int = option(2048, "hidden width of the alignment's projection", group="alignment", at_least=1)
 
     heldout_samples: int = option(
         512, "largest number of images for the held-out loss", group="results", free=True, at_least=1
@@ -167,7 +173,8 @@ class LDMConfig(ImageConfig):
     )
     kid_every: int = option(
         5000,
-        "steps between KIDs, a multiple of eval_every, whose 0 turns KID off; KID is also computed after the last step",
+        "number of steps between KIDs, a multiple of eval_every; KID is also computed after the last step; no KID if "
+        "eval_every is 0",
         group="results",
         free=True,
         at_least=0,
@@ -179,7 +186,7 @@ class LDMConfig(ImageConfig):
         free=True,
     )
     inception_weights: str | None = option(
-        None, "local copy of Inception's weights; none: download them", group="results", free=True
+        None, "local file with Inception's weights; none: download them", group="results", free=True
     )
     save_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "precision of the denoiser in the saved pipeline", group="results", free=True
@@ -189,8 +196,8 @@ class LDMConfig(ImageConfig):
         super().validate()
         if self.class_balance and self.streaming:
             raise ConfigError(
-                f"class_balance is {self.class_balance}, but a stream does not know all labels beforehand; leave out "
-                "streaming or class_balance"
+                f"class_balance is {self.class_balance}, but the labels of a stream are not known in advance; leave "
+                "out streaming or class_balance"
             )
         if self.kid_samples:
             Range(at_least=1).check("kid_every", self.kid_every)
@@ -204,17 +211,17 @@ class LDMConfig(ImageConfig):
         for name, value in (("kid_samples", self.kid_samples), ("num_classes", self.num_classes)):
             if self.lora_rank and value:
                 raise ConfigError(
-                    f"{name} is {value}, which does not go with lora_rank {self.lora_rank}; leave one out"
+                    f"{name} is {value}, but it does not work with lora_rank {self.lora_rank}; leave one out"
                 )
         if self.lora_rank and (self.ema == "power" or self.sharding != "none"):
-            raise ConfigError("lora_rank goes with --ema constant and --sharding none; a LoRA is too small to shard")
+            raise ConfigError("lora_rank needs --ema constant and --sharding none; a LoRA is too small to shard")
         if self.learned_variance and self.objective == "flow":
             raise ConfigError(
                 "learned_variance does not work with the objective flow; use epsilon or v_prediction, or leave it out"
             )
 
     def resolve(self) -> LDMConfig:
-        """A stream is never cached; training target and VAE are those of the saved model that the run starts from."""
+        """Take the training target and the VAE from the saved model that the run starts from; never cache a stream."""
         from iptv2_diffusion.recipes.latent_diffusion.origin import resolved_options  # late: torch takes seconds
 
         options = resolved_options(self)

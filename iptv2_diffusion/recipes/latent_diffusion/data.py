@@ -1,4 +1,4 @@
-"""What a latent-diffusion run trains on: images, codec and latents, as the options of `LDMConfig` say."""
+"""Data of a latent-diffusion run: images, codec and latents, from the options of `LDMConfig`."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
 from iptv2_diffusion.training.image_splits import load_splits
 from iptv2_diffusion.training.precision import fastest_precision
 
-LEAST_DEVIATION = 1 / 3  # of latents in model units, and the inverse of the largest; SD's VAE without its scaling: 5
+# Smallest standard deviation of latents in model units, and inverse of the largest. SD's VAE without its scaling has 5.
+LEAST_DEVIATION = 1 / 3
 Images = ImageTensors | ImageStream | FeatureFolder
 
 
 def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[Images, Images | None, list[str]]:
-    """Training images, held-out images (None if none are wanted) and class names ([] without labels).
+    """Return training images, held-out images (None without any) and class names ([] without labels).
 
-    Of published latents (a `FeatureFolder`), the latents.
+    For published latents, the images are a `FeatureFolder` of latents.
     """
     columns = {"image_column": config.image_column, "label_column": config.label_column, "revision": config.revision}
     with user_errors(OSError, ValueError):
@@ -56,8 +57,8 @@ def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[Images, Im
         accelerator.print(f"{config.data}: {train.info.description}")
     if config.class_balance and not names:
         raise ConfigError(
-            f"class_balance is {config.class_balance}, but no labels were found in {config.data}; name them by "
-            "--label_column, give every class its own sub-folder, or leave class_balance out"
+            f"class_balance is {config.class_balance}, but no labels were found in {config.data}; set "
+            "--label_column, put every class into its own sub-folder, or leave class_balance out"
         )
     if config.dry_run:
         train = train.select(range(min(len(train), 2 * config.batch_size)))
@@ -73,7 +74,7 @@ def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[Images, Im
 def _load_features(
     config: LDMConfig, accelerator: Accelerator
 ) -> tuple[FeatureFolder, FeatureFolder | None, list[str]]:
-    """The same for published latents, which have no splits of their own."""
+    """Do the same for published latents, which have a single split."""
     for option, value, default in (
         ("streaming", config.streaming, False),
         ("heldout_split", config.heldout_split, None),
@@ -83,10 +84,10 @@ def _load_features(
     ):
         if value != default:
             raise ConfigError(
-                f"{option} is {value}, but {config.data} holds latents: one split, one view of each image and no "
+                f"{option} is {value}, but {config.data} contains latents: one split, one view of each image and no "
                 f"pixels; set {option} to {'none' if default is None else str(default).lower()}"
             )
-    # One process makes the index; the others then find it on the disk.
+    # One process writes the index, and the others then read it from the disk.
     with user_errors(OSError, ValueError), accelerator.local_main_process_first():
         labelled = config.label_column != "ignore"
         options: dict[str, Any] = {"labelled": labelled, "num_workers": config.num_workers}
@@ -105,10 +106,10 @@ def _load_features(
 
 
 def check_latents(config: LDMConfig, codec: LatentCodec, latents: StoredLatents) -> str | None:
-    """Refuse published latents that are not of this VAE and image size; return a note on unusual statistics.
+    """Check latents against the VAE and the image size; return a note on unusual statistics.
 
     Raises:
-        ConfigError: shape or standard deviation of published latents do not fit.
+        ConfigError: the shape or the standard deviation of published latents does not fit.
     """
     height, width = codec.latent_size(*config.size)
     expected = (codec.latent_channels, height, width)
@@ -118,31 +119,31 @@ def check_latents(config: LDMConfig, codec: LatentCodec, latents: StoredLatents)
         remedy = (
             f"set --resolution {pixels[0] if pixels[0] == pixels[1] else f'{pixels[0]},{pixels[1]}'}"
             if channels == expected[0]
-            else "name the VAE that they were encoded by"
+            else "set --vae to the VAE that encoded them"
         )
         raise ConfigError(
-            f"{config.data} holds latents of {'x'.join(map(str, latents.latent_shape))}, the VAE {config.vae} gives "
-            f"{'x'.join(map(str, expected))} at {config.size[0]}x{config.size[1]} pixels; {remedy}"
+            f"{config.data} contains latents of {'x'.join(map(str, latents.latent_shape))}, but the VAE {config.vae} "
+            f"gives {'x'.join(map(str, expected))} at {config.size[0]}x{config.size[1]} pixels; {remedy}"
         )
     with user_errors(OSError, ValueError, as_error=LocalError):
         deviation = latents.deviation()
     if LEAST_DEVIATION <= deviation <= 1 / LEAST_DEVIATION:
         return None
     scale = codec.vae.config.get("scaling_factor")
-    told = f"the latents have a standard deviation of {deviation:.3g}, and a denoiser needs about 1"
+    unusual = f"the latents have a standard deviation of {deviation:.3g}, but a denoiser needs about 1"
     if isinstance(latents, FeatureFolder):
         raise ConfigError(
-            f"{config.data}: {told}; encode the images again and multiply by the VAE's scaling_factor {scale}, as "
-            "fast-DiT does, or name the VAE that they were encoded by"
+            f"{config.data}: {unusual}; encode the images again and multiply by the VAE's scaling_factor {scale}, as "
+            "fast-DiT does, or set --vae to the VAE that encoded them"
         )
     if not deviation > 0:
-        return f"note: {told}; the VAE {config.vae} may be untrained"
+        return f"note: {unusual}; the VAE {config.vae} may be untrained"
     better = (scale or 1) / deviation
-    return f"note: {told}; set scaling_factor in the VAE's config.json to {better:.4g} instead of {scale}"
+    return f"note: {unusual}; set scaling_factor in the VAE's config.json to {better:.4g} instead of {scale}"
 
 
 def source_of(config: LDMConfig) -> str:
-    """The data as `load_image_dataset` takes them: a path, or a name on the Hub."""
+    """Return the data as an argument of `load_image_dataset`: a path or a name on the Hub."""
     path = shipped(config.data)
     return str(path) if path.exists() else config.data
 
@@ -150,20 +151,20 @@ def source_of(config: LDMConfig) -> str:
 def _load_stream(
     config: LDMConfig, accelerator: Accelerator, columns: dict[str, Any]
 ) -> tuple[ImageStream, ImageTensors | None, list[str]]:
-    """The same for a stream, whose held-out images are the first of a split of their own, held in memory."""
+    """Do the same for a stream. Its held-out images are the first images of a separate split, kept in memory."""
     with user_errors(OSError, ValueError):
         train = load_image_dataset(source_of(config), split=config.train_split, streaming=True, **columns)
         names = class_names(train) or []
         if "label" in train.column_names and not names:
             if config.num_classes is None:
                 raise ConfigError(
-                    f"the labels of a stream cannot be counted beforehand, and {config.data} does not name them: give "
+                    f"the classes of a stream cannot be counted in advance, and {config.data} does not name them: set "
                     "--num_classes, or --label_column ignore"
                 )
             names = [str(label) for label in range(config.num_classes)]
         heldout = None
         if config.heldout_split is None:
-            accelerator.print("no held-out loss: a stream needs a --heldout_split of its own for that")
+            accelerator.print("no held-out loss: a stream needs a separate --heldout_split for it")
         else:
             first = load_image_dataset(source_of(config), split=config.heldout_split, streaming=True, **columns)
             records = list(first.take(config.heldout_samples))
@@ -177,8 +178,8 @@ def _load_stream(
 
 
 def load_codec(config: LDMConfig, device: torch.device) -> LatentCodec:
-    """The VAE's codec, frozen, on the device."""
-    with user_errors(Exception):  # of diffusers and safetensors, about whatever the folder holds
+    """Load the VAE and return its codec, frozen, on the device."""
+    with user_errors(Exception):  # from diffusers and safetensors, for any content of the folder
         vae = load_vae(str(shipped(config.vae)), config.vae_subfolder)
     vae.to(device, memory_format=torch.channels_last)
     with user_errors(ValueError):
@@ -194,9 +195,10 @@ def open_caches(
     *images: ImageTensors | None,
     whole_run: bool = False,
 ) -> list[LatentCache | None]:
-    """The caches of training and held-out images (the latter never mirrored), made first where they are missing.
+    """Return the latent caches of training and held-out images, and create those that are missing.
 
-    The processes of each machine share the work; with `whole_run` those of all machines, which needs a common disk.
+    Held-out images are never mirrored. The processes of each machine share the work. With `whole_run`, the processes of
+    all machines do, which requires a shared disk.
     """
     share = (accelerator.process_index, accelerator.num_processes)
     if not whole_run:
@@ -226,13 +228,15 @@ def open_caches(
 
 
 def make_caches(config: LDMConfig) -> int:
-    """Encode what is missing of the run's caches, on all processes of all machines; returns the exit code."""
+    """Encode the missing parts of the run's caches on all processes of all machines; return the exit code."""
     if config.streaming:
-        raise ConfigError("a stream is not cached, but encoded as it comes: leave --streaming out to cache its images")
+        raise ConfigError(
+            "a stream is encoded during training and not cached; leave --streaming out to cache its images"
+        )
     accelerator = start_accelerator(resolve_sharding(config))
     train, heldout, _ = load_images(config, accelerator)
     if isinstance(train, FeatureFolder):
-        raise ConfigError(f"{config.data} holds latents already; train_ldm.py reads them from there")
+        raise ConfigError(f"{config.data} already contains latents; train_ldm.py reads them directly")
     codec = load_codec(config, accelerator.device)
     for what, cache in zip(
         ("training", "held-out"),
@@ -246,14 +250,14 @@ def make_caches(config: LDMConfig) -> int:
 
 
 def encode_precision(config: LDMConfig) -> Literal["float32", "bfloat16"]:
-    """`config.encode_precision`, with `auto` decided for this machine."""
+    """Return `config.encode_precision`, with `auto` resolved for this machine."""
     if config.encode_precision != "auto":
         return config.encode_precision
     return "bfloat16" if fastest_precision() == "bf16" else "float32"
 
 
 def run_draws(config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, order: Order) -> RunDraws:
-    """What is random in the run, as this process sees it."""
+    """Create the random draws of the run for this process."""
     slices = own_slices(
         config.batch_size, accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
     )
@@ -264,7 +268,7 @@ def run_draws(config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, o
 def latents_from_cache(
     config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, cache: StoredLatents
 ) -> LatentSource:
-    """Latents on the disk, in the order of the run."""
+    """Return a source of latents on the disk, in the order of the run."""
     weights = class_balanced_weights(cache.class_labels, config.class_balance)
     order = DataOrder(len(cache), config.seed, weights)
     draws = replace(run_draws(config, accelerator, codec, order), posterior=cache.has_spread)
@@ -281,9 +285,9 @@ def latents_on_the_fly(
     position: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
 ) -> LatentSource:
-    """Latents encoded as they are needed from optimiser step `start` on.
+    """Return a source that encodes latents when they are needed, from optimiser step `start` on.
 
-    Of a stream, `position` is where it was at that step, and labels must be below `num_classes`.
+    For a stream, `position` is its position at that step, and labels must be below `num_classes`.
     """
     encoding = Encoding(flips=config.random_flip, crops=config.crops, precision=encode_precision(config))
     reading: dict[str, Any] = {"start": start, "encoding": encoding, "num_workers": config.num_workers}

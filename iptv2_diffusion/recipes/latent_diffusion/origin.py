@@ -1,4 +1,4 @@
-"""What a run takes over from the saved model that it starts from: training target, VAE and classes."""
+"""Properties that a run inherits from the saved model that it starts from: training target, VAE and classes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SHIPPED_VAE = "assets/vae-emoji64"
 
 
 def resolved_options(config: LDMConfig) -> dict[str, Any]:
-    """Values for the options that are None: those of the saved model, or of a new one.
+    """Return values for the options that are None: those of the saved model, or the defaults of a new model.
 
     Raises:
-        ConfigError: an option contradicts the saved model, or no training target samples as its scheduler does.
+        ConfigError: an option contradicts the saved model, or no training target fits its scheduler.
     """
     with user_errors(OSError, ValueError):
         saved = find_weights(config.model)
@@ -32,7 +32,7 @@ def resolved_options(config: LDMConfig) -> dict[str, Any]:
         if name != "flow_shift" and given not in (None, value):
             raise ConfigError(
                 f"{name} is {_said(given)}, but {config.model} was trained with {_said(value)}; leave --{name} out, or "
-                f"give {saved.folder / 'config.json'} as --model to start from random weights"
+                f"set --model {saved.folder / 'config.json'} to start from random weights"
             )
     options = {"objective": "epsilon", "learned_variance": False, "flow_shift": 1.0} | found
     options = {name: value for name, value in options.items() if getattr(config, name) is None}
@@ -43,29 +43,29 @@ def resolved_options(config: LDMConfig) -> dict[str, Any]:
 
 
 def noise_schedule(config: LDMConfig) -> dict[str, Any]:
-    """Arguments of the training scheduler: the noise schedule of the saved model; empty for a new one."""
+    """Return arguments of the training scheduler: the noise schedule of the saved model; empty for a new model."""
     saved = find_weights(config.model)
     scheduler = None if saved is None else _scheduler(saved)
     return (scheduler is not None and noise_schedule_of(scheduler)) or {}
 
 
 def classes_of_base(config: LDMConfig, names: list[str]) -> tuple[int | None, list[str], list[int]]:
-    """Classes of the model that an adapter changes, which stay as they are.
+    """Match the data's labels to the classes of the model that an adapter changes. An adapter adds no classes.
 
     Args:
-        config: of the run, with a `lora_rank`.
-        names: of the data's classes; empty for data without labels.
+        config: configuration of the run, with a `lora_rank`.
+        names: names of the data's classes; empty for data without labels.
 
     Returns:
-        Number of the model's classes, their names, and for each label of the data the number of its class there: that
-        of the null label for data without labels.
+        Number of the model's classes, their names, and the model's class for each label of the data. Data without
+        labels have the null label.
 
     Raises:
-        ConfigError: there is no saved model, or it does not have a class of the data.
+        ConfigError: there is no saved model, or a class of the data is not among its classes.
     """
     saved = find_weights(config.model)
     if saved is None:
-        raise ConfigError("lora_rank needs saved weights to change: give a folder, a pipeline or a Hub name as --model")
+        raise ConfigError("lora_rank needs saved weights; set --model to a folder, a pipeline or a Hub name")
     number = saved.config.get("num_class_embeds")
     if number is None:
         return None, [], [0]
@@ -74,14 +74,14 @@ def classes_of_base(config: LDMConfig, names: list[str]) -> tuple[int | None, li
     absent = [name for label, name in enumerate(names) if label not in kept]
     if absent:
         raise ConfigError(
-            f"{config.model} has no class {absent[0]!r}, and an adapter adds none; give folders the names of its "
+            f"{config.model} has no class {absent[0]!r}, and an adapter adds none; name the folders after its "
             f"classes ({', '.join(own[:5])} ...), or train with --label_column ignore, or leave --lora_rank out"
         )
     return number, own, [kept[label] for label in range(len(names))] or [number]
 
 
 def _target(saved: SavedModel) -> dict[str, Any]:
-    """Training target of a saved model, as far as the files beside it tell."""
+    """Return the training target of a saved model, as far as its pipeline's files define it."""
     model, scheduler = saved.config, _scheduler(saved)
     found: dict[str, Any] = {}
     if {"in_channels", "out_channels"} <= model.keys():
@@ -91,7 +91,7 @@ def _target(saved: SavedModel) -> dict[str, Any]:
     found["objective"] = prediction_of(scheduler)
     if found["objective"] not in PREDICTION_TYPES:
         raise ConfigError(
-            f"the scheduler beside {saved.folder} predicts {found['objective']}; a training has "
+            f"the scheduler of {saved.folder} has prediction type {found['objective']}; training supports "
             f"{', '.join(PREDICTION_TYPES)}"
         )
     if found["objective"] == FLOW:
@@ -100,12 +100,12 @@ def _target(saved: SavedModel) -> dict[str, Any]:
 
 
 def _scheduler(saved: SavedModel) -> diffusers.SchedulerMixin | None:
-    """The scheduler beside a saved model; None if there is none."""
+    """Return the scheduler of a saved model's pipeline; None if there is none."""
     config = saved.scheduler_config
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         return None
-    with user_errors(ValueError, NotImplementedError):  # of diffusers, about the values of the file
+    with user_errors(ValueError, NotImplementedError):  # from diffusers, for values in the file
         return kind.from_config(dict(config))
 
 

@@ -1,4 +1,4 @@
-"""What a latent-diffusion run will need, from three steps on noise: the table that `--plan` prints."""
+"""Cost of a latent-diffusion run, estimated from three steps on noise: the table that `--plan` prints."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def show_plan(
 
 
 class SyntheticLatents(LatentSource):
-    """Latents of noise, for planning: no images are needed."""
+    """Noise in place of latents, so that planning needs no images."""
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, StepDraws]]:
-        """Noise, label 0 and draws."""
+        """Yield noise, label 0 and draws."""
         for draws in self.draws.micro_batches(step):
             yield draws.posterior_noise, torch.zeros_like(draws.items), draws

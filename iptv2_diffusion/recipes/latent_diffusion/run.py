@@ -1,7 +1,7 @@
 """A latent-diffusion run from its options to a pipeline folder: build, train, save.
 
-Latents come from a VAE through `LatentCodec`, cached once or on the fly; `DiffusionObjective` says what is predicted;
-`Trainer` runs the loop, resumes exactly and saves. This file joins them.
+`LatentCodec` encodes images to latents, once (cached) or in every step. `DiffusionObjective` defines the training
+target. `Trainer` runs the loop, resumes exactly and saves checkpoints. This file connects them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def run(config: LDMConfig) -> int:
         return 0
     if config.dry_run:
         trainer.check_resume()
-    weights = trainer.state.averaged_state_dict()  # by all: those of a sharded model are gathered
+    weights = trainer.state.averaged_state_dict()  # on all processes, which gather a sharded model together
     if accelerator.is_main_process:
         save_results(config, trainer, task, weights)
     trainer.finish()
@@ -93,11 +93,11 @@ def run(config: LDMConfig) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What the run is made of
+# Components of the run
 
 
 def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None, names: Sequence[str] = ()) -> nn.Module:
-    """The denoiser for these latents and classes: new, from the seed, or the saved one that `config.model` names."""
+    """Return the denoiser for these latents and classes: the saved one of `config.model`, or one from the seed."""
     height, width = codec.latent_size(*config.size)
     sample_size = height if height == width else (height, width)
     set_seed(config.seed)
@@ -123,9 +123,9 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None, n
 
 
 def size_of(model: nn.Module) -> str:
-    """Number of parameters, and of those that train if others do not."""
+    """Describe the number of parameters, and of trainable ones if they are fewer."""
     total, trained = count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{total / 1e6:.2f} M parameters" + (f", {trained / 1e6:.3f} M of them train," if trained < total else "")
+    return f"{total / 1e6:.2f} M parameters" + (f" ({trained / 1e6:.3f} M trainable)" if trained < total else "")
 
 
 def fine_tuned(
@@ -136,7 +136,7 @@ def fine_tuned(
     num_classes: int | None,
     names: Sequence[str],
 ) -> nn.Module:
-    """A saved denoiser for the data's classes and size; the main process says which classes it knows."""
+    """Adapt a saved denoiser to the data's classes and size. The main process prints the classes that it knows."""
     if "sample_size" not in model.config or "sigma_conditioning" in model.config:
         raise ConfigError(f"{saved.folder} is a {type(model).__name__}, not a denoiser; train_restoration.py trains it")
     kept = match_classes(names, saved.id2label, null_label(model))
@@ -155,37 +155,39 @@ def check_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None, 
     out_channels = 2 * channels if config.learned_variance else channels
     if model.config.in_channels != channels:
         raise ConfigError(
-            f"the model takes {model.config.in_channels} channels, the VAE {config.vae} gives {channels}; choose "
+            f"the model takes {model.config.in_channels} channels, but the VAE {config.vae} gives {channels}; choose "
             "another VAE or leave in_channels out of model_overrides"
         )
     if (model.config.out_channels or channels) != out_channels:
         raise ConfigError(
-            f"the model gives {model.config.out_channels} channels for latents of {channels}; with learned_variance "
-            f"{config.learned_variance} it must give {out_channels}: leave out_channels out of model_overrides"
+            f"the model returns {model.config.out_channels} channels for latents of {channels}; with learned_variance "
+            f"{config.learned_variance} it must return {out_channels}: leave out_channels out of model_overrides"
         )
     if num_classes is not None and null_label(model) != num_classes:
         raise ConfigError(
-            f"the model has {null_label(model)} classes, the data {num_classes}; set --num_classes and leave "
+            f"the model has {null_label(model)} classes, but the data has {num_classes}; set --num_classes and leave "
             "num_class_embeds out of model_overrides"
         )
     height, width = codec.latent_size(*config.size)
     patch = model.config.patch_size
     if "num_embeds_ada_norm" in model.config and (height % patch or width % patch):
         raise ConfigError(
-            f"latents of {height} x {width} do not divide into this DiT's patches of {patch}; choose a resolution in "
-            f"multiples of {patch * codec.compression}"
+            f"latents of {height} x {width} do not divide into this DiT's patches of {patch}; choose a resolution that "
+            f"is a multiple of {patch * codec.compression}"
         )
 
 
 def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int | None:
-    """Number of classes; None for unlabelled data. `labels` are those of all images, if they are known beforehand."""
+    """Return the number of classes; None for unlabelled data. `labels` are those of all images, if known in advance."""
     found = max(len(names), max(labels, default=-1) + 1) if names else 0
     if names and min(labels, default=0) < 0:
-        raise ConfigError(f"the data has the label {min(labels)}; labels are 0 to {found - 1}: fix or remove those")
+        raise ConfigError(
+            f"the data has the label {min(labels)}; labels are 0 to {found - 1}: fix or remove the others"
+        )
     if config.num_classes and not names:
         raise ConfigError(
-            f"num_classes is {config.num_classes}, but no labels were found in {config.data}; name them by "
-            "--label_column, give every class its own sub-folder, or leave num_classes out"
+            f"num_classes is {config.num_classes}, but no labels were found in {config.data}; set "
+            "--label_column, put every class into its own sub-folder, or leave num_classes out"
         )
     if config.num_classes is not None and config.num_classes < found:
         raise ConfigError(
@@ -195,7 +197,7 @@ def count_classes(config: LDMConfig, names: list[str], labels: list[int]) -> int
 
 
 def make_objective(config: LDMConfig) -> DiffusionObjective:
-    """The training loss with its scheduler."""
+    """Return the training objective with its scheduler."""
     options = noise_schedule(config)
     if config.objective == "flow":
         options["shift"] = config.flow_shift
@@ -212,7 +214,7 @@ def make_objective(config: LDMConfig) -> DiffusionObjective:
 
 
 def align(config: LDMConfig, codec: LatentCodec, model: nn.Module) -> TargetFeatures | None:
-    """The features that the model is to be aligned with, and the projection in the model; None if it is not."""
+    """Add the alignment's projection to the model and return the target features; None without alignment."""
     if config.align_target is None:
         return None
     target = load_target(config.align_target, codec)
@@ -223,7 +225,7 @@ def align(config: LDMConfig, codec: LatentCodec, model: nn.Module) -> TargetFeat
 def make_distance(
     config: LDMConfig, accelerator: Accelerator, heldout: ImageTensors | None, labelled: bool
 ) -> KernelDistance | None:
-    """What measures samples in training; None if nothing does."""
+    """Return the metric of samples during training; None without KID."""
     if not config.kid_samples:
         return None
     if heldout is None:
@@ -245,10 +247,10 @@ def make_task(
     target_features: TargetFeatures | None,
     label_ids: list[int] | None = None,
 ) -> LatentDiffusionTask:
-    """Latents (cached or on the fly) and all that a step needs, ready to go on from the trainer's step."""
+    """Return the task, with latents cached or encoded in every step, ready to continue from the trainer's step."""
     accelerator, model = trainer.accelerator, trainer.state.module
     train, heldout, names = images
-    # What may be refused comes before the images are encoded, which can take hours.
+    # Checks that can fail come before the encoding of images, which can take hours.
     objective = make_objective(config)
     distance = make_distance(config, accelerator, heldout, labelled=null_label(model) is not None)
     if isinstance(train, FeatureFolder):
@@ -282,11 +284,11 @@ def make_task(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What it leaves
+# Results
 
 
 def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask, weights: dict[str, Tensor]) -> None:
-    """The pipeline folder with the averaged weights, then samples.png from that folder, read back."""
+    """Write the pipeline folder with the EMA weights, load it, and draw samples.png with it."""
     folder = trainer.output_dir / "pipeline"
     module = trainer.state.module
     model = type(module).from_config(module.config)
@@ -305,7 +307,7 @@ def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask,
 
 
 def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -> str:
-    """What was made, and commands to copy."""
+    """Return a summary of the results, and commands to copy."""
     folder, quoted = trainer.output_dir, shlex.quote(str(trainer.output_dir))
     label = repr(task.id2label[0]) + ", " if task.id2label else ""
     label_word = shlex.quote(task.id2label[0]) + " " if task.id2label else ""

@@ -1,4 +1,4 @@
-"""Latent diffusion as a training task: what `train_ldm.py` trains, evaluates and previews.
+"""Latent diffusion as a training task: batches, loss, held-out loss and previews of `train_ldm.py`.
 
     loss(step) = mean over the batch of objective(model(x_t, t, label), x0, noise)
 
@@ -37,24 +37,24 @@ from iptv2_diffusion.training.precision import device_of_sums
 from iptv2_diffusion.training.signals import no_interruption
 from iptv2_diffusion.training.training_task import TrainingTask
 
-NOISE_BANDS = 4  # the held-out loss is also told for each quarter of the timesteps
+NOISE_BANDS = 4  # the held-out loss is also reported for each quarter of the timesteps
 
 
 class LatentDiffusionTask(TrainingTask):
-    """Trains a denoiser of latents.
+    """Training of a latent denoiser.
 
     Args:
-        config: of the run.
-        accelerator: gives device and processes.
-        codec: of the latents; its VAE goes into the pipelines.
-        model: the bare denoiser; its config is read, and its alignment, if it has one.
-        objective: what is predicted.
+        config: configuration of the run.
+        accelerator: accelerator of the run, for its device and processes.
+        codec: codec of the latents; the saved pipelines contain its VAE.
+        model: the bare denoiser, of which only the config and the alignment are read.
+        objective: training objective.
         source: latents of the training images, with the draws of the run.
         heldout: latents of the held-out images, or None.
-        names: of the model's classes; empty if unknown.
+        names: names of the model's classes; empty if unknown.
         label_ids: the model's class for each label of the data; None if they are the same.
-        distance: measures samples at `kid_every`, or None.
-        target_features: what the model's `alignment` (see `alignment.py`) is aligned with, if it has one.
+        distance: metric of samples, computed at `kid_every`; or None.
+        target_features: target features of the model's `alignment` (see `alignment.py`), if it has one.
     """
 
     works_together = True
@@ -87,15 +87,15 @@ class LatentDiffusionTask(TrainingTask):
     # Training
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
-        """(latents, noise, timesteps, labels) of each micro-batch, on the device."""
+        """Yield (latents, noise, timesteps, labels) of each micro-batch, on the device."""
         micro_batches = self.source.micro_batches(step)
         for _ in self.source.draws.slices:
-            with user_errors(OSError, ValueError, as_error=LocalError):  # of images read as they are needed
+            with user_errors(OSError, ValueError, as_error=LocalError):  # from images that are read during training
                 latents, labels, draws = next(micro_batches)
             yield self._prepare(latents, labels, draws, self.config.label_dropout)
 
     def _prepare(self, latents: Tensor, labels: Tensor, draws: StepDraws, label_dropout: float) -> tuple[Tensor, ...]:
-        """What `loss` takes: with timesteps, and labels dropped, as drawn; on the device."""
+        """Return the arguments of `loss` on the device, with the timesteps and the label drops of the draws."""
         if self.label_ids is not None:
             labels = self.label_ids[labels]
         if self.null_label is not None:
@@ -105,14 +105,14 @@ class LatentDiffusionTask(TrainingTask):
         return tuple(t.to(device, non_blocking=True) for t in (latents, draws.noise, timesteps, labels))
 
     def position(self, step: int) -> dict[str, Any] | None:
-        """Where a stream of images is at the start of `step`; None for data with random access."""
+        """Return the position of an image stream at the start of `step`; None for data with random access."""
         own = self.source.position(step)
         if own is None:
             return None
         return join_positions(gather_object([own]) if self.accelerator.num_processes > 1 else [own])
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Mean loss of a micro-batch, with the alignment where there is one."""
+        """Return the mean loss of a micro-batch, including the alignment loss if there is one."""
         losses = self._losses(model, batch)
         if self.alignment is not None:
             with torch.no_grad():
@@ -121,7 +121,7 @@ class LatentDiffusionTask(TrainingTask):
         return losses.mean()
 
     def _losses(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Loss of each sample, (B,)."""
+        """Return the loss of each sample, (B,)."""
         latents, noise, timesteps, labels = batch
         return self.objective.loss(model, latents, noise, timesteps, None if self.null_label is None else labels)
 
@@ -131,7 +131,7 @@ class LatentDiffusionTask(TrainingTask):
     def evaluate(
         self, model: nn.Module, step: int, last: bool, interrupt: Callable[[], None] = no_interruption
     ) -> dict[str, float]:
-        """Held-out loss, and KID every `kid_every` steps and after the last."""
+        """Return the held-out loss, and KID every `kid_every` steps and after the last step."""
         config, figures = self.config, self.heldout_loss(model, interrupt)
         if self.distance is not None and (last or step % config.kid_every == 0):
             sampling = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
@@ -140,10 +140,10 @@ class LatentDiffusionTask(TrainingTask):
 
     @torch.no_grad()
     def heldout_loss(self, model: nn.Module, interrupt: Callable[[], None] = no_interruption) -> dict[str, float]:
-        """Held-out loss, with the same images, noise and timesteps each time; in all and by quarter of the timesteps.
+        """Return the held-out loss over all timesteps and over each quarter of them.
 
-        Timesteps are spread evenly over the images, whatever `stratified_timesteps` says. Each process takes its share
-        of the images.
+        Images, noise and timesteps are the same each time. Timesteps are spread evenly over the images, regardless of
+        `stratified_timesteps`. Each process computes a share of the images.
         """
         if self.heldout is None:
             return {}
@@ -152,17 +152,17 @@ class LatentDiffusionTask(TrainingTask):
         draws = draw_step(DataOrder(len(self.heldout), config.seed), 0, count, self.heldout.latent_shape)
         draws = replace(draws, flips=torch.zeros_like(draws.flips))
         device = device_of_sums(accelerator)
-        sums = torch.zeros(2, NOISE_BANDS, dtype=torch.float64, device=device)  # of losses, of samples
+        sums = torch.zeros(2, NOISE_BANDS, dtype=torch.float64, device=device)  # sums of losses and of samples
         part = self.source.draws.slices[0]
         size = part.stop - part.start
         for start in range(0, count, accelerator.num_processes * size):
-            # All processes run as many batches: those of a sharded model gather its weights together. What lies
-            # beyond the end is computed on the first images and does not count.
+            # All processes run equally many batches, because they gather the weights of a sharded model together.
+            # Positions beyond the end use the first images and do not count.
             interrupt()
             own = start + accelerator.process_index * size
             counts = own < count
             some = draws[own : own + size] if counts else draws[:size]
-            with user_errors(OSError, ValueError, as_error=LocalError):  # of latents read as they are needed
+            with user_errors(OSError, ValueError, as_error=LocalError):  # from latents that are read during training
                 latents, labels = self.heldout.batch(some)
             batch = self._prepare(latents, labels, some, 0.0)
             losses = self._losses(model, batch).to(device).double()
@@ -180,12 +180,12 @@ class LatentDiffusionTask(TrainingTask):
     # Samples
 
     def pipeline(self, model: nn.Module) -> Any:
-        """A pipeline around a denoiser, with this run's VAE, sampler and class names."""
+        """Return a pipeline of a denoiser with this run's VAE, sampler and class names."""
         scheduler = sampling_scheduler(self.objective)
         return IPTV2Pipeline(model, self.codec.vae, scheduler, id2label=self.id2label or None)
 
     def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path:
-        """previews/step-*.png: one row a class, the same seeds each time. The processes share the rows."""
+        """Write previews/step-*.png: a row per class, with the same seeds each time. The processes share the rows."""
         path = Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png"
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         return self.sheet(self.pipeline(model), path, process, processes, interrupt)
@@ -199,10 +199,10 @@ class LatentDiffusionTask(TrainingTask):
         interrupt: Callable[[], None] = no_interruption,
         show_progress: bool = False,
     ) -> Path:
-        """Draw samples, one row a class (at most `config.preview_classes`), and write them as one picture.
+        """Draw samples, one row per class (at most `config.preview_classes`), and write them as one image.
 
-        With several processes each draws every n-th row (all the same number of them, as a sharded model needs) and
-        the first writes. `show_progress` shows a bar over the rows' steps.
+        Each of n processes draws every n-th row. All draw the same number of rows, as a sharded model requires. The
+        first process writes the image. `show_progress` shows a bar over the rows' steps.
         """
         config = self.config
         pipeline.set_progress_bar_config(disable=True)
@@ -228,7 +228,7 @@ class LatentDiffusionTask(TrainingTask):
                     generator=seeds,
                     callback_on_step_end=count_step,
                 ).images
-            except NonFiniteImageError as error:  # the others go on, and what is missing is white
+            except NonFiniteImageError as error:  # the other rows continue, and missing images are white
                 print(f"{path.name}, row {row + 1}: {error}", flush=True)
                 images = list(error.images)
                 for index in error.indices:
@@ -244,7 +244,7 @@ class LatentDiffusionTask(TrainingTask):
 
 
 def sampling_scheduler(objective: DiffusionObjective) -> Any:
-    """What the pipeline samples with: DPM-Solver++ needs the fewest steps; a learned variance needs DDPM."""
+    """Return the pipeline's scheduler: DPM-Solver++, which needs the fewest steps, or DDPM for a learned variance."""
     if objective.prediction_type == "flow" or objective.learned_variance:
         return objective.scheduler
     return DPMSolverMultistepScheduler.from_config(objective.scheduler.config)

@@ -10,7 +10,7 @@ from iptv2_diffusion.training.errors import ConfigError
 from iptv2_diffusion.training.options import TrainingConfig, option
 
 PHOTOGRAPHS = "~/.cache/iptv2-diffusion/photographs"  # where data/photographs/fetch.py puts them
-LOSSES = ("l1", "mse", "charbonnier", "psnr", "sobel")  # `task.py` says what they are
+LOSSES = ("l1", "mse", "charbonnier", "psnr", "sobel")  # defined in `task.py`
 DEGRADATIONS = ("noise", "camera_noise", "gaussian_blur", "motion_blur", "rain", "layered_rain", "jpeg")
 
 
@@ -26,20 +26,20 @@ class RestorationConfig(TrainingConfig):
     data: str = option(f"{PHOTOGRAPHS}/train", "folder of images, or of a data set in its layout", group="data")
     layout: str = option(
         "clean",
-        f"what the data folder holds: clean images, which are degraded here, or pairs as in {', '.join(LAYOUTS)}",
+        f"content of the data folder: clean (images to be degraded in training), or pairs: {', '.join(LAYOUTS)}",
         group="data",
     )
     heldout: str | None = option(
         "auto",
-        "folder for the held-out PSNR, laid out as data; none: no PSNR; auto: the held-out photographs if data is the "
-        "default, else none",
+        "folder for the held-out PSNR, in the same layout as data; none: no PSNR; auto: the held-out photographs if "
+        "data is the default, else none",
         group="data",
     )
     cache_dir: str = option("~/.cache/iptv2-diffusion/decoded", "folder of decoded images", group="data", free=True)
     scales: tuple[float, ...] = option(
         (1.0,),
-        "sizes at which each clean image is trained on; below 1 it is shrunk, which gives more detail per pixel; "
-        "patches come from each size in proportion to its area",
+        "scales of each clean image, at most 1; a smaller scale shrinks the image and gives more detail per pixel; "
+        "patches come from each scale in proportion to its area",
         group="data",
         above=0,
         at_most=1,
@@ -49,7 +49,7 @@ class RestorationConfig(TrainingConfig):
     channels: Literal[1, 3] = option(3, "number of image channels: 1: gray, 3: colour", group="data")
 
     degradations: tuple[str, ...] = option(
-        ("noise",), f"degradations to apply in this order, out of {', '.join(DEGRADATIONS)}", group="degradation"
+        ("noise",), f"degradations in the order to apply them, from {', '.join(DEGRADATIONS)}", group="degradation"
     )
     noise: tuple[float, float] = option(
         (5.0, 55.0), "range of the noise level sigma on the 0-255 scale", group="degradation", within=(0, 255)
@@ -79,16 +79,16 @@ class RestorationConfig(TrainingConfig):
     )
     tasks: tuple[str, ...] = option(
         (),
-        "several tasks for one model, each a list of degradations joined by +, such as noise,rain+jpeg",
+        "tasks of an all-in-one model, each a list of degradations joined by +, such as noise,rain+jpeg",
         group="degradation",
     )
 
     patch_sizes: tuple[int, ...] = option(
         (64,), "side of the patches in pixels, one per stage", group="patches", at_least=1, nonempty=True
     )
-    patch_steps: tuple[int, ...] = option((), "step at which each further stage begins", group="patches")
+    patch_steps: tuple[int, ...] = option((), "first step of each stage after the first", group="patches")
     patch_batch_sizes: tuple[int, ...] = option(
-        (), "batch size of each stage; empty: batch_size in all", group="patches", at_least=1
+        (), "batch size of each stage; empty: batch_size in all stages", group="patches", at_least=1
     )
     rgb_shuffle: bool = option(False, "permute the colour channels at random", group="patches")
     mixup: float = option(0.0, "fraction of samples that are mixed with another one", group="patches", within=(0, 1))
@@ -99,10 +99,12 @@ class RestorationConfig(TrainingConfig):
     model_overrides: dict = option(  # noqa: RUF009
         {}, 'arguments of the model to change, as JSON, such as {"channels": 64}', group="model"
     )
-    backbone_from: str | None = option(None, "saved denoiser or restorer whose backbone to start from", group="model")
+    backbone_from: str | None = option(
+        None, "saved denoiser or restorer that gives the initial backbone weights; none: random weights", group="model"
+    )
 
     losses: dict = option(  # noqa: RUF009
-        {"charbonnier": 1.0}, f"weights of the losses, as JSON, out of {', '.join(LOSSES)}", group="objective"
+        {"charbonnier": 1.0}, f"weights of the losses, as JSON, from {', '.join(LOSSES)}", group="objective"
     )
 
     heldout_images: int = option(
@@ -125,30 +127,30 @@ class RestorationConfig(TrainingConfig):
         self._check_losses()
 
     def resolve(self) -> RestorationConfig:
-        """The held-out photographs belong to the default data only."""
+        """Replace the default `heldout`: the held-out photographs belong to the default data only."""
         if self.heldout != "auto":
             return self
         return replace(self, heldout=f"{PHOTOGRAPHS}/heldout" if self.data == f"{PHOTOGRAPHS}/train" else None)
 
     def _check_degradations(self) -> None:
-        """Degradations are those of clean images, and their ranges rise."""
+        """Raise `ConfigError` unless degradations are known, for clean images, and have rising ranges."""
         for option_name, value in (("scales", self.scales != (1.0,)), ("tasks", self.tasks)):
             if value and self.layout != "clean":
                 raise ConfigError(
-                    f"{option_name} is for clean images, but layout {self.layout} has pairs of its own; leave one out"
+                    f"{option_name} is for clean images, but layout {self.layout} has pairs; leave one out"
                 )
         if self.layout == "clean" and not (self.tasks or self.degradations):
             raise ConfigError("degradations and tasks are both empty; name at least one degradation")
         for name in (*self.degradations, *(name for task in self.tasks for name in task.split("+"))):
             if name not in DEGRADATIONS:
-                raise ConfigError(f"{name!r} is no degradation; choose out of {', '.join(DEGRADATIONS)}")
+                raise ConfigError(f"{name!r} is not a degradation; choose from {', '.join(DEGRADATIONS)}")
         for name in DEGRADATIONS:
             low, high = getattr(self, name)
             if low > high:
                 raise ConfigError(f"{name} is {low:g},{high:g}; a range must rise: use {high:g},{low:g}")
 
     def _check_stages(self) -> None:
-        """Every stage has its patch size, first step and batch size."""
+        """Raise `ConfigError` unless every stage has a patch size, a first step and a batch size."""
         stages, smallest = len(self.patch_sizes), min(self.patch_batch_sizes or (self.batch_size,))
         if len(self.patch_steps) != stages - 1 or list(self.patch_steps) != sorted(self.patch_steps):
             raise ConfigError(
@@ -157,15 +159,15 @@ class RestorationConfig(TrainingConfig):
             )
         if self.patch_batch_sizes and len(self.patch_batch_sizes) != stages:
             raise ConfigError(
-                f"patch_batch_sizes has {len(self.patch_batch_sizes)} numbers for {stages} patch_sizes; give as many"
+                f"patch_batch_sizes has {len(self.patch_batch_sizes)} numbers for {stages} patch_sizes; give {stages}"
             )
         if self.mixup and smallest < 2:
             raise ConfigError(f"mixup mixes the samples of a batch, but a batch has {smallest}; use 2 or more")
 
     def _check_losses(self) -> None:
-        """Known names, weights that are not negative, patches that the losses can see."""
+        """Raise `ConfigError` for unknown losses, negative weights, or patches that are too small for a loss."""
         if unknown := sorted(set(self.losses) - set(LOSSES)):
-            raise ConfigError(f"losses names {', '.join(unknown)}; choose out of {', '.join(LOSSES)}")
+            raise ConfigError(f"unknown losses {', '.join(unknown)}; choose from {', '.join(LOSSES)}")
         weights = list(self.losses.values())
         if not all(isinstance(w, (int, float)) and w >= 0 for w in weights) or not any(weights):
             raise ConfigError(f"losses is {self.losses}; give weights of at least 0, one of them above 0")

@@ -1,4 +1,4 @@
-"""What a restoration run trains on: patches degraded on the fly or of pairs, and fixed held-out crops."""
+"""Data of a restoration run: patches, degraded during training or from pairs, and fixed held-out crops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from iptv2_diffusion.training.errors import ConfigError, user_errors
 
 @dataclass(frozen=True)
 class Batch:
-    """Degraded and clean patches (B, C, P, P) on [0, 1], σ (B,) on the 0–255 scale or None, task (B,) or None."""
+    """Degraded and clean patches (B, C, P, P) in [0, 1], σ (B,) on the 0–255 scale or None, task (B,) or None."""
 
     degraded: Tensor
     clean: Tensor
@@ -31,24 +31,24 @@ class Batch:
     task: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The same with `function` applied to each tensor."""
+        """Return a batch with `function` applied to each tensor."""
         return Batch(*(None if value is None else function(value) for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Patches of one task: pairs on the disk, or clean images and how to degrade them."""
+    """Patches of one task: pairs on the disk, or clean images and their degradation."""
 
     sampler: PatchSampler
     degradation: degradations.Degradation | None
 
     @property
     def margin(self) -> int:
-        """Pixels around a patch that its degradation reaches over."""
+        """Number of pixels around a patch that its degradation needs."""
         return 0 if self.degradation is None else self.degradation.margin
 
     def draw(self, count: int, size: int, generator: torch.Generator) -> Batch:
-        """`count` patches of size×size."""
+        """Draw `count` patches of size×size."""
         margin = self.margin
         places = self.sampler.places(torch.rand(count, 3, generator=generator), size + 2 * margin)
         clean, degraded = self.sampler.patches(places, size + 2 * margin)
@@ -61,7 +61,7 @@ class Source:
 
 
 def make_degradation(config: RestorationConfig, names: tuple[str, ...]):
-    """The degradation of a list of names, with the ranges of the configuration."""
+    """Return the degradation for a list of names, with the ranges of the configuration."""
     kinds = {
         "noise": degradations.GaussianNoise,
         "camera_noise": CameraNoise,
@@ -78,10 +78,10 @@ def make_degradation(config: RestorationConfig, names: tuple[str, ...]):
 
 
 def make_sources(config: RestorationConfig, data: str, split: str, accelerator: Accelerator) -> list[Source]:
-    """Patches of each task of the run, from `data`."""
+    """Return the patches of each task of the run, from `data`."""
     if not Path(data).expanduser().is_dir():
         fetch = ", or fetch the photographs: python data/photographs/fetch.py" if data.startswith(PHOTOGRAPHS) else ""
-        raise ConfigError(f"{data} is not a folder; name yours by --data{fetch}")
+        raise ConfigError(f"{data} is not a folder; set --data to your folder{fetch}")
 
     def store(files, scales=(1.0,)):
         return ImageStore(
@@ -102,7 +102,7 @@ def make_sources(config: RestorationConfig, data: str, split: str, accelerator: 
 
 
 def make_heldout(config: RestorationConfig, accelerator: Accelerator) -> dict[str, Batch]:
-    """Held-out crops by kind, none if there is no held-out data."""
+    """Return held-out crops by kind; empty without held-out data."""
     batches: dict[str, Batch] = {}
     if config.heldout is None:
         return batches
@@ -124,7 +124,7 @@ def make_heldout(config: RestorationConfig, accelerator: Accelerator) -> dict[st
 
 @torch.no_grad()
 def heldout_batches(source: Source, count: int, size: int, sigmas: Sequence[float], seed: int) -> dict[str, Batch]:
-    """Fixed crops from the middle of the first `count` held-out images, degraded once; per σ where it is noise."""
+    """Return centre crops of the first `count` held-out images, degraded once, or once per σ if it is noise."""
     sampler, degradation, margin = source.sampler, source.degradation, source.margin
     whole = size + 2 * margin
     places = []

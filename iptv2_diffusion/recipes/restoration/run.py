@@ -51,7 +51,7 @@ def run(config: RestorationConfig) -> int:
 
 
 def make_model(config: RestorationConfig, say: Callable[[str], None] = print) -> nn.Module:
-    """The restorer, initialised from the seed, its backbone from another model if one is named."""
+    """Return the restorer, initialised from the seed, or its backbone from `config.backbone_from`."""
     overrides = {"in_channels": config.channels, **config.model_overrides}
     if config.tasks:
         overrides["num_tasks"] = len(config.tasks)
@@ -62,33 +62,35 @@ def make_model(config: RestorationConfig, say: Callable[[str], None] = print) ->
             say(load_backbone(model, create_model(config.backbone_from)))
     if not hasattr(model.config, "sigma_conditioning"):
         raise ConfigError(f"{config.model} is a {type(model).__name__}, not a restorer; see --help for --model")
-    kinds = [task.split("+") for task in config.tasks] or [config.degradations]  # tasks take the degradations' place
+    kinds = [task.split("+") for task in config.tasks] or [config.degradations]  # tasks replace degradations
     noisy = config.layout == "clean" and any("noise" in names for names in kinds)
     if model.config.sigma_conditioning is not None and not noisy:
         raise ConfigError(
-            "this model takes a noise level and the data has none; add --model_overrides "
+            "this model takes a noise level, but the data has none; add --model_overrides "
             "'{\"sigma_conditioning\": null}'"
         )
     return model
 
 
 def make_task(config: RestorationConfig, trainer: Trainer) -> RestorationTask:
-    """Sources and held-out crops."""
+    """Return the task, with its sources and held-out crops."""
     accelerator = trainer.accelerator
     sources = make_sources(config, config.data, "train", accelerator)
     heldout = make_heldout(config, accelerator)
     images = len(set(sources[0].sampler.clean.files))
     largest = max(config.patch_sizes) + 2 * max(source.margin for source in sources)
     if small := sources[0].sampler.smaller_than(largest):
-        scaled = " (counted at each of the scales)" if len(config.scales) > 1 else ""
-        told = f"{len(small)} images{scaled}, as {small[0]}, are smaller than {largest} pixels: reflected beyond"
-        accelerator.print(told)
+        scaled = " (counted at each scale)" if len(config.scales) > 1 else ""
+        note = (
+            f"{len(small)} images{scaled}, such as {small[0]}, are smaller than {largest} pixels: padded by reflection"
+        )
+        accelerator.print(note)
     accelerator.print(f"{images} images to train on, {sum(len(b.clean) for b in heldout.values())} held-out crops")
     return RestorationTask(config, accelerator, model=trainer.state.module, sources=sources, heldout=heldout)
 
 
 def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
-    """output_dir/pipeline: the fused restorer with the averaged weights, and the run's configuration beside it."""
+    """Write the fused restorer with the EMA weights, and the run's configuration, to output_dir/pipeline."""
     module = trainer.state.module
     model = type(module).from_config(module.config)
     model.load_state_dict(trainer.state.averaged_state_dict())
@@ -100,14 +102,14 @@ def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
 
 
 def next_steps(config: RestorationConfig, trainer: Trainer) -> str:
-    """What was made, and commands to copy."""
+    """Return a summary of the results, and commands to copy."""
     folder, quoted = trainer.output_dir, shlex.quote(str(trainer.output_dir / "pipeline"))
     return f"""
 trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
   loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
 
 What to try next
-  restore pictures:  iptv2-restore photo.png -o restored --model {quoted}
+  restore images:    iptv2-restore photo.png -o restored --model {quoted}
   measure it:        python eval/restoration_benchmark.py --models {quoted}
   train longer:      {command_to_train_longer(config, trainer.step)}
   all options:       {this_command()} --help"""

@@ -1,4 +1,4 @@
-"""Restoration as a training task: what `train_restoration.py` trains, evaluates and previews.
+"""Restoration as a training task: batches, loss, held-out PSNR and previews of `train_restoration.py`.
 
     loss(step) = mean over the batch of a weighted sum of pixel losses between model(degraded, σ) and clean
 
@@ -30,13 +30,13 @@ CHARBONNIER_EPSILON = 1e-3
 
 
 class RestorationTask(TrainingTask):
-    """Trains a restorer.
+    """Training of a restorer.
 
     Args:
-        config: of the run.
-        accelerator: gives device and processes.
-        model: the bare restorer; only its config is read.
-        sources: one per task of the model; each sample's task is drawn at random.
+        config: configuration of the run.
+        accelerator: accelerator of the run, for its device and processes.
+        model: the bare restorer, of which only the config is read.
+        sources: one source per task of the model. The task of each sample is drawn at random.
         heldout: name -> held-out batch, from `heldout_batches`.
     """
 
@@ -59,7 +59,7 @@ class RestorationTask(TrainingTask):
     # Training
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This process's micro-batches of a step, on the device."""
+        """Yield this process's micro-batches of a step, on the device."""
         config = self.config
         stage = bisect_right(config.patch_steps, step)
         size = config.patch_sizes[stage]
@@ -74,7 +74,7 @@ class RestorationTask(TrainingTask):
             yield batch.map(lambda value, part=part: value[part].to(self.accelerator.device, non_blocking=True))
 
     def draw(self, step: int, batch_size: int, size: int) -> Batch:
-        """The whole global batch of a step."""
+        """Draw the global batch of a step."""
         config = self.config
         generator = generator_for(config.seed, "restoration", step)
         with user_errors(ValueError):
@@ -91,7 +91,7 @@ class RestorationTask(TrainingTask):
         return batch
 
     def _draw_mixed(self, batch_size: int, size: int, generator: torch.Generator) -> Batch:
-        """Samples of the tasks in one batch; a task without noise has σ = 0."""
+        """Draw samples of all tasks in one batch. A task without noise has σ = 0."""
         tasks = torch.randint(len(self.sources), (batch_size,), generator=generator).sort().values
         parts = [
             source.draw(count, size, generator)
@@ -104,17 +104,17 @@ class RestorationTask(TrainingTask):
         )
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The restored batch, not clipped."""
+        """Return the restored batch, not clipped."""
         conditions = {"sigma": batch.sigma} if self.takes_sigma else {}
         if self.takes_task:
             conditions["task"] = batch.task
         return model(batch.degraded, **conditions, return_dict=False)[0]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Weighted sum of pixel losses of a micro-batch."""
+        """Return the weighted sum of pixel losses of a micro-batch."""
         restored = self.predict(model, batch).float()
         total = sum(weight * LOSS_FUNCTIONS[name](restored, batch.clean) for name, weight in self.config.losses.items())
-        # Maps of one window leave FCSA's shifted branch out; DDP waits for a gradient of every parameter all the same.
+        # FCSA omits its shifted branch on maps of one window, but DDP still waits for a gradient of every parameter.
         return total + 0.0 * sum(logits.sum() for logits in self.merge_logits)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class RestorationTask(TrainingTask):
     def evaluate(
         self, model: nn.Module, step: int, last: bool, interrupt: Callable[[], None] = no_interruption
     ) -> dict[str, float]:
-        """Mean PSNR of the held-out crops of each kind, clipped to [0, 1], not rounded. Every process computes all."""
+        """Return the mean PSNR of each kind of held-out crops, clipped to [0, 1]. Every process computes them all."""
         figures = {}
         for name, batch in self.heldout.items():
             interrupt()
@@ -137,7 +137,7 @@ class RestorationTask(TrainingTask):
 
     @torch.no_grad()
     def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path | None:
-        """previews/step-*.png: of each kind the first held-out crop degraded, restored and clean."""
+        """Write previews/step-*.png: the first held-out crop of each kind, degraded, restored and clean."""
         if not self.heldout:
             return None
         rows = []
@@ -147,15 +147,15 @@ class RestorationTask(TrainingTask):
         path = Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.cat(rows).float()
-        if not pixels.isfinite().all():  # which would be black squares
-            self.accelerator.print(f"no preview at step {step}: the model gives NaN or infinity")
+        if not pixels.isfinite().all():  # they would be black squares
+            self.accelerator.print(f"no preview at step {step}: the model returns NaN or infinity")
             return None
         save_image(pixels.clamp(0, 1), path, nrow=3)
         return path
 
 
 def mix(batch: Batch, share: float, generator: torch.Generator) -> Batch:
-    """Mix-up: with probability `share` a sample becomes a·x + (1 - a)·x', x' its neighbour, a uniform in [0.4, 1].
+    """Mix-up: with probability `share`, x becomes a·x + (1 - a)·x', with its neighbour x' and a uniform in [0.4, 1].
 
     Mixed noise has the standard deviation sqrt((a σ)² + ((1 - a) σ')²).
     """
@@ -179,12 +179,12 @@ def charbonnier(restored: Tensor, clean: Tensor) -> Tensor:
 
 
 def psnr_loss(restored: Tensor, clean: Tensor) -> Tensor:
-    """Mean over the batch of 10 log₁₀(MSE): minus the PSNR (as NAFNet)."""
+    """Mean over the batch of 10 log₁₀(MSE), the negative PSNR (as in NAFNet)."""
     return 10 * ((restored - clean).square().flatten(1).mean(dim=1) + 1e-8).log10().mean()
 
 
 def sobel(restored: Tensor, clean: Tensor) -> Tensor:
-    """L1 between the Sobel gradients of both."""
+    """L1 distance between the Sobel gradients of both images."""
     kernel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=restored.device) / 8
     kernels = torch.stack([kernel, kernel.T])[:, None]
     error = (restored - clean).flatten(0, 1)[:, None]

@@ -24,7 +24,9 @@ class VAEConfig(ImageConfig):
     block_out_channels: tuple[int, ...] = option(
         (32, 32, 112), "channels of each resolution level, full size first", group="model", at_least=1, nonempty=True
     )
-    layers_per_block: int = option(1, "residual blocks per level (the decoder has one more)", group="model", at_least=1)
+    layers_per_block: int = option(
+        1, "number of residual blocks per level (the decoder has one more)", group="model", at_least=1
+    )
     norm_num_groups: int = option(
         8, "number of groups of the normalisation; it divides the channels of every level", group="model", at_least=1
     )
@@ -38,13 +40,13 @@ class VAEConfig(ImageConfig):
 
     heldout_samples: int = option(
         128,
-        "largest number of images for the held-out PSNR while training; the last one is over all",
+        "largest number of images for the held-out PSNR during training; the final PSNR uses all images",
         group="results",
         free=True,
         at_least=1,
     )
     preview_images: int = option(
-        12, "number of images in a preview, originals over reconstructions", group="results", free=True, at_least=1
+        12, "number of images in a preview (originals above reconstructions)", group="results", free=True, at_least=1
     )
     statistics_samples: int = option(
         4096, "number of training images for latents_mean and latents_std", group="results", free=True, at_least=1
@@ -61,7 +63,9 @@ class VAEConfig(ImageConfig):
                 f"norm_num_groups {self.norm_num_groups}"
             )
         if self.heldout_split is None and self.heldout_fraction == 0:
-            raise ConfigError("heldout_fraction is 0 and heldout_split is none; set one, the PSNR needs it")
+            raise ConfigError(
+                "heldout_fraction is 0 and heldout_split is none; set one, because the PSNR needs held-out images"
+            )
         if any(side % self.downscale for side in self.size):
             near = [max(1, round(side / self.downscale)) * self.downscale for side in self.size]
             raise ConfigError(
@@ -71,5 +75,5 @@ class VAEConfig(ImageConfig):
 
     @property
     def downscale(self) -> int:
-        """Side of an image over side of its latents."""
+        """Ratio of an image's side to its latents' side."""
         return 2 ** (len(self.block_out_channels) - 1)

@@ -1,4 +1,4 @@
-"""What a VAE run trains on: images, mirrored or not."""
+"""Data of a VAE run: images, mirrored or not."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from iptv2_diffusion.training.image_splits import load_splits
 
 
 def load_images(config: VAEConfig, accelerator: Accelerator) -> tuple[ImageTensors, ImageTensors]:
-    """Training and held-out images."""
+    """Return training and held-out images."""
     train, heldout = load_splits(config, accelerator, source=config.data, label_column="ignore")
     if heldout is None:
-        raise ConfigError(f"{config.data} has {len(train)} image; two are needed, one of them held out")
+        raise ConfigError(f"{config.data} has {len(train)} image; at least two are needed, one of them held out")
     if config.dry_run:
         train, heldout = (d.select(range(min(len(d), 4 * config.batch_size))) for d in (train, heldout))
     with user_errors(OSError, ValueError):
@@ -28,7 +28,7 @@ def load_images(config: VAEConfig, accelerator: Accelerator) -> tuple[ImageTenso
 
 
 class FlippedImages:
-    """Pixels of a readable image, mirrored or not, by (item, flip)."""
+    """Pixels of readable images by (item, flip), mirrored if flip is true."""
 
     def __init__(self, images: ImageTensors) -> None:
         self.images, self.readable = images, images.valid_indices()

@@ -41,7 +41,7 @@ def run(config: VAEConfig) -> int:
 
 
 def make_vae(config: VAEConfig) -> AutoencoderKL:
-    """The untrained VAE, initialised from the seed."""
+    """Return the untrained VAE, initialised from the seed."""
     set_seed(config.seed)
     levels = len(config.block_out_channels)
     return AutoencoderKL(
@@ -58,7 +58,7 @@ def make_vae(config: VAEConfig) -> AutoencoderKL:
 
 
 def save_results(trainer: Trainer, task: VAETask, accelerator: Accelerator) -> None:
-    """output_dir/vae with the averaged weights and latent statistics; its PSNR, read back, over all held-out images."""
+    """Write output_dir/vae with EMA weights and latent statistics, load it, and print its PSNR over held-out images."""
     config, folder = task.config, trainer.output_dir / "vae"
     with trainer.state.averaged() as model:
         mean, std = task.statistics(model.vae)
@@ -75,4 +75,4 @@ def save_results(trainer: Trainer, task: VAETask, accelerator: Accelerator) -> N
         picture = task.picture(vae, trainer.output_dir / "reconstructions.png")
         print(f"held-out PSNR {psnr:.2f} dB over {len(heldout)} images, weights in {config.save_dtype}")
         print(f"latents_mean {[round(m, 4) for m in mean]}, latents_std {[round(s, 4) for s in std]}")
-        print("dry run: every stage ran" if config.dry_run else f"the VAE is in {folder}, a picture in {picture}")
+        print("dry run: every stage ran" if config.dry_run else f"the VAE is in {folder}, an example in {picture}")

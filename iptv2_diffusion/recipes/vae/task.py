@@ -1,7 +1,9 @@
-"""A VAE as a training task: what `train_vae.py` trains, evaluates and previews.
+"""A VAE as a training task: batches, loss, held-out PSNR and previews of `train_vae.py`.
 
-loss = l1_weight·|y − x| + mse_weight·(y − x)² + kl_weight·KL, each a mean over its elements (pixels, or latents for
-the KL), x in [-1, 1]; y is decoded from a sample of the posterior.
+    loss = l1_weight·|y − x| + mse_weight·(y − x)² + kl_weight·KL
+
+Each term is a mean over its elements (pixels, or latents for the KL divergence). x is in [-1, 1], and y is decoded from
+a sample of the posterior.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from iptv2_diffusion.training.training_task import TrainingTask
 
 
 class VAELoss(nn.Module):
-    """(pixels (B, 3, H, W) in [-1, 1], noise (B, c, h, w)) → scalar loss.
+    """Loss of pixels (B, 3, H, W) in [-1, 1] and posterior noise (B, c, h, w), a scalar.
 
-    A module, since data-parallel training synchronises through `forward` only.
+    It is a module because data-parallel training synchronises only through `forward`.
     """
 
     def __init__(self, vae: AutoencoderKL, config: VAEConfig) -> None:
@@ -40,7 +42,7 @@ class VAELoss(nn.Module):
         self.enable_gradient_checkpointing = vae.enable_gradient_checkpointing
 
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Weighted sum of absolute error, squared error and KL divergence."""
+        """Return the weighted sum of absolute error, squared error and KL divergence."""
         config = self.config
         posterior = self.vae.encode(pixels).latent_dist
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
@@ -51,14 +53,14 @@ class VAELoss(nn.Module):
 
 
 class VAETask(TrainingTask):
-    """Trains a VAE; images, flips and posterior noise of each step are a function of (seed, step).
+    """Training of a VAE. Images, flips and posterior noise of each step are a function of (seed, step).
 
     Args:
-        config: of the run.
-        accelerator: gives device and processes.
-        train: images to train on.
-        heldout: images to measure and draw.
-        start: the first optimiser step.
+        config: configuration of the run.
+        accelerator: accelerator of the run, for its device and processes.
+        train: training images.
+        heldout: images for the PSNR and previews.
+        start: first optimiser step.
     """
 
     def __init__(
@@ -78,26 +80,27 @@ class VAETask(TrainingTask):
         self._pixels = read_ahead(FlippedImages(train), self.draws, **reading)
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(pixels, posterior noise) of each micro-batch of optimiser step `step`; steps must come in order."""
+        """Yield (pixels, posterior noise) of each micro-batch of optimiser step `step`. Steps must be in order."""
         device = self.accelerator.device
         for _ in self.draws.slices:
             pixels, draws = next(self._pixels)
             yield pixels.to(device, non_blocking=True), draws.posterior_noise.to(device, non_blocking=True)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Mean loss of a micro-batch."""
+        """Return the mean loss of a micro-batch."""
         return model(*batch)
 
     def evaluate(
         self, model: nn.Module, step: int, last: bool, interrupt: Callable[[], None] = no_interruption
     ) -> Mapping[str, float]:
-        """PSNR over the first `heldout_samples` of a fixed shuffle of the held-out images."""
+        """Return the PSNR over the first `heldout_samples` of a fixed shuffle of the held-out images."""
         return {"heldout_psnr": self.psnr(model.vae, self._some(self.heldout, self.config.heldout_samples))}
 
     def psnr(self, vae: AutoencoderKL, indices: list[int]) -> float:
-        """Mean over images of the PSNR [dB] of the posterior mean's reconstruction.
+        """Return the mean PSNR in dB of reconstructions from the posterior mean.
 
-        Each over all RGB values, both sides rounded to 8 bits; float32; the same on every process.
+        The PSNR of an image is over all RGB values, with both images rounded to 8 bits. It is computed in float32 and
+        is the same on every process.
         """
         device = device_of_sums(self.accelerator)
         total = torch.zeros(2, dtype=torch.float64, device=device)
@@ -107,24 +110,24 @@ class VAETask(TrainingTask):
             with torch.no_grad():
                 decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
             values = psnr(*((x.to(device) + 1) / 2 for x in (decoded, pixels)), Protocol(round=True))
-            # A perfect reconstruction would be infinite: count it as half a level wrong in one value.
+            # The PSNR of a perfect reconstruction is infinite; count it as an error of half a level in one value.
             values = values.clamp(max=10 * math.log10(255**2 * pixels[0].numel() / 0.25))
             total += torch.stack([values.sum(), torch.ones_like(values).sum()])
         total = self.accelerator.reduce(total, "sum")
         return (total[0] / total[1]).item()
 
     def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path:
-        """previews/step-*.png: held-out originals over their reconstructions."""
+        """Write previews/step-*.png: held-out originals above their reconstructions."""
         return self.picture(model.vae, Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png")
 
     def picture(self, vae: AutoencoderKL, path: Path) -> Path:
-        """Two rows of held-out images: originals over reconstructions."""
+        """Write an image of two rows of held-out images: originals above reconstructions."""
         codec = LatentCodec(vae)
         pixels = next(self._batches(self.heldout, self._some(self.heldout, self.config.preview_images), size=10**9))
         with torch.no_grad():
             decoded = codec.decode(codec.encode(pixels, sample_posterior=False))
         if not decoded.isfinite().all():
-            self.accelerator.print(f"{path.name}: the VAE gives NaN or infinity; what is not finite is white")
+            self.accelerator.print(f"{path.name}: the VAE returns NaN or infinity; non-finite pixels are white")
             decoded = decoded.nan_to_num(1.0)
         rows = []
         for images in (pixels, decoded):
@@ -135,9 +138,10 @@ class VAETask(TrainingTask):
         return path
 
     def statistics(self, vae: AutoencoderKL) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each latent channel over training images.
+        """Return the mean and standard deviation of each latent channel over training images.
 
-        Of the posterior's samples (variance of the means + mean of the variances): what the denoiser is trained on.
+        They are those of samples of the posterior, which the denoiser is trained on: the variance is the variance of
+        the means plus the mean of the variances.
         """
         device = device_of_sums(self.accelerator)
         sums = torch.zeros(3, self.config.latent_channels, dtype=torch.float64, device=device)
@@ -152,13 +156,13 @@ class VAETask(TrainingTask):
         return first.tolist(), (second - first.square() + variance).sqrt().tolist()
 
     def _some(self, images: ImageTensors, count: int) -> list[int]:
-        """The first `count` image numbers of a fixed shuffle."""
+        """Return the first `count` image numbers of a fixed shuffle."""
         valid = images.valid_indices()
         order = torch.randperm(len(valid), generator=generator_for(0, "some")).tolist()
         return [valid[i] for i in order[:count]]
 
     def _batches(self, images: ImageTensors, indices: list[int], size: int = 64) -> Iterator[Tensor]:
-        """Pixels (≤ size, 3, H, W) of the images, on the device."""
+        """Yield pixels (≤ size, 3, H, W) of the images, on the device."""
         for start in range(0, len(indices), size):
             pixels = [images.get(i)["pixel_values"] for i in indices[start : start + size]]
             yield torch.stack(pixels).to(self.accelerator.device)
