@@ -45,15 +45,15 @@ class ArenaConfig(Config):
     models: dict = option(  # noqa: RUF009
         {}, "model -> shape -> preset (`model`), overrides and a known `learning_rate`, as JSON or YAML", nonempty=True
     )
-    tolerance: float = option(3.0, "largest difference of MACs between shapes, in per cent", at_least=0)
+    tolerance: float = option(3.0, "largest difference in MACs between shapes, in per cent", at_least=0)
     learning_rates: list[float] = option(  # noqa: RUF009
         [1e-3, 2e-3, 4e-3], "learning rates of the grid, the same for every shape", above=0, nonempty=True
     )
-    grid_steps: int = option(1000, "steps of a run of the grid", at_least=1)
-    max_train_steps: int = option(4000, "steps of a full run", at_least=1)
+    grid_steps: int = option(1000, "number of steps of a grid run", at_least=1)
+    max_train_steps: int = option(4000, "number of steps of a full run", at_least=1)
     seeds: list[int] = option([0, 1, 2], "seeds of the full runs; the grid uses the first", nonempty=True)  # noqa: RUF009
-    num_threads: int = option(1, "CPU threads of a run", at_least=1)
-    num_samples: int = option(1731, "samples of each full run, with the held-out images' class shares", at_least=1)
+    num_threads: int = option(1, "number of CPU threads of a run", at_least=1)
+    num_samples: int = option(1731, "number of samples of each full run; classes as in the held-out images", at_least=1)
     guidance_scale: float = option(2.0, "classifier-free guidance scale of the samples")
     num_inference_steps: int = option(25, "number of denoising steps", at_least=1)
     variant_column: str | None = option("skin_tone", "compare with images where this column is empty; none: with all")
@@ -139,7 +139,7 @@ def check_equal(costs: dict[tuple[str, str], dict[str, Any]], tolerance: float) 
             macs = [f"{cost['macs_fused'] / 1e6:.2f} M" for cost in (ours, theirs)]
             raise ConfigError(
                 f"{'/'.join(one)} has {macs[0]} MACs, {'/'.join(other)} has {macs[1]}: {off:.1f} % apart, "
-                f"{tolerance:g} are allowed; change widths or layers"
+                f"but at most {tolerance:g} % is allowed; change widths or layers"
             )
 
 
@@ -243,7 +243,7 @@ def load_split(config: ArenaConfig, recipe: dict[str, Any], split: str) -> tuple
         if config.variant_column:
             table = datasets.load_dataset(recipe["data"], split=split)
             if config.variant_column not in table.column_names:
-                raise ConfigError(f"no column {config.variant_column!r}; there are {', '.join(table.column_names)}")
+                raise ConfigError(f"no column {config.variant_column!r}; use one of {', '.join(table.column_names)}")
             variants = table[config.variant_column]
             indices = [i for i in indices if not variants[i]]
         return images.pixels(indices), [images.labels[i] for i in indices]

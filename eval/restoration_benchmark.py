@@ -7,9 +7,9 @@
     python eval/restoration_benchmark.py --models runs/derain/pipeline --layout rain100h --data Rain --channels y
 
 `--set` finds a test set below `--root` and follows its papers' protocol: degradation, levels, gray or colour,
-luma, rounding. Their published figures stand beside the measured ones. The photographs of `--images` are degraded by
-`--degradation`; iptv2_diffusion/evaluation/restoration_examples.py defines how. --layout and --data measure on the test
-pairs of a data set; docs/restoration.md lists the layouts. The script writes results.json and results.md with quality,
+luma, rounding. The table includes their published figures. `--degradation` degrades the photographs of `--images`, as
+defined in iptv2_diffusion/evaluation/restoration_examples.py. --layout and --data measure on the test pairs of a data
+set; docs/restoration.md lists the layouts. The script writes results.json and results.md with quality,
 seconds per megapixel and memory per megapixel, and side-by-side crops of at most 24 images.
 """
 
@@ -191,15 +191,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--root",
         type=user_path,
         default=user_path("~/.cache/iptv2-diffusion/test-sets"),
-        help="folder below which --set looks for the set's folder [~/.cache/iptv2-diffusion/test-sets]",
+        help="folder that contains the test sets' folders [~/.cache/iptv2-diffusion/test-sets]",
     )
     parser.add_argument("--images", help="folder of clean photographs [the six in scikit-image and scikit-learn]")
     parser.add_argument(
         "--layout", choices=(*LAYOUTS, SIDD_VALIDATION), help="layout of a data set whose test pairs are used instead"
     )
     parser.add_argument("--data", help="folder of that data set, as unpacked")
-    parser.add_argument("--first", type=int, help="use only this many photographs, the first ones")
-    parser.add_argument("--degradation", choices=sorted(LEVELS), default="noise", help="how to degrade them [noise]")
+    parser.add_argument("--first", type=int, help="use only this many photographs, from the first")
+    parser.add_argument(
+        "--degradation", choices=sorted(LEVELS), default="noise", help="how to degrade the photographs [noise]"
+    )
     parser.add_argument("--levels", nargs="*", type=float, help=f"levels of the degradation {LEVELS}")
     parser.add_argument("--gray", action="store_true", help="make the photographs gray")
     parser.add_argument("--estimate_sigma", action="store_true", help="let our models estimate the noise level")
@@ -213,15 +215,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--lpips",
         choices=(*LPIPS_NETWORKS, "none"),
         default="alex",
-        help="network of LPIPS, if its weights are there [alex]",
+        help="network of LPIPS, used if its weights are in the cache [alex]",
     )
-    parser.add_argument("--no_memory", action="store_true", help="leave the measuring of memory out, which takes time")
+    parser.add_argument("--no_memory", action="store_true", help="do not measure memory, which takes time")
     parser.add_argument("--num_threads", type=int, default=1, help="CPU threads [1]")
     parser.add_argument(
         "--output", type=user_path, default=Path("runs/restoration_benchmark"), help="folder for the results"
     )
     parser.add_argument(
-        "--max_pixels", type=int, default=DEFAULT_LIMITS.pixels, help="refuse images of more pixels before decoding"
+        "--max_pixels", type=int, default=DEFAULT_LIMITS.pixels, help="reject images with more pixels before decoding"
     )
     options = parser.parse_args(argv)
     options.pairs = False
@@ -237,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if (options.layout is None) != (options.data is None):
         raise UserError("--layout and --data go together: the layout of a data set and its folder; give both or none")
     if options.layout and (options.images or options.gray):
-        raise UserError(f"--layout {options.layout} has images of its own; leave out --images and --gray")
+        raise UserError(f"--layout {options.layout} has its own images; leave out --images and --gray")
     if options.peers and not options.noise:
         raise UserError(f"--peers {' '.join(options.peers)} needs noise of a known level; leave it out")
     if options.gray and "ffdnet" in options.peers:
@@ -249,14 +251,14 @@ def peer_weight(words: str) -> tuple[str, Path]:
     """Split NAME=FILE of --peer_weights."""
     name, _, file = words.partition("=")
     if name not in FROM_FILE or not file:
-        raise UserError(f"--peer_weights {words} is not NAME=FILE with a name out of {', '.join(FROM_FILE)}")
+        raise UserError(f"--peer_weights {words} is not NAME=FILE with a name from {', '.join(FROM_FILE)}")
     return name, user_path(file)
 
 
 def apply_test_set(options: argparse.Namespace) -> None:
     """Set the options that the papers of a test set prescribe."""
     if options.images or options.layout or options.data:
-        raise UserError(f"--set {options.set} has images of its own; leave out --images, --layout and --data")
+        raise UserError(f"--set {options.set} has its own images; leave out --images, --layout and --data")
     known = TEST_SETS[options.set]
     options.pairs = known.degradation == "pairs"
     options.degradation = "noise" if options.pairs else known.degradation

@@ -1,6 +1,6 @@
 """Predict the time of a forward pass and of a training step by a roofline model. No GPU is needed.
 
-    python eval/roofline.py                                             # S beside DiT-S/2 on an H100
+    python eval/roofline.py                                             # S and DiT-S/2 on an H100
     python eval/roofline.py --models iptv2-b,dit-b-2 --machine a100 --latent_size 32,64,128 --modes training
     python eval/roofline.py --models iptv2-s:patch_size=2:channels=256,dit-s-2 --forms compiled,kernels --parts
     python eval/roofline.py --machine this --precision float32 --batch_size 4 --measure
@@ -35,17 +35,19 @@ class RooflineConfig(Config):
         ("inference", "training"), "what to predict: inference (fused weights), training (with backward)"
     )
     forms: tuple[Literal["eager", "compiled", "kernels"], ...] = option(
-        ("eager", "compiled", "kernels"), "how operators become kernels"
+        ("eager", "compiled", "kernels"), "how operators are grouped into kernels"
     )
     machine: Literal["h100", "a100", "rtx4090", "this"] = option(
-        "h100", "machine whose rates count; this: the rates of this CPU, measured now"
+        "h100", "machine to predict for; this: this CPU, whose rates are measured first"
     )
     precision: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "precision of weights and maps")
-    batch_size: int = option(64, "samples per step", at_least=1)
+    batch_size: int = option(64, "number of samples per step", at_least=1)
     latent_size: tuple[int, ...] = option((), "sides of the latent; empty: the size of each model", at_least=1)
-    launch_us: float | None = option(None, "microseconds to start a kernel; none: those of the machine", at_least=0)
+    launch_us: float | None = option(
+        None, "launch time of a kernel in microseconds; none: that of the machine", at_least=0
+    )
     parts: bool = option(False, "print the share of each part of the model")
-    measure: bool = option(False, "with machine this: time the step itself too, once after a warm-up")
+    measure: bool = option(False, "also time the step itself, once after a warm-up; needs machine this")
     json: bool = option(False, "print one JSON object as the last line")
     plot: str | None = option(None, "file for a plot of the ratio to DiT over the side of the latent")
 
@@ -176,7 +178,7 @@ def main() -> int:
         save_plot(table, Path(config.plot))
     if config.json:
         predicted: dict[str, Any] = {}
-        for row in table:  # the last form and the first latent size of each model remain
+        for row in table:  # the last form and the first latent size of each model are kept
             if row["latent"] == next(r["latent"] for r in table if r["model"] == row["model"]):
                 predicted.setdefault(row["model"], {})[row["what"]] = row["ratio"]
         print(json.dumps({"predicted_ratio_to_dit": predicted, "ratios": table, "rows": rows}))

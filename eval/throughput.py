@@ -47,38 +47,42 @@ class ThroughputConfig(Config):
         ("fused",),
         "forms of the model in inference: fused, unfused (branch by branch), compiled (fused, torch.compile)",
     )
-    batch_size: tuple[int, ...] = option((32,), "samples per step", at_least=1, nonempty=True)
+    batch_size: tuple[int, ...] = option((32,), "number of samples per step", at_least=1, nonempty=True)
     latent_size: tuple[int, ...] = option((), "side of the latents; empty: the size of each model", at_least=1)
     precisions: tuple[Literal["float32", "bfloat16", "float16"], ...] = option(
         ("float32", "bfloat16"), "autocast precisions; float32: no autocast"
     )
-    device: Literal["cpu", "cuda"] = option("cpu", "device that runs the models; times of a GPU include its waiting")
+    device: Literal["cpu", "cuda"] = option(
+        "cpu", "device that runs the models; on a GPU, times include synchronisation"
+    )
     kernels: Literal["auto", "off"] = option("auto", "fast forms of kernels/; off: the plain formulas")
-    cuda_graphs: bool = option(False, "replay recorded steps on a GPU, so that starting kernels takes no time")
-    allow_tf32: bool = option(False, "let a GPU multiply float32 matrices with 10 bits of mantissa")
+    cuda_graphs: bool = option(False, "replay steps as CUDA graphs, so that kernel launches take no time")
+    allow_tf32: bool = option(False, "let a GPU multiply float32 matrices in TF32 (10 bits of mantissa)")
     num_threads: tuple[int, ...] = option((2,), "CPU threads", at_least=1, nonempty=True)
     rounds: int = option(7, "number of timed rounds, after one warm-up", at_least=1)
     clock: Literal["wall", "cpu"] = option(
         "wall",
-        "clock to read; cpu: CPU seconds of all threads together, for a machine that others use too; use one thread",
+        "clock to read; cpu: CPU seconds, summed over all threads, for a shared machine; use it with one thread",
     )
-    memory: bool = option(False, "measure the peak memory of each row too, each in a process of its own")
+    memory: bool = option(False, "also measure the peak memory of each row, in a separate process")
     memory_only: bool = option(False, "measure the peak memory of the first row and time nothing")
-    operators: bool = option(False, "print a table by kind of operator instead")
-    megapixels: tuple[float, ...] = option((), "restore images of this many megapixels instead", above=0)
+    operators: bool = option(False, "print a table of times by kind of operator instead")
+    megapixels: tuple[float, ...] = option(
+        (), "time the restoration of images of this many megapixels instead", above=0
+    )
     tiles: tuple[str, ...] = option(
         ("none", "512"), "sides of the tiles, with megapixels; none: the whole image at once"
     )
     output_dir: str | None = option(None, "folder for rows.csv, rows.md and plots; none: only print")
     quick: bool = option(
         False,
-        "time iptv2-s beside dit-s-2 (inference, batch 4) and emoji64-s beside dit-emoji64-s (training, batch 64), in "
+        "compare iptv2-s with dit-s-2 (inference, batch 4) and emoji64-s with dit-emoji64-s (training, batch 64), in "
         "float32 only",
     )
 
     @property
     def seconds(self) -> Callable[[], float]:
-        """Function that returns the time in seconds."""
+        """The function that reads the clock, in seconds."""
         if self.device == "cuda":
             return waiting_clock
         return {"wall": time.perf_counter, "cpu": time.process_time}[self.clock]
@@ -90,7 +94,7 @@ class ThroughputConfig(Config):
     def validate(self) -> None:
         for tile in self.tiles:
             if tile != "none" and not tile.isdecimal():
-                raise ConfigError(f"tiles names {tile!r}; use a number of pixels, or none")
+                raise ConfigError(f"tiles has {tile!r}; use a number of pixels, or none")
         if self.device == "cuda" and self.clock == "cpu":
             raise ConfigError("clock cpu does not count the time of a GPU; use --clock wall with --device cuda")
         if self.cuda_graphs and self.device != "cuda":

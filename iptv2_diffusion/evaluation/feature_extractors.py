@@ -149,11 +149,11 @@ def inception_v3(weights_path: str | Path | None = None) -> FeatureExtractor:
         ValueError: the file does not contain this network.
     """
     path = Path(weights_path) if weights_path else _download_inception()
-    try:  # torch-fidelity would unpickle any file. weights_only refuses all but tensors first.
+    try:  # torch-fidelity would unpickle any file. weights_only first rejects everything except tensors.
         torch.load(path, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file of Inception's weights") from None
+        raise FileNotFoundError(f"there is no file {path} with Inception's weights") from None
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path} does not hold the weights of FID's Inception ({reason[0]})") from error
@@ -162,7 +162,7 @@ def inception_v3(weights_path: str | Path | None = None) -> FeatureExtractor:
 
 
 def _download_inception() -> Path:
-    """Return torch-fidelity's weights file in torch's cache, downloaded and checked if it is not there."""
+    """Return torch-fidelity's weights file in torch's cache; download and check it if necessary."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
     other = path.with_name(path.name.replace("weights-", "pt_"))  # pytorch-fid's name of the same file
     for found in (path, other):
@@ -176,8 +176,8 @@ def _download_inception() -> Path:
     except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise FileNotFoundError(
-            f"Inception's weights cannot be downloaded ({reason}): get {URL_INCEPTION_V3} (SHA-256 {INCEPTION_SHA256}) "
-            f"elsewhere and name your copy by --inception_weights, or put it at {path}"
+            f"Inception's weights cannot be downloaded ({reason}): download {URL_INCEPTION_V3} (SHA-256 "
+            f"{INCEPTION_SHA256}) on another machine and set --inception_weights to your copy, or put it at {path}"
         ) from error
     return path
 
@@ -229,7 +229,9 @@ def make_extractor(name: str, inception_weights: str | Path | None = None) -> Fe
     kind, _, source = name.partition(":")
     if kind == "dinov2":
         return dinov2(source or "facebook/dinov2-large")
-    raise ValueError(f"extractor {name!r}: use inception, efficientnet-lite0, efficientnet-lite0@SIZE, or dinov2:NAME")
+    raise ValueError(
+        f"extractor is {name!r}; use inception, efficientnet-lite0, efficientnet-lite0@SIZE, or dinov2:NAME"
+    )
 
 
 def _resize(images: Tensor, size: int, mode: str) -> Tensor:

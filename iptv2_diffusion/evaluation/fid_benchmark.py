@@ -59,7 +59,7 @@ def check_numbers(config: BenchmarkConfig, extractors: list[FeatureExtractor], r
         if config.pca_components > (most := min(reference.count - 1, extractor.dimensions)):
             raise ConfigError(
                 f"pca_components is {config.pca_components}, but {reference.count} references of "
-                f"{extractor.dimensions} features ({extractor.name}) have {most}; lower it or give more references"
+                f"{extractor.dimensions} features ({extractor.name}) allow {most}; lower it or give more references"
             )
         kept = "spatial" in extractor.heads and "pool" in reference.stored
         counts = {f"samples of {e.name}": e.generation.num_samples for e in config.entries()}
@@ -200,7 +200,7 @@ def plot(results: dict[str, Any], path: Path, published: bool) -> None:
     from matplotlib import pyplot
 
     name = next(iter(results["extractors"]))
-    axes_of = {"gmacs": "GMACs of a forward", "training_hours": "hours of training"}
+    axes_of = {"gmacs": "GMACs of a forward pass", "training_hours": "hours of training"}
     known = {key: [r for r in results["models"] if r[key] is not None] for key in axes_of}
     known = {key: rows for key, rows in known.items() if rows}
     figure, panels = pyplot.subplots(1, len(known), figsize=(6 * len(known), 4.5), squeeze=False)

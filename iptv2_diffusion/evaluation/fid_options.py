@@ -20,8 +20,8 @@ class BenchmarkConfig(GenerationConfig):
 
     models: list[dict] = option(  # noqa: RUF009
         [],
-        "pipelines to compare, each with any of the options of images and sampler, and name, training_steps and "
-        "training_hours; empty: one, of the options here",
+        "pipelines to compare, each with its own options of images and sampler, name, training_steps and "
+        "training_hours; empty: one pipeline, with the options here",
         group="run",
     )
     output_dir: str = option("runs/benchmark", "folder for the images and the results", free=True)
@@ -40,7 +40,7 @@ class BenchmarkConfig(GenerationConfig):
     )
     inception_weights: str | None = option(None, "local copy of Inception's weights; none: download them")
     allow_small_n: bool = option(
-        False, "score fewer samples or references than features, although such a distance is mostly bias"
+        False, "allow fewer samples or references than features, although the distance is then mostly bias"
     )
     pca_components: int = option(64, "number of components of the low-dimensional Fréchet distance", at_least=1)
     precision_recall_references: int = option(
@@ -48,19 +48,19 @@ class BenchmarkConfig(GenerationConfig):
     )
     repeats: int = option(20, "number of half samples for the standard errors; 0: no errors", at_least=0)
     published: bool = option(
-        False, "draw the ImageNet 256 figures of the papers too, if the first encoder is Inception"
+        False, "also plot the ImageNet 256 figures of the papers, if the first encoder is Inception"
     )
 
     def validate(self) -> None:
         super().validate()
         if self.repeats == 1:
-            raise ConfigError("repeats is 1; a standard error needs at least 2, and 0 leaves it out")
+            raise ConfigError("repeats is 1; a standard error needs at least 2, and 0 disables it")
         names = [entry.name for entry in self.entries()]
         if len(set(names)) < len(names):
             raise ConfigError(f"models share a name: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
 
     def entries(self) -> list[Entry]:
-        """Return the models, each with its own options over the common ones."""
+        """Return the models. The options of each model replace the common ones."""
         return [Entry.of(self, entry) for entry in self.models or [{}]]
 
 
@@ -75,7 +75,7 @@ class Entry:
 
     @classmethod
     def of(cls, config: BenchmarkConfig, options: dict[str, Any]) -> Entry:
-        """Make an entry from an item of `models`.
+        """Create an entry from an item of `models`.
 
         If the item does not state the training steps and hours, they come from the log beside a pipeline of
         train_ldm.py.

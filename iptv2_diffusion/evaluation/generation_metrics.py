@@ -178,7 +178,7 @@ def mean_kernel(features: Tensor) -> float:
     """Compute the mean of KID's kernel over all pairs of different images of (N, D) features."""
     count = len(features)
     if count < 2:
-        raise ValueError(f"KID of {count} images: give two or more")
+        raise ValueError(f"KID needs at least 2 images, not {count}")
     diagonal = (features.double().square().sum(dim=1) / features.shape[1] + 1).pow(3).sum()
     return (_kernel_sum(features, features) - float(diagonal)) / (count * (count - 1))
 
@@ -274,7 +274,7 @@ def half_sample_error(metric: Callable[[Tensor], float], features: Tensor, repea
         ValueError: there are fewer than 2 repeats or 4 images.
     """
     if repeats < 2 or len(features) < 4:
-        raise ValueError(f"{repeats} repeats on {len(features)} images: give at least 2 and 4")
+        raise ValueError(f"a standard error needs at least 2 repeats and 4 images, not {repeats} and {len(features)}")
     generator = torch.Generator().manual_seed(seed)
     halves = [torch.randperm(len(features), generator=generator)[: len(features) // 2] for _ in range(repeats)]
     return float(np.std([metric(features[half]) for half in halves]))

@@ -22,8 +22,8 @@ class GenerationConfig(Config):
     num_samples: int = option(50_000, "number of images to draw", group="images", free=True, at_least=1)
     labels: str = option(
         "balanced",
-        "how labels are chosen: balanced: image i has class i mod K; random; none: the null label; or names or numbers "
-        "of classes, separated by commas, in turn",
+        "how labels are chosen: balanced: image i has class i mod K; random; none: the null label; or a list of class "
+        "names or numbers, separated by commas, to use in turn",
         group="images",
     )
     class_counts: list[int] | None = option(  # noqa: RUF009
@@ -33,7 +33,7 @@ class GenerationConfig(Config):
         at_least=1,
         nonempty=True,
     )
-    seed: int = option(0, "seed; image i depends on (seed, i) alone", group="images")
+    seed: int = option(0, "seed; image i depends only on (seed, i)", group="images")
     num_inference_steps: int = option(250, "number of denoising steps", group="sampler", at_least=1)
     guidance_scale: float = option(1.0, "classifier-free guidance scale; 1: no guidance", group="sampler")
     guidance_interval: tuple[float, float] = option(
@@ -44,26 +44,26 @@ class GenerationConfig(Config):
     )
     scheduler: Literal[
         "saved", "ddpm", "ddim", "dpm++", "euler", "euler-ancestral", "heun", "flow-euler", "flow-heun"
-    ] = option("saved", "sampler; saved: the one of the pipeline", group="sampler")
+    ] = option("saved", "sampler; saved: that of the pipeline", group="sampler")
     batch_size: int = option(
         32,
-        "number of images that go through the networks together on a GPU, unless group_size is given",
+        "number of images in a batch of the networks on a GPU, unless group_size is given",
         group="machine",
         free=True,
         at_least=1,
     )
     group_size: int | None = option(
         None,
-        "number of images that go through the networks together; another number rounds differently, by one grey level "
-        f"in about one value of 20,000; none: on a CPU {CPU_GROUP_SIZE}, which is as fast as more and gives the same "
-        "bytes for any batch_size",
+        "number of images in a batch of the networks; a different number changes the rounding, by one grey level in "
+        f"about one value of 20,000; none: batch_size on a GPU and {CPU_GROUP_SIZE} on a CPU, where more is not faster "
+        "and the bytes are then the same for any batch_size",
         group="machine",
         at_least=1,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast precision of the denoiser", group="machine")
     num_threads: int = option(
         1,
-        "CPU threads per process; another number rounds differently, so start more processes instead",
+        "number of CPU threads per process; a different number changes the rounding, so start more processes instead",
         group="machine",
         at_least=1,
     )
@@ -72,7 +72,7 @@ class GenerationConfig(Config):
     def validate(self) -> None:
         """Raise a `ConfigError` that names the options if two of them contradict each other."""
         if self.class_counts is not None and self.labels != "balanced":
-            raise ConfigError(f"class_counts goes with balanced labels, but labels is {self.labels}; leave one out")
+            raise ConfigError(f"class_counts needs balanced labels, but labels is {self.labels}; leave one out")
         start, stop = self.guidance_interval
         if start >= stop:
             raise ConfigError(f"guidance_interval is {start:g},{stop:g}; the first number must be the smaller one")

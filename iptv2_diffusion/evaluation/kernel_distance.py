@@ -80,7 +80,7 @@ class KernelDistance:
                 given = {"class_labels": [self._labels[i] for i in items]}
             try:
                 images = pipeline(**given, generator=seeds, output_type="pt", **sampling).images
-            except NonFiniteImageError as error:  # they count as the gray pictures that they are nearest to
+            except NonFiniteImageError as error:  # broken images are gray and count
                 print(f"KID: {error}", flush=True)
                 images = error.images
             return images.mul(255).round().to(torch.uint8)

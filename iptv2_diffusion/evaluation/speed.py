@@ -120,7 +120,7 @@ class PeakMemory:
 
 
 def describe_machine() -> dict[str, str]:
-    """Describe the processor and the versions of Python and torch, to state beside a result."""
+    """Describe the processor and the versions of Python and torch, to report with a result."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))

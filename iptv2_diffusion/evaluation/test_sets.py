@@ -1,7 +1,7 @@
-"""The field's test sets by name: where their images lie, how papers degrade and compare them, what others reached.
+"""The field's test sets by name: their folders, their papers' protocols, and published results.
 
-The sets are found below one folder, as their authors distribute them. Figures of others are quoted from the named
-papers, or from the papers that compare them; they were not measured here.
+The sets are expected below one folder, in the layout of their authors. Published results come from the named papers, or
+from papers that compare them; they were not measured here.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class TestSet:
     """A test set and the protocol of its papers.
 
     Attributes:
-        folders: names of its folder, in any case.
-        degradation: how its clean images are degraded, or "pairs" if it has degraded images of its own.
+        folders: possible names of its folder, regardless of case.
+        degradation: how its clean images are degraded, or "pairs" if it includes degraded images.
         levels: levels of the degradation.
         gray: whether papers degrade and compare gray images.
         channels: "rgb" or "y".
-        round: whether papers compare images of 8 bits.
+        round: whether papers compare 8-bit images.
         published: method -> PSNR in dB, one per level (one for pairs); None: not published.
     """
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a pytest test
 
     folders: tuple[str, ...]
     degradation: str
@@ -106,7 +106,7 @@ def find_test_set(name: str, root: Path) -> Path:
                 return folder
         level = [child for folder in level if folder.is_dir() for child in sorted(folder.iterdir()) if child.is_dir()]
     raise FileNotFoundError(
-        f"no folder called {' or '.join(names)} in {root}; unpack {name} there, or name its parent by --root"
+        f"no folder called {' or '.join(names)} in {root}; unpack {name} there, or set --root to its parent"
     )
 
 

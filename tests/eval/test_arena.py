@@ -84,7 +84,7 @@ def test_unequal_macs_are_refused_with_both_figures(ground):
     result = run("arena.py", *words, check=False)
     assert result.returncode != 0
     assert "dit/wide has" in result.stderr
-    assert "% apart, 3 are allowed" in result.stderr
+    assert "% apart, but at most 3 % is allowed" in result.stderr
 
 
 def test_a_known_rate_needs_no_grid(ground):

@@ -201,7 +201,7 @@ class TestRefusals:
     def test_unknown_options_encoders_and_equal_names(self, script, ground, tmp_path):
         with pytest.raises(ConfigError, match="unknown option 'guidance' in models; did you mean guidance_scale"):
             self.run(script, ground, tmp_path, models=[{"guidance": 2}])
-        with pytest.raises(UserError, match="extractor 'vgg': use inception"):
+        with pytest.raises(UserError, match="extractor is 'vgg'; use inception"):
             self.run(script, ground, tmp_path, "--extractors", "vgg")
         with pytest.raises(ConfigError, match="models share a name: a, a"):
             self.run(script, ground, tmp_path, models=[{"name": "a"}, {"name": "a"}])

@@ -237,7 +237,7 @@ def test_a_set_by_name_with_a_blind_peer_and_published_figures(tmp_path, capsys)
     assert {row["method"] for row in rows} == {"input", "prenet"}
     with pytest.raises(UserError, match="does not hold the weights of DnCNN"):
         benchmark.main([*words, "--peer_weights", f"dncnn={weights}"])
-    with pytest.raises(UserError, match="is not NAME=FILE with a name out of dncnn, prenet"):
+    with pytest.raises(UserError, match="is not NAME=FILE with a name from dncnn, prenet"):
         benchmark.main([*words, "--peer_weights", "restormer=x"])
     with pytest.raises(UserError, match="has images of its own"):
         benchmark.main([*words, "--images", str(tmp_path)])

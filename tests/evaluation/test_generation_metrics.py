@@ -263,7 +263,7 @@ class TestInception:
             with pytest.raises(ValueError, match=f"{name} does not hold the weights of FID's Inception"):
                 inception_v3(tmp_path / name)
         assert not (tmp_path / "sprung").exists()
-        with pytest.raises(FileNotFoundError, match="none\\.pth: no such file"):
+        with pytest.raises(FileNotFoundError, match=r"no file .*none\.pth"):
             inception_v3(tmp_path / "none.pth")
 
     @pytest.mark.parametrize("cause", ["offline", "unreachable", "another file"])

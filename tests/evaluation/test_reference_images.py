@@ -76,7 +76,7 @@ def test_npz_with_a_flipped_byte_is_refused(tmp_path):
 def test_a_pickle_by_the_name_of_an_npz_is_refused(tmp_path):
     path = tmp_path / "pickle.npz"
     path.write_bytes(pickle.dumps([1]))
-    with pytest.raises(ValueError, match=r"pickle\.npz is damaged, or no \.npz file; download it again"):
+    with pytest.raises(ValueError, match=r"pickle\.npz is damaged or is not an \.npz file; download it again"):
         ReferenceImages(str(path))
 
 

@@ -330,7 +330,7 @@ def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path
         (["--kid_every", 15], "kid_every is 15, not a multiple of eval_every 10; use 20"),
         (["--kid_every", 0], "kid_every is 0; it must be at least 1"),
         (["--heldout_fraction", 0.05], "kid_samples needs 2 held-out images or more, not 1"),
-        (["--kid_extractor", "vgg"], "extractor 'vgg': use inception"),
+        (["--kid_extractor", "vgg"], "extractor is 'vgg'; use inception"),
         (["--heldout_fraction", 0], "kid_samples needs held-out images"),
         (["--report_to", "paper"], "report_to is 'paper'; choose"),
         (["--batch_size", 8, "--gradient_accumulation_steps", 3], "does not divide over"),
