@@ -45,7 +45,7 @@ def test_files_written_at_the_same_time_do_not_meet(tmp_path):
     assert [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")] == [b"a", b"b"]
 
 
-def test_what_a_killed_process_leaves_is_known(tmp_path):
+def test_files_of_a_killed_process_are_recognised(tmp_path):
     script = (
         "import os, sys; from iptv2_diffusion.files import atomic\n"
         "with atomic(sys.argv[1]) as temporary:\n    temporary.write_bytes(b'half'); os.kill(os.getpid(), 9)"

@@ -192,7 +192,7 @@ class TestTiling:
         assert difference.mean() < 0.005 * whole.std()
         assert difference.max() < 0.2 * whole.std()
 
-    def test_no_tile_is_larger_than_asked(self):
+    def test_no_tile_is_larger_than_requested(self):
         codec = make_codec("tiny")
         seen = []
         hook = codec.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[-2:])))

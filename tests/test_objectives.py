@@ -310,7 +310,7 @@ class TestSchedulers:
         assert scheduler.config.beta_end == 0.012
         assert scheduler.config.prediction_type == "v_prediction"
 
-    def test_any_scheduler_of_the_ddpm_family_serves(self):
+    def test_any_scheduler_of_the_ddpm_family_works(self):
         objective = DiffusionObjective(DDIMScheduler(prediction_type="v_prediction"))
         latents, noise, timesteps = make_batch(objective)
         target = objective.target(latents, noise, timesteps)

@@ -186,7 +186,7 @@ print(sys.modules[type(plain).__call__.__module__].__file__)
 """
 
 
-def test_the_wheel_loads_a_shipped_pipeline_beside_an_alien_pipelines_package(installed, elsewhere):
+def test_the_wheel_loads_a_shipped_pipeline_despite_a_foreign_pipelines_package(installed, elsewhere):
     """Imported after diffusers here; tests/test_imports.py has the other order."""
     told = run(sys.executable, "-c", LOAD, str(PIPELINE), cwd=elsewhere, PYTHONPATH=str(installed))
     assert told.splitlines()[-1] == str(installed / "iptv2_diffusion/pipelines/pipeline_iptv2.py")

@@ -98,7 +98,7 @@ def photograph(path):
     return str(path)
 
 
-def test_restored_files_have_the_bits_that_are_asked_for(models, tmp_path):
+def test_restored_files_have_the_requested_bits(models, tmp_path):
     source, tiles = photograph(tmp_path / "a.png"), []
     for bits, strength in ((16, 0.0), (16, 1.0), (8, 1.0)):
         settings = RestoreSettings(25.0, strength=strength, bits=bits)
@@ -129,7 +129,7 @@ def test_the_noise_level_is_estimated(tmp_path):
     assert noise_level(str(tmp_path / "a.png"), PIXELS)[1] == pytest.approx(20, rel=0.1)
 
 
-def test_uploads_that_are_no_photograph_are_refused_without_the_server_folder(tmp_path):
+def test_uploads_that_are_not_images_are_refused_without_the_server_folder(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"^a\.png cannot be read as an image"):
         read_upload(str(tmp_path / "a.png"), PIXELS)

@@ -84,7 +84,7 @@ def test_generate_and_change_the_seed(page, tmp_path):
     assert images[0].tobytes() != images[1].tobytes()
 
 
-def test_cancel_stops_and_the_page_goes_on(page):
+def test_cancel_stops_the_job_and_the_page_still_works(page):
     page.get_by_label("number input for Steps").first.fill("250")
     page.get_by_label("number input for Steps").first.press("Enter")
     page.get_by_role("button", name="Generate", exact=True).click()

@@ -34,7 +34,7 @@ def test_batches_larger_than_the_data_set_wrap_around():
 
 
 @pytest.mark.parametrize("balance", [0.25, 0.5, 1.0])
-def test_a_balanced_epoch_has_each_class_by_its_power_and_each_image_of_it_alike(balance):
+def test_a_balanced_epoch_has_each_class_by_its_power_and_its_images_equally(balance):
     sizes = torch.tensor([600, 0, 90, 7])
     labels = torch.repeat_interleave(torch.arange(4), sizes)[torch.randperm(697, generator=torch.manual_seed(0))]
     order = DataOrder(697, 5, class_balanced_weights(labels, balance))
@@ -155,7 +155,7 @@ def test_samples_that_are_read_ahead_arrive_with_the_draws_that_they_were_read_f
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (3, 3, 3), (1, 5, 1), (1, 1, 1)])
-def test_without_diffusion_noise_all_else_is_the_same(shape):
+def test_without_diffusion_noise_everything_else_is_the_same(shape):
     """As of a VAE; 8 samples of these shapes are multiples of 16 and not, and below it."""
     with_noise, without = (draw_step(DataOrder(9, 0), 2, 8, shape, diffusion=drawn) for drawn in (True, False))
     assert without.noise is None

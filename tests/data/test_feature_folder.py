@@ -179,7 +179,7 @@ CASES.remove(("two folders", "tar"))  # an empty folder of a tar holds no files
 
 
 @pytest.mark.parametrize(("case", "kind"), CASES)
-def test_damage_is_told_in_one_line(folder, tmp_path, case, kind):
+def test_damage_is_reported_in_one_line(folder, tmp_path, case, kind):
     change, told = (AT_OPENING | AT_READING)[case]
     change(folder)
     source = folder if kind == "folder" else write_tar(folder, tmp_path / "x.tar")
@@ -188,7 +188,7 @@ def test_damage_is_told_in_one_line(folder, tmp_path, case, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_a_cut_tar_is_told_in_one_line(folder, tmp_path):
+def test_a_truncated_tar_is_reported_in_one_line(folder, tmp_path):
     tar = write_tar(folder, tmp_path / "x.tar")
     tar.write_bytes(tar.read_bytes()[:20_000])
     with pytest.raises(ValueError, match=r"x\.tar: damaged, or not a tar"):

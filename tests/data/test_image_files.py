@@ -94,7 +94,7 @@ class TestModes:
         with pytest.raises(ImageFileError, match=r"floats from .* on \[0, 1\]|NaN or infinite"):
             read_image_file(tiff(np.array([values], np.float32)))
 
-    def test_noise_beyond_the_range_is_kept_but_not_cut_to_8_bits_in_silence(self):
+    def test_noise_beyond_the_range_is_kept_and_not_silently_cut_to_8_bits(self):
         picture = read_image_file(tiff(np.array([[-0.2, 1.3]], np.float32)))
         assert picture.pixels.min() == np.float32(-0.2)
         with pytest.raises(ImageFileError, match=r"floats from -0\.2 to 1\.3, which 8 bits would cut"):
@@ -145,7 +145,7 @@ class TestModes:
         assert picture.pixels[0, -1, 0] == picture.peak
         assert abs(picture.pixels[0, 1, 0] / picture.peak - 0.5) < 0.01
 
-    def test_the_same_picture_in_every_depth_trains_alike(self, tmp_path):
+    def test_the_same_image_in_every_depth_trains_the_same(self, tmp_path):
         """Black, white or clipped are the faults that this finds."""
         rgb = RNG.integers(0, 256, (12, 10, 3), np.uint8)
         Image.fromarray(rgb).save(tmp_path / "a.png")
@@ -189,7 +189,7 @@ class TestMetadata:
 
     @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0garbage", b"\xff" * 40, b"Exif\0\0II*\0\xff\xff\xff\xff"])
     @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-    def test_garbage_costs_the_metadata_and_not_the_picture(self, exif, form):
+    def test_garbage_costs_the_metadata_but_not_the_image(self, exif, form):
         try:
             data = encoded(Image.new("RGB", (6, 4), "red"), form, exif=exif)
         except Exception:
@@ -277,7 +277,7 @@ class TestLimits:
         read_image_file(encoded(Image.new("RGB", (4, 3)), "PNG"))
         assert before == Image.MAX_IMAGE_PIXELS
 
-    def test_what_is_no_picture(self, tmp_path):
+    def test_files_that_are_not_images(self, tmp_path):
         for data in (
             b"",
             b"x",

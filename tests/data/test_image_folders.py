@@ -45,13 +45,13 @@ class TestFolders:
     @pytest.mark.parametrize(
         "junk", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".thumbnails", "$RECYCLE.BIN", "lost+found", "@EADIR"]
     )
-    def test_folders_of_tools_are_no_classes(self, tmp_path, junk):
+    def test_folders_of_tools_are_not_classes(self, tmp_path, junk):
         data = load_image_dataset(tree(tmp_path, "cat/a.png", "dog/b.png", f"{junk}/c.png", f"cat/{junk}/d.png"))
         assert class_names(data) == ["cat", "dog"]
         assert len(data) == 2
         assert len(find_images(tmp_path)) == 2
 
-    def test_hidden_files_are_no_images(self, tmp_path):
+    def test_hidden_files_are_not_images(self, tmp_path):
         (tree(tmp_path, "cat/a.png") / "cat" / "._a.png").write_bytes(b"resource fork")
         assert len(load_image_dataset(tmp_path)) == 1
 
@@ -73,7 +73,7 @@ class TestFolders:
         with pytest.raises(ValueError, match='split "dev" may be any of val, validation; name one'):
             load_image_dataset(tmp_path, split="dev")
 
-    def test_a_split_folder_without_images_is_none(self, tmp_path):
+    def test_a_split_folder_without_images_is_not_a_split(self, tmp_path):
         (tree(tmp_path, "cat/a.png", "dog/b.png") / "test").mkdir()
         assert class_names(load_image_dataset(tmp_path)) == ["cat", "dog"]
 
@@ -89,7 +89,7 @@ class TestFolders:
         assert len(data) == 2
         assert len(find_images(root)) == 2
 
-    def test_a_class_without_a_readable_image_is_none_and_is_told(self, tmp_path):
+    def test_a_class_without_a_readable_image_is_dropped_and_reported(self, tmp_path):
         tree(tmp_path, "cat/a.png", "dog/b.png")
         (tmp_path / "broken").mkdir()
         for name in ("x.png", "y.png"):
@@ -131,7 +131,7 @@ class TestMetadata:
 
     @pytest.mark.parametrize("form", ["csv", "jsonl"])
     @pytest.mark.parametrize("labels", [("pear", "apple"), (1, 0)])
-    def test_labels_beside_the_images(self, tmp_path, form, labels):
+    def test_labels_next_to_the_images(self, tmp_path, form, labels):
         tree(tmp_path, "a.png", "sub/b.png")
         rows = [{"file_name": name, "label": label} for name, label in zip(("a.png", "sub/b.png"), labels, strict=True)]
         self.write(tmp_path, form, rows)
@@ -203,7 +203,7 @@ class TestTars:
         with pytest.raises(ValueError, match=r"x\.tar: its inner tar dog\.tar is damaged"):
             load_image_dataset(path, cache_dir=tmp_path / "cache")
 
-    def test_what_is_no_tar(self, tmp_path):
+    def test_files_that_are_not_tars(self, tmp_path):
         (tmp_path / "x.tar").write_bytes(b"garbage" * 1000)
         with pytest.raises(ValueError, match=r"x\.tar: damaged, or not a tar"):
             load_image_dataset(tmp_path / "x.tar")
@@ -226,7 +226,7 @@ class TestNames:
         ):
             load_image_dataset(path)
 
-    def test_brackets_are_no_pattern_where_the_file_exists(self, tmp_path, png):
+    def test_brackets_are_not_a_pattern_if_the_file_exists(self, tmp_path, png):
         folder = tmp_path / "set [1]"
         folder.mkdir()
         tarred(folder / "a[0].tar", {"00.png": png, "00.cls": b"1", "01.png": png, "01.cls": b"0"})
@@ -265,7 +265,7 @@ class TestColumns:
             ([0, 10**9], datasets.Value("int64"), "are these numbers of images"),
         ],
     )
-    def test_labels_that_are_none(self, tmp_path, png, labels, feature, message):
+    def test_labels_that_are_not_labels(self, tmp_path, png, labels, feature, message):
         columns = {"image": [{"bytes": png, "path": None}] * 2, "label": labels}
         path = self.saved(tmp_path, columns, {"image": datasets.Image(), "label": feature})
         with pytest.raises(ValueError, match=message) as caught:
@@ -280,7 +280,7 @@ class TestColumns:
             load_image_dataset(path, cache_dir=tmp_path / "cache")
 
     @pytest.mark.parametrize("split", ["train[1:1]", "train[9:]", "train[2:1]", "train[x]", "train[:900%]", "train["])
-    def test_a_part_that_holds_nothing_or_is_none(self, tmp_path, split):
+    def test_a_pipeline_part_that_is_empty_or_missing(self, tmp_path, split):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:

@@ -110,7 +110,7 @@ class TestSources:
         with pytest.raises(ValueError, match='no split "val"; there are: test, train'):
             load_image_dataset(root, split="val")
 
-    def test_a_class_called_train_is_no_split(self, labelled: Path) -> None:
+    def test_a_class_called_train_is_not_a_split(self, labelled: Path) -> None:
         """CIFAR-100 has one."""
         (labelled / "notes").mkdir()  # without images: no class
         (labelled / "train").mkdir()
@@ -365,7 +365,7 @@ class TestCorruptImages:
             assert len(dataset_fingerprint(images)) == 16
         assert "image 0: the row has no image; image 2: the row has no image" in str(recwarn[0].message)
 
-    def test_skipped_counted_and_told_once(self, folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def test_skipped_counted_and_reported_once(self, folder: Path, recwarn: pytest.WarningsRecorder) -> None:
         images = ImageTensors(load_image_dataset(folder), size=8)
         assert images.valid_indices() == images.valid_indices() == [0, 2]
         told = [str(w.message) for w in recwarn if "skipping" in str(w.message)]

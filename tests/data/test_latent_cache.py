@@ -222,7 +222,7 @@ def test_processes_share_the_shards_and_make_the_same_files(folder, codec, tmp_p
     assert files[0] == files[1]
 
 
-def test_a_killed_making_goes_on_with_the_missing_shards(folder, codec, tmp_path):
+def test_a_killed_encoding_resumes_with_the_missing_shards(folder, codec, tmp_path):
     cache, _ = make(folder, codec, tmp_path, shard_images=3)
     whole = {p.name: p.read_bytes() for p in cache.folder.iterdir()}
     (cache.folder / "index.json").unlink()

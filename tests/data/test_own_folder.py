@@ -25,14 +25,14 @@ def write(folder: OwnFolder, name: str, content: bytes = b"ours") -> None:
 
 
 class TestRecord:
-    def test_a_folder_with_strangers_is_refused_by_name(self, tmp_path):
+    def test_a_folder_with_foreign_files_is_refused_and_they_are_named(self, tmp_path):
         (tmp_path / "holiday.png").write_bytes(b"mine")
         with pytest.raises(ForeignFolderError, match=r"has no record of results and holds 1 entries .* holiday\.png"):
             OwnFolder.claim(tmp_path, "results")
         assert os.listdir(tmp_path) == ["holiday.png"]
 
     @pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "train.log", "slurm-1.out", ".hidden"])
-    def test_what_desktops_and_shells_leave_does_not_count(self, tmp_path, name):
+    def test_files_of_desktops_and_shells_do_not_count(self, tmp_path, name):
         (tmp_path / name).write_bytes(b"x")
         OwnFolder.claim(tmp_path, "results")
         assert (tmp_path / name).read_bytes() == b"x"
@@ -47,14 +47,14 @@ class TestRecord:
         again.delete()
         assert {p.name for p in folder.folder.rglob("*") if p.is_file()} == {RECORD, "mine.png"}
 
-    def test_a_stranger_of_the_same_name_is_not_overwritten(self, tmp_path):
+    def test_a_foreign_file_of_the_same_name_is_not_overwritten(self, tmp_path):
         folder = OwnFolder.claim(tmp_path, "results")
         (tmp_path / "a.png").write_bytes(b"mine")
         with pytest.raises(ForeignFolderError, match=r"a\.png was not made here; move it away"):
             write(folder, "a.png")
         assert (tmp_path / "a.png").read_bytes() == b"mine"
 
-    def test_a_changed_size_is_not_what_we_made(self, tmp_path):
+    def test_a_file_of_changed_size_is_not_ours(self, tmp_path):
         folder = OwnFolder.claim(tmp_path, "results")
         write(folder, "a.png")
         (tmp_path / "a.png").write_bytes(b"longer than ours")
@@ -172,7 +172,7 @@ class TestSamples:
             folder.write_npz(None, 2)
         assert not list(tmp_path.glob("*.npz"))
 
-    def test_folders_of_earlier_versions_go_on(self, tmp_path):
+    def test_folders_of_earlier_versions_still_work(self, tmp_path):
         (tmp_path / "images").mkdir()
         Image.new("RGB", (16, 16)).save(tmp_path / "images" / "000000.png")
         Image.new("RGB", (9, 9)).save(tmp_path / "images" / "holiday.png")
@@ -190,7 +190,7 @@ class TestRuns:
         with pytest.raises(ForeignFolderError, match="has no record of a training run"):
             claim_run_folder(tmp_path)
 
-    def test_runs_of_earlier_versions_go_on(self, tmp_path):
+    def test_runs_of_earlier_versions_resume(self, tmp_path):
         for name in ("config.yaml", "metrics.jsonl", "notes.txt"):
             (tmp_path / name).write_text("x")
         claim_run_folder(tmp_path)
@@ -211,7 +211,7 @@ class TestRuns:
         assert (tmp_path / "pipeline/model/NOTES.md").read_text() == "mine"
         assert not list(tmp_path.glob(".tmp-*"))
 
-    def test_what_fails_leaves_the_result_before(self, tmp_path):
+    def test_a_failure_leaves_the_previous_result(self, tmp_path):
         claim_run_folder(tmp_path)
         with replaced(tmp_path / "vae") as temporary:
             temporary.mkdir()
@@ -229,7 +229,7 @@ class TestRuns:
 
 
 class TestCaches:
-    def test_a_whole_file_of_somebody_elses_is_no_shard(self, tmp_path):
+    def test_a_complete_foreign_file_is_not_a_shard(self, tmp_path):
         path = tmp_path / "shard-00000000-00000008.safetensors"
         save_file({"x": torch.zeros(2)}, path)
         with pytest.raises(ValueError, match="holds no latents that were made here; move it away"):

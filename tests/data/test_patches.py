@@ -106,7 +106,7 @@ def test_bad_images_are_named(tmp_path):
     assert not list((tmp_path / "cache").iterdir())  # nothing half-decoded is left
 
 
-def test_images_smaller_than_the_patch_go_on_by_reflection(tmp_path):
+def test_images_smaller_than_the_patch_are_padded_by_reflection(tmp_path):
     files = [save(tmp_path / name, picture(seed)) for seed, name in enumerate(("clean.png", "noisy.png"))]
     stores = [ImageStore([file], tmp_path / "cache", say=lambda line: None) for file in files]
     sampler = PatchSampler(*stores)
@@ -153,7 +153,7 @@ def test_degradations_are_functions_of_the_generator_and_lose_their_margin(degra
     assert sigma is None or sigma.shape == (3,)
 
 
-def test_the_noise_has_the_sigma_that_is_told():
+def test_the_noise_has_the_returned_sigma():
     degraded, sigma = d.GaussianNoise(5, 55)(torch.zeros(8, 3, 128, 128), torch.Generator().manual_seed(0))
     torch.testing.assert_close(degraded.flatten(1).std(dim=1) * 255, sigma, rtol=0.02, atol=0)
     assert ((sigma >= 5) & (sigma <= 55)).all()
@@ -276,7 +276,7 @@ def test_layout_errors(tmp_path):
         find_pairs("dpdd", tmp_path, "test")
 
 
-def test_a_degradation_that_some_samples_are_spared():
+def test_a_degradation_that_skips_some_samples():
     clean = torch.rand(400, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     noisy, sigma = d.Sometimes(d.GaussianNoise(20, 20), 0.3)(clean, torch.Generator().manual_seed(1))
     spared = (noisy == clean).flatten(1).all(dim=1)

@@ -56,7 +56,7 @@ def test_turned_as_pillow_turns(orientation):
     assert np.array_equal(turned(image[..., None], orientation)[..., 0], np.asarray(ImageOps.exif_transpose(picture)))
 
 
-def test_what_has_8_bits_or_floats_is_told_apart(tmp_path):
+def test_files_of_8_bits_and_floats_are_distinguished(tmp_path):
     Image.fromarray(picture(3).astype(np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(picture(3).astype(np.uint8)).save(tmp_path / "a.tif")
     Image.fromarray(picture(1)[..., 0].astype(np.float32)).save(tmp_path / "b.tif")

@@ -131,7 +131,7 @@ def test_the_stream_does_not_depend_on_the_number_of_processes(tmp_path, codec, 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 @pytest.mark.parametrize(("block", "workers"), [(8, 0), (12, 2), (1, 0)])
-def test_resume_from_every_step_sees_what_the_undisturbed_run_sees(tmp_path, codec, kind, block, workers):
+def test_resume_from_every_step_sees_what_the_uninterrupted_run_sees(tmp_path, codec, kind, block, workers):
     """Also on another number of processes, and read through without a saved position. Seven steps: over two epochs."""
     source = write_shards(tmp_path, kind)
     whole, _ = Reader(source, codec, block=block).read(7)
@@ -148,7 +148,7 @@ def test_resume_from_every_step_sees_what_the_undisturbed_run_sees(tmp_path, cod
         assert json.loads(json.dumps(join_positions([going.parts[0].position(stop)]))) == position
 
 
-def test_without_its_position_the_stream_is_read_through_and_this_is_told(tmp_path, codec):
+def test_without_its_position_the_stream_is_read_through_with_a_note(tmp_path, codec):
     source = write_shards(tmp_path, "parquet")
     whole, _ = Reader(source, codec).read(4)
     late = Reader(source, codec, start=3)

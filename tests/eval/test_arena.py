@@ -100,7 +100,7 @@ def test_a_known_rate_needs_no_grid(ground):
 
 
 @pytest.mark.slow
-def test_an_arena_from_training_to_pictures(ground):
+def test_an_arena_from_training_to_plots(ground):
     pytest.importorskip("efficientnet_lite_pytorch")
     command = ("arena.py", "--config", ground / "arena.yaml", "--tolerance", 10)
     output = run(*command).stdout

@@ -51,7 +51,7 @@ def test_the_submission_is_the_model_on_every_crop_in_dnds_own_form(setting, sig
             assert np.abs(expected - pixels).max() > 1e-3  # the model does something
 
 
-def test_the_same_command_goes_on(setting, capsys):
+def test_the_same_command_resumes(setting, capsys):
     folder, words = setting
     assert script.main(words) == 0
     times = {p: p.stat().st_mtime_ns for p in (folder / "out").glob("*.mat")}

@@ -111,7 +111,7 @@ class TestResults:
         assert floor["fd"] == pytest.approx(half_half_floor(real), rel=1e-4)
         assert floor["kid"] == pytest.approx(half_half_floor(real, kid), rel=1e-4)
 
-    def test_what_decides_them_is_told(self, scored):
+    def test_results_state_what_determines_them(self, scored):
         results = json.loads((scored / "results.json").read_text())
         ours, dit = results["models"]
         assert (ours["name"], ours["training_steps"], ours["training_hours"]) == ("run-cfg1", 40, 0.5)

@@ -123,7 +123,7 @@ class TestWhatAnImageDependsOn:
         assert len(list((tmp_path / "two").glob("seconds-*.jsonl"))) == 2
         assert sum(row["images"] for row in drawn) == 24  # three groups of eight, each drawn once
 
-    def test_not_how_many_others_there_are(self, run, reference):
+    def test_not_the_number_of_other_images(self, run, reference):
         folder = run("few", "--num_samples", 6)
         before = {path: path.stat().st_mtime_ns for path in (folder / "images").iterdir()}
         assert run("few") == folder
@@ -165,7 +165,7 @@ class TestResumption:
         assert images(folder) == images(run("undisturbed", *many, "--group_size", 2))
         assert sorted(images(folder)) == [f"{i:06d}.png" for i in range(COUNT)]
 
-    def test_images_made_otherwise_are_not_added_to(self, run, reference):
+    def test_images_of_other_settings_are_not_added_to(self, run, reference):
         folder = run("mixed")
         with pytest.raises(ConfigError, match=r"guidance_scale is 1\.5 there, 2\.0 here; use another folder"):
             run("mixed", "--guidance_scale", 2)
@@ -254,7 +254,7 @@ class TestPipelinesAndSchedulers:
         with pytest.raises(ConfigError, match=r"guidance_interval is 0\.5,0\.2"):
             run("interval", "--guidance_interval", "0.5,0.2")
 
-    def test_what_is_no_pipeline_is_told_in_one_line(self, script, tmp_path):
+    def test_a_folder_without_a_pipeline_is_reported_in_one_line(self, script, tmp_path):
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError) as caught:
             script.main(words(tmp_path / "empty", tmp_path / "out"))
@@ -296,7 +296,7 @@ def listen_to_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_while_drawing_says_what_is_there_and_the_same_command_goes_on(script, pipelines, tmp_path, monkeypatch):
+def test_ctrl_c_while_sampling_reports_progress_and_the_same_command_resumes(script, pipelines, tmp_path, monkeypatch):
     options = ("--num_samples", 160)
     command = [sys.executable, str(SCRIPT), *words(pipelines["iptv2"], tmp_path / "out", *options)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

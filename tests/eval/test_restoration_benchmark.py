@@ -210,7 +210,7 @@ def test_ffdnet_has_the_published_number_of_parameters():
         (["--degradation", "rain", "--peers", "nlm"], "--peers nlm needs noise of a known level"),
         (["--gray", "--peers", "ffdnet"], "the weights of ffdnet are for colour"),
         (["--layout", "gopro"], "give both or none"),
-        (["--layout", "gopro", "--data", "absent"], "gopro has images of its own"),
+        (["--layout", "gopro", "--data", "absent"], "gopro has its own images"),
     ],
 )
 def test_errors_are_one_line(setting, words, message):
@@ -239,7 +239,7 @@ def test_a_set_by_name_with_a_blind_peer_and_published_figures(tmp_path, capsys)
         benchmark.main([*words, "--peer_weights", f"dncnn={weights}"])
     with pytest.raises(UserError, match="is not NAME=FILE with a name from dncnn, prenet"):
         benchmark.main([*words, "--peer_weights", "restormer=x"])
-    with pytest.raises(UserError, match="has images of its own"):
+    with pytest.raises(UserError, match="has its own images"):
         benchmark.main([*words, "--images", str(tmp_path)])
 
 

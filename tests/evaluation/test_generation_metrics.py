@@ -252,7 +252,7 @@ class TestInception:
         ours = frechet_distance(extractor(pictures[2:4]), extractor(pictures[:2]))
         assert ours == pytest.approx(float(metric.compute()), rel=1e-3)
 
-    def test_weights_that_are_none_are_refused_and_nothing_is_unpickled(self, tmp_path):
+    def test_files_without_weights_are_refused_and_nothing_is_unpickled(self, tmp_path):
         class Trap:
             def __reduce__(self):
                 return (tmp_path.joinpath("sprung").touch, ())

@@ -26,7 +26,7 @@ def test_images_of_a_folder_are_cropped_to_whole_grey_levels(tmp_path):
     assert reference.sha256() == hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
-def test_npz_of_adm_brings_images_and_statistics(tmp_path):
+def test_npz_of_adm_has_images_and_statistics(tmp_path):
     random = np.random.default_rng(1)
     images = random.integers(0, 256, (7, 8, 10, 3), dtype=np.uint8)
     stored = {"mu": random.normal(size=4), "sigma": np.eye(4), "mu_s": random.normal(size=3), "sigma_s": 2 * np.eye(3)}

@@ -47,12 +47,12 @@ class TestFusion:
             assert cost(step, form).nbytes == (2 * x) + (x + w + out) + (2 * out)
             assert (cost(step, form).macs, cost(step, form).launches) == (512, 3)
 
-    def test_what_needs_a_product_of_its_own_result_ends_a_chain(self):
+    def test_an_operator_that_needs_a_product_of_the_chains_result_ends_the_chain(self):
         """y = 2x; y @ w + y reads y again: the sum cannot be in y's kernel, which runs before the product."""
         step = recorded(lambda x, w: (y := 2 * x) @ w + y, (8, 8), (8, 8))
         assert cost(step, "compiled").launches == 3
 
-    def test_a_norm_of_rows_goes_with_its_neighbours(self):
+    def test_a_norm_of_rows_is_fused_with_its_neighbours(self):
         """Residual, LayerNorm over the last axis and modulation: reads two maps and two rows, writes one map.
 
         Mean and variance of the rows are results too.

@@ -93,7 +93,7 @@ class TestLoader:
         return spandrel.ModelLoader().load_from_file
 
     @pytest.mark.parametrize(("config", "options"), [(CONFIGS["map"], {"sigma": 25.0}), (GRID, {})])
-    def test_an_exported_file_gives_the_models_images(self, load, config, options, tmp_path):
+    def test_an_exported_file_restores_as_the_model_does(self, load, config, options, tmp_path):
         model = restorer(**config)
         save_single_file(model, tmp_path / "model.safetensors", **options)
         loaded = load(tmp_path / "model.safetensors")

@@ -45,7 +45,7 @@ class TestAttempts:
 
 
 class TestDevices:
-    def test_a_cpu_is_no_reason_to_warn(self):
+    def test_a_cpu_is_not_a_reason_to_warn(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert not triton_common.is_usable("a kernel", "cpu", None, pytest.fail)

@@ -169,7 +169,7 @@ def test_loss(dtype, learned_variance):
     assert {name for name, given in recorder.calls if given & set(HALF)} <= {"_to_copy"}
 
 
-def test_in_the_whole_model_softmax_and_norms_are_never_given_half(dtype):
+def test_softmax_and_norms_of_the_whole_model_never_receive_half_precision(dtype):
     """With gradients, as in training: every softmax, and the square roots of all norms, in float32."""
     model = create_model("tiny", sample_size=8, num_class_embeds=3)
     recorder = Recorder()

@@ -165,7 +165,7 @@ class TestTheSwitch:
         with pytest.raises(ValueError, match=r"no operator is called focal; use one of .*focal_attention"):
             use_fast_forms(False, "focal").__enter__()
 
-    def test_the_environment_turns_all_off(self):
+    def test_the_environment_variable_turns_all_forms_off(self):
         import os
         import subprocess
         import sys

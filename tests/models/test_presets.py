@@ -55,7 +55,7 @@ class TestSizes:
         assert macs(name, fused=True) / 1e9 == pytest.approx(gmacs, rel=0.04)
 
     @pytest.mark.parametrize("name", PRESETS)
-    def test_figures_beside_the_preset_are_true(self, name):
+    def test_figures_of_every_preset_are_true(self, name):
         """To three figures, which is how they are written."""
         preset = PRESETS[name]
         fused = {"fused": True} if name in (*OURS, *RESTORATION_PRESETS) else {}
@@ -220,14 +220,14 @@ class TestCreateModel:
             ("_class_name: UNet2DModel", "_class_name is 'UNet2DModel', not one of IPTV2Transformer2DModel, IPTV2Rest"),
         ],
     )
-    def test_config_files_that_are_no_models(self, tmp_path, text, message):
+    def test_config_files_that_are_not_models(self, tmp_path, text, message):
         path = tmp_path / "model.yaml"
         path.write_text(text)
         with pytest.raises(ValueError, match=message) as caught:
             create_model(str(path))
         assert "\n" not in str(caught.value)
 
-    def test_a_folder_that_is_no_models_names_those_inside(self, tmp_path):
+    def test_a_folder_without_a_model_names_those_inside(self, tmp_path):
         """Most likely that of a pipeline."""
         with pytest.raises(ValueError, match=r"has no config\.json"):
             create_model(str(tmp_path))

@@ -29,7 +29,7 @@ def test_a_fresh_model_returns_its_input_at_any_size(overrides, size):
 
 
 @pytest.mark.parametrize("conditioning", ["map", "vector"])
-def test_sigma_changes_the_result_and_is_demanded(conditioning):
+def test_sigma_changes_the_result_and_is_required(conditioning):
     model = tiny(sigma_conditioning=conditioning)
     for module in model.modules():
         if type(module).__name__ == "AdaLayerNormZero2d":
@@ -192,7 +192,7 @@ def test_fused_and_unfused_backbones_are_converted(fused):
     torch.testing.assert_close(target.backbone(x, vector), generator.backbone(x, vector), atol=1e-4, rtol=1e-4)
 
 
-def test_an_unfused_model_is_the_fused_one_and_trains_on():
+def test_an_unfused_model_equals_the_fused_one_and_continues_training():
     fused = tiny().fuse()
     model = fused.unfuse().train()
     image = torch.rand(1, 3, 20, 24)

@@ -74,7 +74,7 @@ class Plain(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_traced_model_serves_other_sizes(name, fused):
+def test_a_traced_model_works_at_other_sizes(name, fused):
     torch.manual_seed(0)
     model = MODELS[name]()
     with torch.no_grad():

@@ -266,7 +266,7 @@ class TestSaveLoad:
         assert torch.equal(sample(loaded, **inputs()), sample(model, **inputs()))
         assert all(p.requires_grad for p in loaded.train().parameters())
 
-    def test_weights_lie_where_torch_puts_its_own(self, tmp_path):
+    def test_weights_are_aligned_as_torch_aligns_its_own(self, tmp_path):
         """Elsewhere some CPU kernels sum in another order; with the loading info `from_pretrained` gives a pair."""
         denoiser().save_pretrained(tmp_path)
         loaded, info = IPTV2Transformer2DModel.from_pretrained(tmp_path, output_loading_info=True)

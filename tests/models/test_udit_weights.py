@@ -44,7 +44,7 @@ def test_merged_kernels_are_recognised_and_separated():
     assert not torch.allclose(model(x, timestep, labels).sample, as_told(x, timestep, labels).sample, atol=1e-2)
 
 
-def test_kernels_between_both_forms_are_asked_about():
+def test_kernels_between_both_forms_need_the_users_choice():
     state = weights()
     for name in state:
         if name.endswith("dwconv.0.weight"):

@@ -64,7 +64,7 @@ def test_the_thousand_classes_get_their_names_and_fuse_writes_the_deployed_form(
     assert (len(names), names[0], names[207], names[999]) == (1000, "tench", "golden retriever", "toilet tissue")
 
 
-def test_training_goes_on_from_a_converted_model(vae, tmp_path):
+def test_training_continues_from_a_converted_model(vae, tmp_path):
     main(["udit", checkpoint(tmp_path / "x.pt", weights()), str(tmp_path / "out"), "--vae", vae])
     model = IPTV2Pipeline.from_pretrained(tmp_path / "out").transformer.train()
     model(torch.randn(1, 4, 16, 16), torch.tensor([1]), torch.tensor([0])).sample.mean().backward()

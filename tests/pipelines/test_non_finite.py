@@ -44,7 +44,7 @@ class TestGeneration:
             generator(0, num_inference_steps=2, guidance_interval=(value, 1.0))
 
     @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
-    def test_the_image_the_step_and_the_precision_are_named_and_the_others_kept(self, generator, output_type):
+    def test_the_image_the_step_and_the_precision_are_named_and_other_images_kept(self, generator, output_type):
         def spoil(pipe, step, timestep, tensors):
             if step == 1:
                 tensors["latents"][2, 0, 0, 0] = torch.nan
@@ -93,7 +93,7 @@ class TestRestoration:
         with pytest.raises(NonFiniteImageError, match="tile 4 of 6"):
             pipe(np.zeros((90, 128, 3), np.uint8), sigma=5, tile=64, overlap=16)
 
-    def test_the_command_line_writes_nothing_black_and_goes_on(self, tmp_path, capsys):
+    def test_the_command_line_writes_nothing_black_and_continues(self, tmp_path, capsys):
         restorer(float("nan")).save_pretrained(tmp_path / "model")
         for name in ("a.png", "b.jpg"):
             Image.new("RGB", (16, 16), "red").save(tmp_path / name)

@@ -194,7 +194,7 @@ class TestSchedulers:
         with pytest.raises(ValueError, match="trained for noise or v-prediction, and FlowMatchEuler"):
             pipe(0, num_inference_steps=2)
 
-    def test_scheduler_that_clips_latents_is_told_of(self, caplog):
+    def test_scheduler_that_clips_latents_is_reported(self, caplog):
         pipe = make_pipeline(scheduler=DDIMScheduler(prediction_type="v_prediction"))
         with caplog.at_level(logging.WARNING):
             pipe(0, num_inference_steps=1)
@@ -208,7 +208,7 @@ class TestSchedulers:
 
 
 class TestGuidance:
-    def test_guides_all_channels_alike(self):
+    def test_guides_all_channels_equally(self):
         model = PointDenoiser()
         pipe = make_pipeline(model, DDIMScheduler.from_config(DiffusionObjective.make_scheduler("epsilon").config))
         latents = sampled(pipe, 1, num_inference_steps=10, guidance_scale=2.5)
@@ -250,7 +250,7 @@ class TestGuidance:
         torch.testing.assert_close(rescaled.std(), plain.std())
         torch.testing.assert_close(rescaled / rescaled.std(), guided / guided.std(), rtol=1e-3, atol=1e-4)
 
-    def test_guider_takes_the_place_of_the_arguments(self):
+    def test_guider_replaces_the_arguments(self):
         pipe = make_pipeline()
         by_arguments = sampled(
             pipe, 0, num_inference_steps=3, generator=seeds(0), guidance_scale=2.0, guidance_interval=(0.0, 0.7)
@@ -291,7 +291,7 @@ class TestLabels:
         assert pipe.get_label_ids(np.array([2, 0])) == [2, 0]
         assert pipe.get_label_ids(range(3)) == [0, 1, 2]
 
-    def test_unknown_name_brings_the_nearest(self):
+    def test_unknown_name_suggests_the_nearest(self):
         with pytest.raises(ValueError, match=r"unknown class name 'Red Pandas'; the nearest of 5 names: red panda"):
             make_pipeline()("Red Pandas")
         with pytest.raises(ValueError, match=r"unknown class name 'zzzzzz'.*cat"):
@@ -300,7 +300,7 @@ class TestLabels:
             make_pipeline(id2label=None)("cat")
 
     @pytest.mark.parametrize("label", [-1, 3])
-    def test_id_out_of_range_brings_the_numbers(self, label):
+    def test_id_out_of_range_names_the_numbers(self, label):
         with pytest.raises(ValueError, match=f"class label {label} is out of range; the model has classes 0 to 2"):
             make_pipeline()(label)
 
@@ -338,7 +338,7 @@ class TestLabels:
 
 class TestSeeds:
     @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DPMSolverMultistepScheduler])
-    def test_a_seed_gives_its_image_whatever_the_batch(self, scheduler_class):
+    def test_a_seed_gives_its_image_in_any_batch(self, scheduler_class):
         pipe = make_pipeline(scheduler=scheduler_class.from_config(make_pipeline().scheduler.config))
         labels, numbers = [0, 1, 2, 1], [5, 6, 7, 8]
         options = {"num_inference_steps": 4, "output_type": "np"}

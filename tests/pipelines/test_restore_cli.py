@@ -159,7 +159,7 @@ def test_broken_pictures_do_not_stop_the_others(model, pictures, tmp_path, capsy
     assert not (tmp_path / "out/a.png").exists()
 
 
-def test_a_picture_that_memory_does_not_hold_does_not_stop_the_others(model, pictures, tmp_path, capsys):
+def test_an_image_that_does_not_fit_in_memory_does_not_stop_the_others(model, pictures, tmp_path, capsys):
     """The limit of address space is real; only the larger picture breaks it."""
     Image.new("RGB", (6000, 6000), "gray").save(pictures / "large.png")
     code = """
@@ -226,7 +226,7 @@ def test_bad_commands(model, pictures, arguments, message, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_hidden_files_are_no_inputs(model, pictures, tmp_path):
+def test_hidden_files_are_not_inputs(model, pictures, tmp_path):
     (pictures / "sub/._b.jpg").write_bytes(b"what macOS leaves beside a file")
     assert main([str(pictures), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]) == 0
 

@@ -57,12 +57,12 @@ class TestFolders:
         assert mine.read_bytes() == before
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png"]
 
-    def test_an_empty_folder_with_what_desktops_leave_is_taken(self, restore, tmp_path):
+    def test_an_empty_folder_with_desktop_files_is_accepted(self, restore, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / ".DS_Store").write_bytes(b"x")
         assert restore(picture(tmp_path / "a.png")) == 0
 
-    def test_a_stranger_in_our_folder_is_neither_counted_nor_overwritten(self, restore, tmp_path, capsys):
+    def test_a_foreign_file_in_our_folder_is_neither_counted_nor_overwritten(self, restore, tmp_path, capsys):
         assert restore(picture(tmp_path / "a.png")) == 0
         stranger = picture(tmp_path / "out" / "b.png", seed=5)
         before = stranger.read_bytes()
@@ -72,7 +72,7 @@ class TestFolders:
         assert "b.png was not made here; move it away" in told.err
         assert stranger.read_bytes() == before
 
-    def test_what_was_changed_since_is_kept_and_what_was_damaged_is_done_again(self, restore, tmp_path):
+    def test_changed_files_are_kept_and_damaged_files_are_made_again(self, restore, tmp_path):
         for name in ("a.png", "b.png"):
             picture(tmp_path / "in" / name)
         assert restore(tmp_path / "in") == 0
@@ -85,7 +85,7 @@ class TestFolders:
 
 
 class TestNames:
-    def test_names_as_long_as_the_disk_takes(self, restore, tmp_path, capsys):
+    def test_names_as_long_as_the_disk_allows(self, restore, tmp_path, capsys):
         for length in (240, 249, 255):
             picture(tmp_path / "in" / ("x" * (length - 4) + ".png"))
         picture(tmp_path / "in" / "z.png")
@@ -131,7 +131,7 @@ class TestMetadata:
                 assert result.size == (32, 48)
                 assert result.getexif().get(0x0112, 1) == 1
 
-    def test_metadata_that_the_format_cannot_hold_are_dropped_with_a_note(self, restore, tmp_path):
+    def test_metadata_that_the_format_cannot_store_are_dropped_with_a_note(self, restore, tmp_path):
         exif = Image.Exif()
         exif[0x010E] = "y" * 70_000  # a PNG takes it, a JPEG takes 65,533 bytes
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png", exif=exif)
@@ -144,7 +144,7 @@ class TestMetadata:
 class TestDepth:
     @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
     @pytest.mark.parametrize("channels", [1, 3, 4])
-    def test_floats_come_back_as_floats_with_what_lies_beyond_white(self, restore, tmp_path, dtype, channels):
+    def test_floats_come_back_as_floats_with_values_beyond_white(self, restore, tmp_path, dtype, channels):
         values = np.random.default_rng(0).uniform(-0.2, 1.6, (10, 12, channels)).astype(dtype)
         values[..., 3:] = values[..., 3:].clip(0, 1)
         photometric = "minisblack" if channels == 1 else "rgb"
@@ -175,7 +175,7 @@ class TestDepth:
 
 
 class TestImpatience:
-    def test_interrupted_twice_leaves_whole_pictures_and_goes_on(self, model, tmp_path):
+    def test_interrupted_twice_leaves_complete_images_and_resumes(self, model, tmp_path):
         rng = np.random.default_rng(0)
         (tmp_path / "in").mkdir()
         for number in range(6):

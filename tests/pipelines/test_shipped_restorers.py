@@ -32,7 +32,7 @@ def picture(side=152):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_restorer_brings_its_picture_nearer_to_the_truth(name):
+def test_a_shipped_restorer_brings_an_image_nearer_to_the_truth(name):
     degradation, gain = SHIPPED[name]
     clean, margin = picture(), degradation.margin
     degraded, sigma = degradation(clean, torch.Generator().manual_seed(0))

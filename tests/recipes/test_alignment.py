@@ -98,7 +98,7 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_off_there_is_neither_hook_nor_parameter_and_evaluation_projects_nothing():
+def test_without_alignment_there_is_no_hook_or_parameter_and_evaluation_projects_nothing():
     plain, model = tiny(), tiny()
     assert not any(module._forward_pre_hooks for module in plain.modules())
     alignment = attach_alignment(model, 1, dim=5, hidden=7)
@@ -125,7 +125,7 @@ def test_training_aligns_the_tokens():
     assert sum(losses[-5:]) / 5 < -0.7 < sum(losses[:2]) / 2
 
 
-def test_what_cannot_be_aligned_is_told():
+def test_impossible_alignments_are_reported():
     with pytest.raises(ConfigError, match=r"align_stage is 9; this model has stages 0 to 2, and 1 is the bottleneck"):
         attach_alignment(tiny(), 9, dim=5)
     with pytest.raises(ConfigError, match="needs an IPT-V2 model"):

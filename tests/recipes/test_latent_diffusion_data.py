@@ -101,7 +101,7 @@ def test_any_vae_of_diffusers_is_loaded_whole_from_its_folder(tmp_path, kind, co
     assert all(torch.equal(tensor, saved[name]) for name, tensor in codec.vae.state_dict().items())
 
 
-def test_what_is_no_safe_vae_is_refused_in_one_line(tmp_path):
+def test_an_unsafe_vae_is_refused_in_one_line(tmp_path):
     AutoencoderKL(**KL).save_pretrained(tmp_path / "pickle", safe_serialization=False)
     UNet2DModel(
         sample_size=8,

@@ -39,7 +39,7 @@ def test_processes_any_number_makes_the_same_cache(ground, tmp_path, processes):
 
 
 @pytest.mark.slow
-def test_kill_of_two_processes_costs_the_shards_at_hand_only(ground, tmp_path):
+def test_kill_of_two_processes_costs_only_the_shards_in_progress(ground, tmp_path):
     options = ("--heldout_fraction", 0, "--cache_shard_images", 1)
     finish(launch(ground, tmp_path, *options, "--cache_dir", tmp_path / "whole", script=CACHE_SCRIPT))
     command = (*options, "--cache_dir", tmp_path / "killed")

@@ -106,7 +106,7 @@ def resolved(*words):
     return parse_config(LDMConfig, list(map(str, words)))
 
 
-def test_target_and_vae_are_those_beside_the_weights(ground, tmp_path):
+def test_target_and_vae_are_those_of_the_saved_pipeline(ground, tmp_path):
     flow = write_pipeline(tmp_path / "flow", ground, shift=2.0)
     for model in (flow, flow / "transformer"):
         config = resolved("--model", model)
@@ -140,7 +140,7 @@ def test_a_contradiction_names_both(ground, tmp_path):
         resolved("--model", folder, "--learned_variance")
 
 
-def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_line():
+def test_a_name_that_is_neither_local_nor_on_the_hub_is_one_line():
     with pytest.raises(UserError, match=r"cannot load nobody/nothing: no such folder here, and from the Hub: ") as e:
         resolved("--model", "nobody/nothing")
     assert "\n" not in str(e.value)
@@ -183,7 +183,7 @@ def test_nine_classes_to_three_of_which_one_is_new(ground, tmp_path, train, capf
     assert torch.equal(pipeline.vae.decoder.conv_in.weight, base.vae.decoder.conv_in.weight)
 
 
-def test_to_more_classes_to_none_and_another_size(ground, tmp_path, train):
+def test_to_more_classes_to_no_classes_and_to_another_size(ground, tmp_path, train):
     folder = write_pipeline(tmp_path / "base", ground)
     _, pipeline = train(folder / "transformer", "--num_classes", 20, "--resolution", 64)
     assert pipeline.transformer.config.num_class_embeds == 20
@@ -238,7 +238,7 @@ def draw(pipeline):
     return pipeline("bird", num_inference_steps=2, output_type="np", generator=seed).images
 
 
-def test_an_adapter_trains_beside_an_untouched_base(ground, tmp_path, train, capfd):
+def test_an_adapter_trains_and_leaves_the_base_unchanged(ground, tmp_path, train, capfd):
     folder = write_pipeline(tmp_path / "base", ground)
     options = ["--lora_rank", 4, "--max_train_steps", 40, "--eval_every", 10, "--learning_rate", 1e-2]
     losses, merged = train(folder, *options, "--save_dtype", "float32")

@@ -38,7 +38,7 @@ def small_files(bytes_):
 
 
 @pytest.mark.parametrize("form", ["limit", pytest.param("disk", marks=pytest.mark.slow)])
-def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(ground, reference, tmp_path, form):
+def test_a_full_disk_ends_the_run_in_one_line_and_it_resumes_when_there_is_room(ground, reference, tmp_path, form):
     """From step 20 of the undisturbed run on, without room for the checkpoint of step 30."""
     checkpoint = reference / "checkpoint-00000020"
     folder = tmp_path / "run"

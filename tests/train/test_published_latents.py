@@ -53,7 +53,7 @@ def assert_same_run(one, other):
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_folder_and_a_resumed_run_of_the_tar_train_alike(main, features, tmp_path, capsys):
+def test_a_folder_and_a_resumed_run_of_the_tar_train_the_same(main, features, tmp_path, capsys):
     assert main(tmp_path / "folder", "--data", features) == 0
     assert "18 images to train on, 3 classes" in capsys.readouterr().out  # a quarter is held out
     assert [row["step"] for row in log(tmp_path / "folder") if "heldout_loss" in row] == [2, 4]
@@ -105,7 +105,7 @@ def rescaled(features, folder, change):
         (("--num_classes", 2), r"num_classes is 2, but the data has labels up to 2; use 3 or more"),
     ],
 )
-def test_options_that_do_not_fit_are_told_in_one_line(main, features, tmp_path, options, told):
+def test_options_that_do_not_fit_are_reported_in_one_line(main, features, tmp_path, options, told):
     with pytest.raises(UserError, match=told) as caught:
         main(tmp_path / "run", "--data", features, *options)
     assert "\n" not in str(caught.value)
@@ -114,13 +114,13 @@ def test_options_that_do_not_fit_are_told_in_one_line(main, features, tmp_path, 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda x: 5 * x, r"a standard deviation of 4\.\d+, and a denoiser needs about 1; .* scaling_factor 1\.0"),
-        (lambda x: 0 * x, r"a standard deviation of 0, and"),
-        (lambda x: np.concatenate([x, x], axis=1), r"latents of 8x8x8, .* gives 4x8x8 .*; name the VAE that"),
+        (lambda x: 5 * x, r"a standard deviation of 4\.\d+, but a denoiser needs about 1; .* scaling_factor 1\.0"),
+        (lambda x: 0 * x, r"a standard deviation of 0, but"),
+        (lambda x: np.concatenate([x, x], axis=1), r"latents of 8x8x8, .* gives 4x8x8 .*; set --vae to the VAE that"),
     ],
     ids=["unscaled", "constant", "channels"],
 )
-def test_latents_of_another_vae_are_told_in_one_line(main, features, tmp_path, change, told):
+def test_latents_of_another_vae_are_reported_in_one_line(main, features, tmp_path, change, told):
     with pytest.raises(UserError, match=told) as caught:
         main(tmp_path / "run", "--data", rescaled(features, tmp_path / "changed", change))
     assert "\n" not in str(caught.value)

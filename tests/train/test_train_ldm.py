@@ -147,7 +147,7 @@ def test_a_corrupt_image_is_left_out_or_fails_by_name(main, ground, tmp_path, ca
     assert "23 images to train on" in text
 
 
-def test_a_dit_trains_under_the_same_script_with_learned_variance(main, tmp_path):
+def test_a_dit_trains_with_the_same_script_and_learned_variance(main, tmp_path):
     options = (*SMALL["dit"], "--learned_variance", "--max_train_steps", 2)
     assert main(tmp_path, *options, "--save_dtype", "float16") == 0
     pipeline = IPTV2Pipeline.from_pretrained(tmp_path / "pipeline")
@@ -273,7 +273,7 @@ def test_every_shipped_configuration_is_understood(script, config):
 
 @pytest.mark.parametrize("size", [256, 512])
 @pytest.mark.parametrize("model", ["iptv2-s", "dit-xl-2"])
-def test_imagenet_is_trained_by_the_recipe_of_dit_whatever_the_model(script, size, model):
+def test_imagenet_is_trained_by_the_recipe_of_dit_for_any_model(script, size, model):
     """docs/model.md, section 8; `--model` changes nothing else."""
     words = ["--config", str(ROOT / f"configs/imagenet{size}.yaml"), "--model", model]
     config = parse_config(LDMConfig, words)
@@ -346,7 +346,7 @@ def test_bad_input_is_one_line_with_numbers_and_remedy(main, ground, tmp_path, o
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_a_vae_that_decodes_to_nan_leaves_white_pictures_and_the_run_goes_on(main, ground, tmp_path, capsys):
+def test_a_vae_that_decodes_to_nan_gives_white_images_and_the_run_continues(main, ground, tmp_path, capsys):
     """Encoding is sound, so the loss is: previews, KID and the sheet name the pictures, and none is black."""
     from diffusers import AutoencoderKL
 

@@ -75,7 +75,7 @@ def test_it_learns_to_denoise_and_leaves_a_pipeline(photos):
     assert (folder / "pipeline/training_config.yaml").is_file()
 
 
-def test_a_resumed_run_is_the_undisturbed_one(photos):
+def test_a_resumed_run_equals_an_uninterrupted_one(photos):
     words = (
         "--patch_sizes",
         "16,24",
@@ -147,7 +147,7 @@ def test_later_stages_must_divide_over_the_micro_batches_too(photos):
     assert not (photos / "stages").exists()
 
 
-def test_training_goes_on_from_shipped_weights(photos):
+def test_training_continues_from_shipped_weights(photos):
     """Fused and in half precision there; after no more than a tiny step the function is the same."""
     words = ("--model", str(ROOT / "assets/iptv2-denoise-color/model"), "--noise", "10,30", "--eval_every", "0")
     folder = train(photos, "more", *words, "--learning_rate", "1e-9", "--save_dtype", "float32", steps=1)
@@ -165,7 +165,7 @@ def test_gray_from_the_command_line(photos):
     assert IPTV2RestorationPipeline.from_pretrained(folder / "pipeline").model.config.in_channels == 1
 
 
-def test_a_generators_backbone_to_start_from(photos, capsys):
+def test_a_restorer_starts_from_a_generators_backbone(photos, capsys):
     create_model("tiny").save_pretrained(photos / "generator")
     words = ("--model", "restoration-tiny-exchange", "--backbone_from", str(photos / "generator"), "--eval_every", "0")
     train(photos, "exchange", *words, steps=1)

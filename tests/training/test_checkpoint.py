@@ -48,7 +48,7 @@ def same(left, right):
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def test_a_checkpoint_brings_everything_back_bit_for_bit(tmp_path):
+def test_a_checkpoint_restores_everything_bit_for_bit(tmp_path):
     first = Run(tmp_path)
     first.train(3)
     first.manager.save(3, {"seconds": 1.5})
@@ -106,7 +106,7 @@ def test_nothing_found_in_an_empty_or_missing_folder(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest", "no manifest"])
-def test_a_damaged_newest_is_set_aside_and_the_one_before_used(tmp_path, damage):
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_previous_one_used(tmp_path, damage):
     run = Run(tmp_path)
     run.manager.save(1)
     run.manager.save(2)
@@ -171,7 +171,7 @@ def test_another_model_is_refused_in_one_line(tmp_path):
         other.manager.load(other.manager.latest())
 
 
-def test_what_a_killed_save_left_is_removed(tmp_path):
+def test_files_of_a_killed_save_are_removed(tmp_path):
     run = Run(tmp_path)
     run.manager.save(1)
     half = tmp_path / ".tmp-checkpoint-00000002"
@@ -220,7 +220,7 @@ def test_equal_states_give_equal_files(tmp_path):
 
 
 class TestWhatIsNotOurs:
-    def test_rotation_and_overwrite_keep_strangers(self, tmp_path):
+    def test_rotation_and_overwrite_keep_foreign_files(self, tmp_path):
         """A folder that is called like a checkpoint, a note inside one, and temporary names of others."""
         (tmp_path / "checkpoint-00000001").mkdir()
         (tmp_path / "checkpoint-00000001" / "holiday.png").write_bytes(b"mine")
@@ -237,7 +237,7 @@ class TestWhatIsNotOurs:
         assert (tmp_path / ".tmp-mine").is_dir()
         assert folders(tmp_path) == [".tmp-mine", "checkpoint-00000001", "left-of-checkpoint-00000002"]
 
-    def test_a_stranger_at_the_place_of_a_new_checkpoint_moves_aside(self, tmp_path):
+    def test_a_foreign_file_at_the_place_of_a_new_checkpoint_is_moved_aside(self, tmp_path):
         (tmp_path / "checkpoint-00000005").mkdir()
         (tmp_path / "checkpoint-00000005" / "holiday.png").write_bytes(b"mine")
         Run(tmp_path).manager.save(5)
@@ -246,7 +246,7 @@ class TestWhatIsNotOurs:
 
 
 @pytest.mark.parametrize("moment", ["save_state", "_seal"])
-def test_a_second_ctrl_c_during_the_save_leaves_the_checkpoint_before(tmp_path, monkeypatch, moment):
+def test_a_second_ctrl_c_during_the_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, moment):
     run = Run(tmp_path)
     run.manager.save(1)
 

@@ -37,7 +37,7 @@ def test_exit_code_and_one_line(main, code, printed, capsys):
     assert capsys.readouterr().err == printed
 
 
-def test_ctrl_c_without_words_says_how_to_go_on(capsys):
+def test_ctrl_c_without_a_message_says_how_to_continue(capsys):
     with pytest.raises(SystemExit):
         run_main(raising(KeyboardInterrupt()))
     assert capsys.readouterr().err.startswith("stopped: ")

@@ -22,7 +22,7 @@ def write(path, steps, **options):
         log.write(step, {"loss": 1.0 / step})
 
 
-def test_a_resumed_log_reads_as_if_undisturbed(tmp_path):
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 6))
     path.write_text(path.read_text() + '{"step": 6, "lo')  # killed while writing

@@ -93,7 +93,7 @@ def test_resume_is_exact_in_weights_optimiser_average_and_log(tmp_path, stop_at)
     assert [r for r in rows(resumed) if r["step"] in evaluated or "loss" in r] == rows(whole)
 
 
-def test_another_number_of_images_is_told(tmp_path, capsys):
+def test_a_changed_number_of_images_is_reported(tmp_path, capsys):
     for images, told in ((20, ""), (20, ""), (19, "the data has 19 images now, 20 before")):
         trainer, task = start(tmp_path, max_train_steps=8 if told else 4)
         task.images = images
@@ -101,7 +101,7 @@ def test_another_number_of_images_is_told(tmp_path, capsys):
         assert (told in capsys.readouterr().out) if told else ("images now" not in capsys.readouterr().out)
 
 
-def test_a_task_needs_no_more_than_batches_and_a_loss(tmp_path):
+def test_a_task_needs_only_batches_and_a_loss(tmp_path):
     """The defaults of `TrainingTask`: no figures, no pictures, no position."""
 
     class Bare(TrainingTask):
@@ -218,7 +218,7 @@ def test_endless_overflows_of_fp16_stop(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_signals_save_and_leave_and_the_run_goes_on_exactly(tmp_path, capsys, name):
+def test_signals_save_and_exit_and_the_run_resumes_exactly(tmp_path, capsys, name):
     def send(step, model):
         if step == 4:
             os.kill(os.getpid(), getattr(signal, name))
@@ -316,7 +316,7 @@ def test_graphs_refuse_what_they_would_do_wrong(options, message):
         wants_graphs(TrainingConfig(cuda_graphs=True), SimpleNamespace(device=torch.device("cuda"), num_processes=2))
 
 
-def test_a_positional_call_is_the_call_it_stands_for():
+def test_a_positional_call_equals_the_call_by_keyword():
     class Told(torch.nn.Module):
         def forward(self, *args, **kwargs):
             return args, kwargs

@@ -137,7 +137,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
     assert parse_config(Config, ["--config", str(tmp_path / "config.yaml")]) == config
 
 
-def test_length_and_paths_may_change_on_resumption_the_recipe_may_not():
+def test_length_and_paths_may_change_on_resumption_but_not_the_recipe():
     frozen = frozen_fields(parse())
     assert {"learning_rate", "seed", "batch_size", "data"} <= set(frozen)
     assert not {"max_train_steps", "output_dir", "log_every", "limit", "num_workers"} & set(frozen)

@@ -118,7 +118,7 @@ def test_a_run_keeps_snapshots_resumes_exactly_and_forgets_those_beyond(tmp_path
         assert other.read_bytes() == snap.path.read_bytes()
 
 
-def test_what_cannot_be_reconstructed_is_told(tmp_path):
+def test_impossible_reconstructions_are_reported(tmp_path):
     with pytest.raises(ValueError, match="train with --ema power"):
         reconstruct([], 0.1)
     with pytest.raises(ValueError, match=r"sigma_rel is 0.3; it must lie in \(0, 0.289\)"):

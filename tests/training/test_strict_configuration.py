@@ -44,7 +44,7 @@ class TestYaml:
             read_yaml(text)
         assert "\n" not in str(caught.value)
 
-    def test_what_is_meant_is_read_as_by_the_library(self):
+    def test_valid_configurations_are_read_as_by_the_library(self):
         text = "a: 0\nb: -1\nc: 1.5\nd: [1, 2]\ne: {x: 0x10, y: '010'}\nf: &n {z: 1}\ng: {<<: *n, w: 2}\nh: 1_000\ni: ~"
         assert read_yaml(text) == yaml.safe_load(text)
 
@@ -116,7 +116,7 @@ class TestOptions:
     @pytest.mark.parametrize("config", CONFIGS)
     @quick
     @given(st.data())
-    def test_any_value_of_any_option_is_taken_or_refused_in_one_line(self, config, data):
+    def test_any_value_of_any_option_is_accepted_or_refused_in_one_line(self, config, data):
         import dataclasses
 
         name = data.draw(st.sampled_from([field.name for field in dataclasses.fields(config)]))
@@ -168,7 +168,7 @@ class Huge:
         {"conditioning_dim": 10**15},
     ],
 )
-def test_model_overrides_that_no_machine_can_hold(overrides):
+def test_model_overrides_that_exceed_any_memory(overrides):
     with pytest.raises((ValueError, TypeError)) as caught:
         create_model("tiny", **overrides)
     assert "\n" not in str(caught.value)
