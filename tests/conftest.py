@@ -1,6 +1,6 @@
-"""For all tests: no network, whatever the machine, and no more threads in all than there are cores.
+"""Settings of all tests: no network on any machine, and at most as many threads in total as there are cores.
 
-Set here because huggingface_hub and OpenMP read them when they are imported; scripts that tests start inherit them.
+huggingface_hub and OpenMP read these variables when they are imported. Scripts that tests start inherit them.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Each test makes its own accelerator, on the CPU: a fixture that the conftest of a folder imports."""
+"""Fixture for the conftest of a folder: each test creates its own accelerator, on the CPU."""
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState

@@ -2,9 +2,9 @@
 
     python tests/fuzz.py --minutes 30 --seed 0 --output runs/fuzz
 
-Whatever comes out must be what the callee promises: a result, or an error of one line of the kinds that the command
-lines print. Anything else, a hang of over a minute, or a process that grows beyond its memory, is a finding: it is
-printed once for each place in our code, and its input is kept in the output folder.
+Each call must do what its function promises: return a result, or raise a one-line error of the kinds that the command
+lines print. Anything else is a finding, and so is a hang of over a minute or a process that exceeds its memory. Each
+finding is printed once per place in our code, and its input is kept in the output folder.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fuzz_targets import Targets
 
-# The names of the targets, some of them several times
+# Names of the targets; some appear several times
 WEIGHTED = (
     *("read", "read", "read", "restore", "page", "archive", "folder", "table", "features", "matlab"),
     *("weights", "single", "published", "options", "line", "drawn", "record", "cache", "checkpoint"),
 )
-SECONDS = 60  # of CPU time, for one input: other processes may have the machine
-MEMORY = 6 << 30  # of address space above what is used at the start
+SECONDS = 60  # CPU seconds for one input, because other processes may use the machine
+MEMORY = 6 << 30  # bytes of address space above the use at the start
 
 
 class HangError(Exception):
@@ -43,7 +43,7 @@ class HangError(Exception):
 
 
 def expected() -> tuple[type[BaseException], ...]:
-    """What the command lines print in one line."""
+    """Errors that the command lines print in one line."""
     from iptv2_diffusion.pipelines.command_line import CommandError
     from iptv2_diffusion.training.errors import UserError
 
@@ -59,7 +59,7 @@ def place_of(error: BaseException) -> str:
 
 
 def run_one(target: Callable[[random.Random, Path], None], rng: random.Random, scratch: Path) -> str | None:
-    """None, or what was found."""
+    """Return a finding, or None."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         target(rng, scratch)

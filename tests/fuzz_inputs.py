@@ -1,4 +1,4 @@
-"""Sound inputs of the fuzzer, and what it does to them."""
+"""Valid inputs of the fuzzer, and mutations of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """A few cuts, flips, overwritten and repeated pieces, and numbers that are extreme."""
+    """Apply a few cuts, flips, overwritten and repeated pieces, and extreme numbers."""
     content = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         if not content:
             break
-        # Most of what matters lies at the front, or at the end of tars and zips
+        # Most structure is at the front, or at the end of tars and zips
         place = rng.choice((rng.randrange(len(content)), rng.randrange(min(len(content), 200)), len(content) - 1))
         how = rng.randrange(8)
         if how == 0:
@@ -42,7 +42,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_text(text: str, rng: random.Random) -> str:
-    """The same for YAML and JSON, where a changed word says more than a changed bit."""
+    """Do the same for YAML and JSON, where a changed word has more effect than a changed bit."""
     words = [
         "NaN",
         "1e999",
@@ -86,11 +86,11 @@ def mutate_text(text: str, rng: random.Random) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sound inputs
+# Valid inputs
 
 
 def sound_images(rng: random.Random) -> bytes:
-    """A picture of some format, mode, size and metadata."""
+    """Return an image of random format, mode, size and metadata."""
     generator = np.random.default_rng(rng.randrange(1 << 30))
     height, width = rng.randrange(1, 60), rng.randrange(1, 60)
     if rng.random() < 0.4:
@@ -164,7 +164,7 @@ def tar_of(contents: dict[str, bytes], rng: random.Random) -> bytes:
 
 
 def sound_array(rng: random.Random, kind: str) -> bytes:
-    """A .npy file of a latent or of a label, or of what is neither."""
+    """Return a .npy file of a latent, of a label, or of neither."""
     values = {
         "latent": np.zeros((1, 4, 2, 2), rng.choice((np.float32, np.float16))),
         "label": np.array([rng.randrange(3)]),
@@ -176,7 +176,7 @@ def sound_array(rng: random.Random, kind: str) -> bytes:
 
 
 def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
-    """The JSON header changed as text, with its length put right; or any byte of the file."""
+    """Change the JSON header as text and correct its length, or change any byte of the file."""
     if rng.random() < 0.3:
         return mutate(data, rng)
     length = int.from_bytes(data[:8], "little")
@@ -193,7 +193,7 @@ NASTY = (
 
 
 def nasty_line(rng: random.Random, options: list[str], words: tuple[str, ...]) -> list[str]:
-    """A command line of known options and values that nobody means."""
+    """Return a command line of known options with senseless values."""
     line = [rng.choice((*words, *NASTY)) for _ in range(rng.randrange(0, 3))]
     for _ in range(rng.randrange(0, 5)):
         name, value = rng.choice(options), rng.choice((*words, *NASTY))

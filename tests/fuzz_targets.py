@@ -26,19 +26,19 @@ from hostile_images import encoded
 from PIL import Image
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Targets: each takes a random generator and a scratch folder, and may raise what its callers print in one line
+# Targets. Each takes a random generator and a scratch folder, and may raise errors that its callers print in one line
 
 
 class Targets:
-    """What is fuzzed."""
+    """Functions to fuzz."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        self.input = b""  # of the target that runs, to be kept if it is a finding
+        self.input = b""  # input of the current target, kept if it is a finding
 
     @functools.cached_property
     def folders(self) -> dict[str, Path]:
-        """Sound pipeline folders by kind; late, since torch and diffusers take seconds to import."""
+        """Return valid pipeline folders by kind. Imports are late because torch and diffusers take seconds."""
         from iptv2_diffusion import IPTV2RestorationPipeline, create_model
 
         sys.path.insert(0, str(Path(__file__).parent / "eval"))
@@ -51,7 +51,7 @@ class Targets:
 
     @functools.cached_property
     def pipeline(self):
-        """A restorer, without its bar."""
+        """Return a restorer without a progress bar."""
         from iptv2_diffusion import IPTV2RestorationPipeline
 
         pipeline = IPTV2RestorationPipeline.from_pretrained(self.folders["restorer"])
@@ -60,7 +60,7 @@ class Targets:
 
     @functools.cached_property
     def yaml(self) -> str:
-        """A sound configuration."""
+        """Return a valid configuration."""
         from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
         from iptv2_diffusion.training.options import save_config
 
@@ -68,7 +68,7 @@ class Targets:
         return (self.scratch / "config.yaml").read_text(encoding="utf-8")
 
     def prepare(self, names: list[str]) -> None:
-        """Make what these targets need, so that no input is charged with it."""
+        """Create what these targets need, so that the time does not count for an input."""
         if {"restore", "weights", "single", "drawn", "page"} & set(names):
             assert self.pipeline
         if "options" in names:
@@ -175,7 +175,7 @@ class Targets:
         assert not any(p.device.type == "meta" for p in parameters)
 
     def options(self, rng: random.Random, scratch: Path) -> None:
-        """Configurations, and models made of what they say."""
+        """Configurations, and models built from them."""
         from iptv2_diffusion.models.presets import create_model
         from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
         from iptv2_diffusion.training.parsing import parse_config
@@ -218,7 +218,7 @@ class Targets:
 
     @functools.cached_property
     def cached(self):
-        """Images, the function that opens or makes their cache, and a sound cache."""
+        """Return images, the function that opens or makes their cache, and a valid cache."""
         import torch
         from diffusers import AutoencoderTiny
 
@@ -263,7 +263,7 @@ class Targets:
 
     @functools.cached_property
     def run(self):
-        """A function that opens a run's folder, and the folder of a sound run with a checkpoint."""
+        """Return a function that opens a run's folder, and the folder of a valid run with a checkpoint."""
         import torch
         from accelerate import Accelerator
 
@@ -302,7 +302,7 @@ class Targets:
         assert (scratch / "mine").read_bytes() == b"mine"
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Published latents, tables, checkpoints of others, MATLAB's files, single files
+    # Published latents, tables, third-party checkpoints, MATLAB files, single files
 
     def features(self, rng: random.Random, scratch: Path) -> None:
         """Folders and tars of .npy files."""
@@ -480,7 +480,7 @@ class Targets:
             command.parse(words)
 
     def drawn(self, rng: random.Random, scratch: Path) -> None:
-        """iptv2-generate with numbers that nobody means, to its files."""
+        """iptv2-generate with senseless numbers, up to its files."""
         from iptv2_diffusion.commands import generate
 
         numbers = ("0", "-1", "1", "2", "3", "nan", "inf", "1e300", "99999999999999999999", "0.5", "7", "16", "24")

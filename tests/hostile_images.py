@@ -1,4 +1,4 @@
-"""Image files of every mode, and with metadata that break careless readers."""
+"""Image files of every mode, and with metadata that crash careless readers."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def garbage_exif(orientation: int = 6, tags: dict | None = None) -> bytes:
-    """EXIF of our own making: (type, value bytes) by tag, written without any check."""
+    """EXIF data of (type, value bytes) by tag, written without any check."""
     entries = {0x0112: (3, struct.pack("<H", orientation)), **(tags or {})}
     body = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
     sizes, data = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 7: 1, 9: 4, 10: 8}, b""
@@ -24,7 +24,7 @@ def garbage_exif(orientation: int = 6, tags: dict | None = None) -> bytes:
     return b"Exif\0\0" + body + struct.pack("<I", 0) + data
 
 
-# Each breaks `ImageOps.exif_transpose` or `Exif.tobytes` of a reader that trusts what it reads
+# Each makes `ImageOps.exif_transpose` or `Exif.tobytes` fail in a reader that trusts its input
 ODD_TAGS = {
     "XResolution as text": {0x011A: (2, b"seventy-two\0")},
     "YResolution over zero": {0x011B: (5, struct.pack("<II", 72, 0))},

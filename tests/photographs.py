@@ -1,4 +1,4 @@
-"""Crops of the photographs that scikit-image brings (DATA.md §2), for copies of data sets in their own layouts."""
+"""Crops of scikit-image's photographs (DATA.md §2), for copies of data sets in their own layouts."""
 
 from functools import cache
 
@@ -20,7 +20,7 @@ def photograph(index, height=40, width=56):
 
 
 def noisy(image, sigma=10.0, seed=0):
-    """The same with noise of `sigma`, of the same type."""
+    """Return the image with noise of `sigma`, in the same dtype."""
     peak = np.iinfo(image.dtype).max
     noise = np.random.default_rng(seed).normal(0, sigma / 255 * peak, image.shape)
     return (image + noise).clip(0, peak).round().astype(image.dtype)

@@ -10,7 +10,7 @@ BOXES = np.array([[1, 1], [9, 17], [17, 25]])  # top and left of each photograph
 
 
 def write_dnd(root, photographs=2):
-    """As MATLAB's `save -v7.3` leaves it: a header of 512 bytes, columns first, structs of references."""
+    """A file as MATLAB's `save -v7.3` writes it: a header of 512 bytes, columns first, structs of references."""
     (root / "images_srgb").mkdir(parents=True)
     images = [np.float32(noisy(photograph(i, 48, 56), 12, i) / 255) for i in range(photographs)]
     for number, image in enumerate(images, start=1):

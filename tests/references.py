@@ -1,8 +1,8 @@
 """Slow, loop-written references of the layers, from the equations of model.md §3-§6 and nothing else, in float64.
 
-They take only the *parameters* of the module under test and share no code with it: no window partition, no reshapes
-of a feature map, one position and one head at a time. What they check is therefore exactly what the vectorised code
-can get wrong: orders of axes, offsets, paddings, masks.
+They use only the *parameters* of the module under test and share no code with it: no window partition, no reshapes of a
+feature map, one position and one head at a time. They therefore check exactly what vectorised code can get wrong: the
+order of axes, offsets, padding, masks.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def sub_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """Whichever of FCSA, GGSA, the plain feed-forward and Rep-LeFFN `layer` is."""
+    """Apply `layer`: FCSA, GGSA, the plain feed-forward or Rep-LeFFN."""
     if hasattr(layer, "spatial_affine"):
         return focal_context_attention(layer, x)
     if hasattr(layer, "logit_scale"):

@@ -1,4 +1,4 @@
-"""Scripts are no package: how a test gets at their functions."""
+"""Loading of scripts, which are not a package, so that tests can call their functions."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load_script(path):
-    """A script, such as "eval/arena.py", as a module."""
+    """Load a script, such as "eval/arena.py", as a module."""
     path = ROOT / path
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, whatever their names, whoever else writes them, and whenever the writer dies."""
+"""Files appear complete or not at all, for any name, with other writers, and when the writer dies."""
 
 import os
 import subprocess
@@ -57,5 +57,5 @@ def test_files_of_a_killed_process_are_recognised(tmp_path):
         mine.write_bytes(b"")
         assert not is_left_behind(mine)  # this process runs
     elsewhere = left.with_name(left.name.replace(left.name.split("-")[1], "0" * 8))
-    assert not is_left_behind(elsewhere)  # of another machine, whose processes are not known here
+    assert not is_left_behind(elsewhere)  # from another machine, whose processes are unknown here
     assert not is_left_behind(tmp_path / f".tmp-{os.getpid()}")

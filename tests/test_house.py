@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: what imports what, and how long things may be (ARCHITECTURE)."""
+"""Rules of the code that a machine can check: imports between floors, and lengths of modules and functions."""
 
 import ast
 import re
@@ -69,7 +69,7 @@ FOREIGN = ("accelerate", "datasets", "torchmetrics", "torch_fidelity", "diffuser
 
 
 def imports(path):
-    """Every module named by an import statement, wherever in the file it stands; relative names are resolved."""
+    """Return every module named by an import statement, anywhere in the file; relative names are resolved."""
     package = module_name(path) if path.stem == "__init__" else module_name(path).rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -120,7 +120,7 @@ def test_a_recipe_imports_no_other(recipe):
 
 
 def test_no_two_modules_share_a_name():
-    """But for the files that every recipe has."""
+    """Except for the files that every recipe has."""
     names = {}
     for path in (p for part in ("iptv2_diffusion", "pipelines") for p in (ROOT / part).rglob("*.py")):
         in_recipe = path.parent.parent.name == "recipes" and path.stem in RECIPE_FILES

@@ -1,4 +1,4 @@
-"""Importing the package: cheap, lazy, and known to diffusers."""
+"""Importing the package is cheap and lazy, and registers it with diffusers."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import iptv2_diffusion
 
 ROOT = Path(__file__).parents[1]
 
-# What importing us adds to the modules that `import torch, diffusers` loads
+# Modules that importing this package adds to those of `import torch, diffusers`
 PROBE = """
 import json, sys
 import torch, diffusers
@@ -26,12 +26,12 @@ print(json.dumps(sorted(added)))
 
 
 def test_import_loads_nothing_but_itself():
-    """Hence it costs a few milliseconds over `import torch, diffusers`."""
+    """The import therefore adds only a few milliseconds to `import torch, diffusers`."""
     result = subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True, text=True, cwd=ROOT)
     added = json.loads(result.stdout)
     assert [name for name in added if name.startswith("iptv2_diffusion")] == ["iptv2_diffusion"]
     assert [name for name in added if name.startswith("diffusers")] in ([], ["diffusers.pipelines"])
-    # importlib.metadata, which reads the version, may bring small modules of the standard library
+    # importlib.metadata, which reads the version, may import small modules of the standard library
     others = {name.split(".")[0] for name in added} - {"iptv2_diffusion", "diffusers"}
     assert others <= sys.stdlib_module_names
 
@@ -60,7 +60,7 @@ def test_imported_before_diffusers(tmp_path):
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "train").glob("*.py") if p.name != "__init__.py"))
 def test_help_needs_neither_torch_nor_diffusers(script):
-    """Hence `--help` answers at once."""
+    """`--help` therefore answers at once."""
     program = (
         "import runpy, sys\n"
         f"sys.argv = [{script!r}, '--help']\n"
@@ -108,7 +108,7 @@ def test_registering_twice_changes_nothing():
 
 
 def test_what_diffusers_has_already_is_left_alone(monkeypatch):
-    """A later diffusers may bring a pipeline of our names, or a `__getattr__`."""
+    """A later version of diffusers may have a pipeline of our name, or a `__getattr__`."""
     monkeypatch.setattr(diffusers.pipelines, "iptv2_diffusion", "theirs")
     monkeypatch.setattr(diffusers, "IPTV2Pipeline", "theirs", raising=False)
     monkeypatch.delattr(diffusers, "__getattr__")

@@ -67,7 +67,7 @@ def make_images(height: int = 24, width: int = 16) -> torch.Tensor:
 
 
 def raw_latents(vae, images: torch.Tensor) -> torch.Tensor:
-    """What the VAE itself gives, by its own field."""
+    """The VAE's own result, from its own field."""
     with torch.no_grad():
         output = vae.encode(images)
     if isinstance(vae, AutoencoderKL):

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process (counted in page faults, in processes of their own); the peak of a process."""
+"""Freed memory stays with the process (counted in page faults, in separate processes); the peak of a process."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_peak_grows_by_what_is_held():
 
 
 def test_peak_is_not_that_of_the_parent():
-    """Which a child process inherits in ru_maxrss."""
+    """A child process inherits the parent's peak in ru_maxrss."""
     held = torch.ones(150 << 20)  # 600 MB
     program = "from iptv2_diffusion.memory import peak_bytes; print(peak_bytes())"
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

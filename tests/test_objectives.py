@@ -47,7 +47,7 @@ def tiny_model(out_channels: int) -> IPTV2Transformer2DModel:
 
 
 class Answer(nn.Module):
-    """A model that predicts what it is told."""
+    """A model that returns a given prediction."""
 
     def __init__(self, *parts: torch.Tensor):
         super().__init__()

@@ -28,7 +28,7 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built offline from a copy of the sources: a build leaves files beside them."""
+    """The wheel, built offline from a copy of the sources, because a build leaves files next to them."""
     folder = tmp_path_factory.mktemp("build")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -52,7 +52,7 @@ def installed(wheel, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """A folder outside of the checkout that has a package `pipelines` of its own."""
+    """A folder outside the checkout that has its own package `pipelines`."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "pipelines").mkdir()
     (folder / "pipelines" / "__init__.py").write_text("alien = True\n")
@@ -97,7 +97,7 @@ def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
 
 
 def test_help_imports_neither_torch_nor_diffusers(installed, elsewhere):
-    """Which take seconds."""
+    """Their import takes seconds."""
     for module in (
         "commands.train",
         "commands.fid",
@@ -161,7 +161,7 @@ print(json.dumps([iptv2_diffusion.__file__, found.origin, pipelines.__file__]))
     ("code", "start"), [("wheel", "elsewhere"), ("checkout", "elsewhere"), ("wheel", "checkout"), (None, "checkout")]
 )
 def test_the_pipelines_are_found_wherever_python_starts(code, start, installed, elsewhere):
-    """`python -c` puts the current folder first: in the checkout its own code wins over the wheel's."""
+    """`python -c` puts the current folder first: in the checkout its code takes precedence over the wheel's."""
     cwd = {"elsewhere": elsewhere, "checkout": ROOT}[start]
     path = {"wheel": installed, "checkout": ROOT, None: ""}[code]
     package, ours, top = map(Path, json.loads(run(sys.executable, "-c", WHERE, cwd=cwd, PYTHONPATH=str(path))))

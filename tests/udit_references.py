@@ -58,7 +58,7 @@ def shapes(channels, heads, depths=DEPTHS, classes=1000, in_channels=4, out_chan
 
 
 def weights(seed=0, dtype=torch.float32, **size):
-    """Random weights: maps keep their variance, and the logit scales lie about log 10."""
+    """Random weights: maps keep their variance, and the logit scales are about log 10."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, shape in shapes(**{**TINY, **size}).items():
@@ -70,7 +70,7 @@ def weights(seed=0, dtype=torch.float32, **size):
 
 
 def merge_in_place(state):
-    """What that code's `eval()` leaves: the 5×5 kernel holds all branches and the identity, under its old name."""
+    """Weights after that code's `eval()`: the 5×5 kernel includes all branches and the identity, under its name."""
     merged = dict(state)
     for name in state:
         if name.endswith(".dwconv.0.weight"):

@@ -1,4 +1,4 @@
-"""What the page does, without Gradio: seeds, settings in files, cancelling, 16 bits."""
+"""The page's actions without Gradio: seeds, settings in files, cancelling, 16 bits."""
 
 import json
 import threading

@@ -17,7 +17,7 @@ from iptv2_diffusion.data.sixteen_bit import is_16_bit
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install '.[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by Playwright")
 ROOT = Path(__file__).parents[2]
-SECONDS = 60_000  # of patience, in ms: a loaded machine is slow
+SECONDS = 60_000  # timeout in ms; a loaded machine is slow
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, server):
-    """The page, freshly loaded. It may ask no other machine for anything."""
+    """The page, freshly loaded. It must not send requests to another machine."""
     page = browser.new_page()
     page.set_default_timeout(SECONDS)
     asked = []

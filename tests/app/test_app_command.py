@@ -42,7 +42,7 @@ def test_a_missing_gradio_names_the_command(model_folder, monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_gradio)
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # what main sets is undone
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # undoes what main sets
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
     with pytest.raises(CommandError, match=r'pip install "iptv2-diffusion\[app\]"'):
         main([str(model_folder), "--port", "0"])

@@ -1,4 +1,4 @@
-"""iptv2-generate: pictures of chosen classes, by seed, with a sheet, an adapter and errors of one line."""
+"""iptv2-generate: images of chosen classes, by seed, with a grid, an adapter and one-line errors."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_pictures_depend_on_class_and_seed_alone(draw, tmp_path, capsys):
     sheet = Image.open("out/sheet.png")
     assert sheet.size[0] > 3 * 64
     assert draw("bee", "-n", 1, "--seed", 7, "-o", "b") == 0
-    assert abs(pixels("a/bee-7.png") - pixels("b/bee-7.png")).max() <= 1  # another batch rounds differently
+    assert abs(pixels("a/bee-7.png") - pixels("b/bee-7.png")).max() <= 1  # a different batch rounds differently
     assert abs(pixels("a/bee-7.png") - pixels("a/bee-6.png")).max() > 1
     assert capsys.readouterr().out == "1 pictures in b/\n"
 

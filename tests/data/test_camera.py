@@ -21,7 +21,7 @@ def test_processing_inverts_unprocessing_and_keeps_gray():
     camera = draw_camera(8, generator())
     gray = torch.linspace(0.02, 1, 16).expand(8, 3, 2, 16)
     assert torch.allclose(process(unprocess(gray, camera), camera), gray, atol=1e-5)
-    soft = 0.5 + 0.1 * torch.rand(8, 3, 4, 4, generator=generator())  # colours that no matrix takes out of [0, 1]
+    soft = 0.5 + 0.1 * torch.rand(8, 3, 4, 4, generator=generator())  # colours that every matrix keeps in [0, 1]
     assert torch.allclose(process(unprocess(soft, camera), camera), soft, atol=1e-5)
 
 
@@ -46,7 +46,7 @@ def test_variance_grows_with_the_light_on_the_sensor():
     green = light[:, 1, 0, 0]
     expected = read + shot * green
     measured = (seen - light)[:, 1].flatten(1).var(dim=1)
-    assert torch.allclose(measured / expected, torch.ones(64), atol=0.12)  # clipping at 1 takes little
+    assert torch.allclose(measured / expected, torch.ones(64), atol=0.12)  # clipping at 1 removes little
     assert (shot == shot[0]).all()
 
 
@@ -57,7 +57,7 @@ def test_demosaicing_keeps_what_was_seen_and_is_exact_on_planes(pattern):
     assert torch.allclose(demosaic(plane, pattern)[:, 2:-2, 2:-2], plane[:, 2:-2, 2:-2], atol=1e-6)
     noise = torch.rand(3, 10, 12, generator=generator())
     kept = (demosaic(noise, pattern) == noise).sum(dim=0)
-    assert (kept == 1).all()  # one colour a pixel
+    assert (kept == 1).all()  # one colour per pixel
     greens = (demosaic(noise, pattern)[1] == noise[1]).sum()
     assert greens == 60
 

@@ -46,7 +46,7 @@ def test_a_balanced_epoch_has_each_class_by_its_power_and_its_images_equally(bal
         for label, share in enumerate(expected.tolist()):
             each = seen[labels == label]
             assert each.sum().item() == pytest.approx(share, rel=0.15, abs=3)
-            assert not len(each) or each.max() - each.min() <= 1  # of w expected times the whole ones, perhaps one more
+            assert not len(each) or each.max() - each.min() <= 1  # the integer part of the expected count, or one more
     assert times.double().mean(0)[labels == 0].mean() == pytest.approx(float(expected[0]) / 600, rel=0.05)
 
 
@@ -156,7 +156,7 @@ def test_samples_that_are_read_ahead_arrive_with_the_draws_that_they_were_read_f
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (3, 3, 3), (1, 5, 1), (1, 1, 1)])
 def test_without_diffusion_noise_everything_else_is_the_same(shape):
-    """As of a VAE; 8 samples of these shapes are multiples of 16 and not, and below it."""
+    """Latent shapes of a VAE; the values of 8 samples are a multiple of 16, not a multiple, or fewer than 16."""
     with_noise, without = (draw_step(DataOrder(9, 0), 2, 8, shape, diffusion=drawn) for drawn in (True, False))
     assert without.noise is None
     for name, value in vars(without).items():

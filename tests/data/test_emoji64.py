@@ -1,4 +1,4 @@
-"""The shipped data set: what its card says is so, and no emoji stands on both sides of the split."""
+"""The shipped data set: the claims of its card are true, and no emoji is on both sides of the split."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_splits_and_columns(emoji: datasets.DatasetDict, build: ModuleType) -> N
 
 
 def test_every_base_image_is_there_once(emoji: datasets.DatasetDict) -> None:
-    """DATA.md counts 5,664 base images and so many a class."""
+    """DATA.md counts 5,664 base images and gives their number per class."""
     labels, seen = Counter(), Counter()
     for split in emoji.values():
         base = split.filter(lambda tone: tone == "", input_columns="skin_tone")
@@ -80,7 +80,7 @@ def test_a_tenth_of_each_class_is_held_out(emoji: datasets.DatasetDict) -> None:
 
 
 def test_family(build: ModuleType) -> None:
-    """Skin tone, gender and direction do not make another family; the profession does."""
+    """Skin tone, gender and direction do not make a separate family; the profession does."""
     same = ["1F3C3", "1F3C3-1F3FD", "1F3C3-200D-2640-FE0F", "1F3C3-1F3FF-200D-2642-FE0F-200D-27A1-FE0F"]
     assert {build.family(c) for c in same} == {"1F3C3"}
     assert build.family("1F468-200D-1F680") == build.family("1F469-1F3FB-200D-1F680")

@@ -1,4 +1,4 @@
-"""The one reader of image files: every mode and depth, metadata, limits, and whatever hypothesis makes of them."""
+"""The reader of image files: every mode and depth, metadata, limits, and files that hypothesis generates."""
 
 import io
 import struct
@@ -39,7 +39,7 @@ def ramp(dtype, shape=(6, 8)):
 
 
 class TestModes:
-    """Half of white is half of white, whatever it is written in; or the kind is refused by name."""
+    """Half of white is half of white in every format, or the format is refused by name."""
 
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr"])
     def test_pillows_modes_of_8_bits(self, mode):
@@ -146,7 +146,7 @@ class TestModes:
         assert abs(picture.pixels[0, 1, 0] / picture.peak - 0.5) < 0.01
 
     def test_the_same_image_in_every_depth_trains_the_same(self, tmp_path):
-        """Black, white or clipped are the faults that this finds."""
+        """This test detects images that become black, white or clipped."""
         rgb = RNG.integers(0, 256, (12, 10, 3), np.uint8)
         Image.fromarray(rgb).save(tmp_path / "a.png")
         write_16_bit(rgb.astype(np.uint16) * 257, tmp_path / "b.png")
@@ -181,7 +181,7 @@ class TestMetadata:
 
         assert np.array_equal(picture.pixels, np.asarray(ImageOps.exif_transpose(expected)))
         rewritten = Image.new("RGB", (4, 4))
-        rewritten.save(io.BytesIO(), "JPEG", **picture.metadata.saved())  # what is kept can be written
+        rewritten.save(io.BytesIO(), "JPEG", **picture.metadata.saved())  # the kept metadata can be written
         if picture.metadata.exif:
             again = Image.Exif()
             again.load(picture.metadata.exif)
@@ -311,7 +311,7 @@ CONTAINERS = {
 
 @st.composite
 def files(draw):
-    """(bytes, container, mode, width, height, orientation) of a picture with whatever metadata."""
+    """(bytes, container, mode, width, height, orientation) of an image with arbitrary metadata."""
     container = draw(st.sampled_from(sorted(CONTAINERS)))
     modes, options = CONTAINERS[container]
     mode = draw(st.sampled_from(modes))
@@ -358,7 +358,7 @@ def test_a_whole_file_gives_its_picture_or_is_refused_by_name(drawn):
 @quick
 @given(files(), st.data())
 def test_a_damaged_file_is_read_or_refused_and_never_more(drawn, data):
-    """Cut, overwritten, bits turned: a ValueError or a picture; nothing else comes out."""
+    """A file that is truncated, overwritten or has flipped bits gives a ValueError or an image, nothing else."""
     content = bytearray(drawn[0])
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content) - 1))

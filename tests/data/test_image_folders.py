@@ -1,4 +1,4 @@
-"""What folders and tars of images mean: splits, classes, metadata, what is left out; and data that break."""
+"""Interpretation of folders and tars of images: splits, classes, metadata, ignored files; and broken data."""
 
 import io
 import json
@@ -118,7 +118,7 @@ class TestFolders:
         os.rename(picture(tmp_path / "cat" / "b.png"), os.fsencode(tmp_path / "cat") + b"/caf\xe9.png")
         with pytest.warns(UserWarning, match=r"with a name that is not UTF-8 \(caf.*udce9\.png\)"):
             assert len(load_image_dataset(tmp_path)) == 1
-        assert len(find_images(tmp_path)) == 2  # restoration, which keeps no names in tables, reads it
+        assert len(find_images(tmp_path)) == 2  # restoration reads it, because it stores no names in tables
 
 
 class TestMetadata:

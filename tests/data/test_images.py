@@ -1,4 +1,4 @@
-"""Loading from every kind of source, decoding, and what happens with input that is wrong."""
+"""Loading from every kind of source, decoding, and wrong input."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class TestSources:
 
     def test_a_class_called_train_is_not_a_split(self, labelled: Path) -> None:
         """CIFAR-100 has one."""
-        (labelled / "notes").mkdir()  # without images: no class
+        (labelled / "notes").mkdir()  # without images: not a class
         (labelled / "train").mkdir()
         picture().save(labelled / "train" / "x.png")
         with pytest.raises(ValueError, match=r"train are names of splits, but cat, dog next to them are not; .* move"):
@@ -176,7 +176,7 @@ class TestSources:
             paths("train")
 
     def test_columns_are_found(self, parquet: Path) -> None:
-        data = load_image_dataset(parquet)  # the only Image feature, under an unusual name; "kind" is no usual label
+        data = load_image_dataset(parquet)  # the only Image feature, under an unusual name; "kind" is not a usual label
         assert data.column_names == ["image"]
 
     def test_integer_labels_and_ignored_labels(self, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ class TestHeldOut:
     @pytest.mark.parametrize("source", ["train.parquet", "*.parquet"])
     @pytest.mark.parametrize("streaming", [False, True])
     def test_files_named_one_by_one_hold_no_second_split(self, parquet: Path, source: str, streaming: bool) -> None:
-        """Else the same images would be trained on and held out."""
+        """Otherwise the same images would be both trained on and held out."""
         with pytest.raises(ValueError, match='no split "heldout"; single files form one split, "train"'):
             load_train_and_heldout(parquet / source, heldout_split="heldout", streaming=streaming)
         train, heldout = load_train_and_heldout(
@@ -352,7 +352,7 @@ class TestCorruptImages:
     def folder(self, tmp_path: Path) -> Path:
         for name in ("a", "b", "c"):
             noise(16, 16).save(tmp_path / f"{name}.png")
-        (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])  # cut short
+        (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])  # truncated
         (tmp_path / "d.jpg").write_bytes(b"not a picture at all")
         return tmp_path
 
@@ -388,7 +388,7 @@ class TestCorruptImages:
 
 
 def test_what_cannot_be_fetched_now_is_not_taken_for_corrupt():
-    """A port of this machine that nobody listens on, and fsspec's own memory, with and without the picture."""
+    """A port of this machine without a server, and fsspec's own memory, with and without the image."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"ftp://127.0.0.1:{unused.getsockname()[1]}/a.png"

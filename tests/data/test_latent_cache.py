@@ -1,4 +1,4 @@
-"""Cached latents: what is stored, when it is used again, and that corrupt images are left out."""
+"""Cached latents: their content, when they are reused, and that corrupt images are left out."""
 
 import contextlib
 import json
@@ -145,7 +145,7 @@ def test_a_cache_whose_index_is_not_its_own_is_made_again(folder, codec, tmp_pat
     for content in (b"null", b"[]", b"{}", b"\xff", *changed):
         path.write_bytes(content)
         again, messages = make(folder, codec, tmp_path)
-        assert messages[0].startswith("encoded 0 images of 11"), content  # the shards are whole
+        assert messages[0].startswith("encoded 0 images of 11"), content  # the shards are complete
         assert len(again) == COUNT
         assert path.read_bytes() == whole
 
@@ -156,7 +156,7 @@ def test_a_damaged_shard_of_the_right_size_is_made_again(folder, codec, tmp_path
     path = cache.folder / "shard-00000000-00000011.safetensors"
     labels = cache.class_labels
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    if shard == "header":  # a bit that turned
+    if shard == "header":  # a flipped bit
         whole = bytearray(path.read_bytes())
         whole[9] = 0
         path.write_bytes(whole)
@@ -183,7 +183,7 @@ def test_corrupt_images_are_left_out_and_named(folder, codec, tmp_path):
     assert "left out 1 of 11 images" in messages[-1]
     assert "03.png" in messages[-1]
     _, again = make(folder, codec, tmp_path)
-    assert again == messages[-1:]  # told whenever the cache is used
+    assert again == messages[-1:]  # reported at each use of the cache
     with pytest.raises(ValueError, match=r"03\.png: cannot be read .*one of 1 that .* lacks"):
         cached_latents(load(folder, strict=True), codec, tmp_path / "cache")
     with pytest.raises(ValueError, match=r"03\.png"):
@@ -212,7 +212,7 @@ def test_processes_share_the_shards_and_make_the_same_files(folder, codec, tmp_p
     for worker in workers[:2]:
         worker.start()
         worker.join(0.5)
-    assert results == []  # each waits for all
+    assert results == []  # each process waits for all
     workers[2].start()
     for worker in workers:
         worker.join(20)
@@ -241,7 +241,7 @@ def test_a_killed_encoding_resumes_with_the_missing_shards(folder, codec, tmp_pa
 
 
 def test_two_runs_that_make_the_same_cache_do_not_meet(folder, codec, tmp_path, monkeypatch):
-    """The other run is in the middle of the same shard, here or on another machine: its file stays as it is."""
+    """Another run, here or on another machine, is writing the same shard: its file does not change."""
     whole, _ = make(folder, codec, tmp_path)
     shard = "shard-00000000-00000011.safetensors"
     (whole.folder / shard).unlink()
@@ -308,7 +308,7 @@ def test_fingerprints_of_parquet_follow_its_content(folder, tmp_path):
 
 
 def test_fingerprints_of_images_behind_urls_follow_their_names(folder):
-    """As of Hub repositories whose images `datasets` fetches one by one."""
+    """Like Hub repositories whose images `datasets` downloads one by one."""
     urls = [path.as_uri() for path in sorted(folder.rglob("*.png"))]
 
     def fingerprint(*paths):

@@ -1,4 +1,4 @@
-"""What we did not make is neither counted, reused, overwritten nor deleted: records, checkpoints, results, caches."""
+"""Foreign files are not counted, reused, overwritten or deleted: records, checkpoints, results, caches."""
 
 import json
 import os
@@ -59,7 +59,7 @@ class TestRecord:
         write(folder, "a.png")
         (tmp_path / "a.png").write_bytes(b"longer than ours")
         assert not folder.holds("a.png")
-        write(folder, "a.png", b"ours again")  # it is ours to write
+        write(folder, "a.png", b"ours again")  # the file is ours
         assert folder.holds("a.png")
 
     def test_a_folder_of_another_kind_is_refused(self, tmp_path):
@@ -96,7 +96,7 @@ class TestRecord:
         with pytest.raises(ValueError, match="does not stay inside"):
             write(folder, name)
         (tmp_path / "x").write_bytes(b"mine")
-        with (folder.folder / RECORD).open("a") as file:  # a record that somebody wrote
+        with (folder.folder / RECORD).open("a") as file:  # a record that someone else wrote
             file.write(json.dumps({"file": "../x", "bytes": 4}) + "\n")
         OwnFolder(folder.folder, "results").delete()
         assert (tmp_path / "x").read_bytes() == b"mine"

@@ -96,7 +96,7 @@ def test_bad_images_are_named(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"x\.png cannot be read"):
             read_image(path)
-    (tmp_path / "huge.ppm").write_bytes(b"P6 20000 20000 255\n")  # more than Pillow opens
+    (tmp_path / "huge.ppm").write_bytes(b"P6 20000 20000 255\n")  # more than Pillow's limit
     with pytest.raises(ValueError, match=r"huge\.ppm cannot be read as an image: Image size \(400000000 pixels\)"):
         read_image(tmp_path / "huge.ppm")
     with pytest.raises(ValueError, match="holds no images"):
@@ -231,8 +231,8 @@ def test_every_layout_has_a_copy():
 
 @pytest.mark.parametrize(("layout", "split"), LAYOUTS)
 def test_layouts(tmp_path, layout, split):
-    """The pairs are found, and read as what they are: a photograph and the same with noise of σ 10."""
-    pairs, deep = LAYOUTS[layout, split], layout == "dpdd"  # whose files have 16 bits
+    """The pairs are found, and each is a photograph and the same photograph with noise of σ 10."""
+    pairs, deep = LAYOUTS[layout, split], layout == "dpdd"  # its files have 16 bits
     for index, names in enumerate(pairs):
         clean = photograph(index) * np.uint16(257) if deep else photograph(index)
         for name, image in zip(names, (noisy(clean, 10, index), clean), strict=True):
@@ -259,7 +259,7 @@ def test_layouts(tmp_path, layout, split):
     patches = PatchSampler(stores[1], stores[0]).patches([(1, 4, 8)], 32)
     assert all(patch.shape == (1, 3, 32, 32) and 0.1 < patch.max() <= 1 for patch in patches)
 
-    if layout != "dpdd":  # where the order makes the pairs
+    if layout != "dpdd":  # in dpdd the order defines the pairs
         (tmp_path / pairs[0][1]).unlink()
         with pytest.raises(ValueError, match=r"no partner|holds no images|not a folder"):
             find_pairs(layout, tmp_path, split)

@@ -1,4 +1,4 @@
-"""Layered rain: brighter only, in the stated directions, with as many layers as asked, the same for the same seed."""
+"""Layered rain: brighter only, in the stated directions, the requested number of layers, the same for the same seed."""
 
 import math
 

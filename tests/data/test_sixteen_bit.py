@@ -1,4 +1,4 @@
-"""Files of 16 bits: against what other libraries wrote and read."""
+"""Files of 16 bits, compared with what other libraries write and read."""
 
 import numpy as np
 import png

@@ -1,4 +1,4 @@
-"""Streams: each image once an epoch, the same for any number of processes, exact from any step on; and tars of tars."""
+"""Streams: each image once per epoch, the same for any number of processes, exact from any step; and tars of tars."""
 
 import io
 import itertools
@@ -36,7 +36,7 @@ def add(archive, name, content):
 
 
 def write_shards(folder, kind, broken=()):
-    """Shards of EACH images; a glob of them. The bytes of `broken` images are cut."""
+    """Shards of EACH images, as a glob. The bytes of `broken` images are truncated."""
     contents = [png(n)[:40] if n in broken else png(n) for n in range(COUNT)]
     folder.mkdir(exist_ok=True)
     for shard in range(SHARDS):
@@ -62,7 +62,7 @@ def codec():
 
 
 class Reader:
-    """A stream as `processes` read it: their places of each batch, put together."""
+    """A stream as `processes` read it, with their parts of each batch joined."""
 
     def __init__(self, source, codec, processes=1, start=0, position=None, strict=False, block=8, **options):
         self.messages = []
@@ -120,7 +120,7 @@ def test_latents_are_those_of_the_image_with_its_flip(tmp_path, codec, workers):
 
 @pytest.mark.parametrize("processes", [2, 8])
 def test_the_stream_does_not_depend_on_the_number_of_processes(tmp_path, codec, processes):
-    """Eight processes share four lanes: two read the same shards, for other places."""
+    """Eight processes share four lanes: two processes read the same shards, for different positions of the batch."""
     source = write_shards(tmp_path, "parquet")
     one, many = (Reader(source, codec, count) for count in (1, processes))
     (labels, latents), (others, other_latents) = one.read(5), many.read(5)
@@ -132,19 +132,19 @@ def test_the_stream_does_not_depend_on_the_number_of_processes(tmp_path, codec, 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 @pytest.mark.parametrize(("block", "workers"), [(8, 0), (12, 2), (1, 0)])
 def test_resume_from_every_step_sees_what_the_uninterrupted_run_sees(tmp_path, codec, kind, block, workers):
-    """Also on another number of processes, and read through without a saved position. Seven steps: over two epochs."""
+    """Also with another number of processes, and without a saved position. Seven steps are more than two epochs."""
     source = write_shards(tmp_path, kind)
     whole, _ = Reader(source, codec, block=block).read(7)
     going = Reader(source, codec, block=block, num_workers=workers)
     for stop in range(7):
-        position = going.position()  # as at a checkpoint in mid-run: reading ahead must not show
+        position = going.position()  # as at a checkpoint in mid-run: reading ahead must not affect it
         resumed = Reader(source, codec, 2 if stop % 2 else 1, stop, position, block=block, num_workers=workers)
         assert (
             resumed.read(2)[0]
             == (whole + Reader(source, codec, start=7, block=block).read(1)[0])[stop * BATCH : (stop + 2) * BATCH]
         )
         assert going.read(1)[0] == whole[stop * BATCH : (stop + 1) * BATCH]
-        # the trainer draws the next step before it saves this one: told after the fact, the position is the same
+        # the trainer draws the next step before it saves this one, and the position must still be the same
         assert json.loads(json.dumps(join_positions([going.parts[0].position(stop)]))) == position
 
 
@@ -154,7 +154,9 @@ def test_without_its_position_the_stream_is_read_through_with_a_note(tmp_path, c
     late = Reader(source, codec, start=3)
     assert late.read(1)[0] == whole[3 * BATCH :]
     assert "reading it from the beginning to step 3" in late.messages[0]
-    other = Reader(source, codec, start=3, position=Reader(source, codec, block=4).position())  # of other blocks
+    other = Reader(
+        source, codec, start=3, position=Reader(source, codec, block=4).position()
+    )  # with another block size
     assert other.read(1)[0] == whole[3 * BATCH :]
     assert len(other.messages) == 1
 
@@ -165,7 +167,7 @@ def test_unreadable_images_are_replaced_by_the_next_and_counted(tmp_path, codec)
     labels, _ = reader.read(3)
     whole, _ = Reader(good, codec).read(3)
     differing = [i for i, (a, b) in enumerate(zip(labels, whole, strict=True)) if a != b]
-    assert sorted(whole[i] for i in differing) == [3, 20]  # all others keep their places
+    assert sorted(whole[i] for i in differing) == [3, 20]  # all others keep their positions
     assert [m.split(":")[0] for m in sorted(reader.messages)] == ["03.png", "20.png"]
     position = reader.position()
     assert position["skipped"] == 2
@@ -256,7 +258,7 @@ def test_loose_images_and_tars_of_tars_are_streamed_in_mixed_order(nested, codec
 
 
 def test_images_behind_a_url_are_read(tmp_path, codec):
-    """As `datasets` gives the images of a Hub repository's archives."""
+    """Images as `datasets` yields them from the archives of a Hub repository."""
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("x.png", png(1))
     url = f"zip://x.png::{tmp_path}/a.zip"

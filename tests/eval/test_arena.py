@@ -112,7 +112,7 @@ def test_an_arena_from_training_to_plots(ground):
     for name, row in chosen.items():
         own = [r for r in grid if r["model"] == name]
         best = min(own, key=lambda r: r["held_out_loss"])
-        assert row["learning_rate"] == best["learning_rate"]  # the grid decides
+        assert row["learning_rate"] == best["learning_rate"]  # the grid chooses it
         assert (row["steps"], best["steps"]) == (12, 8)
         assert [step for step, _ in row["held_out_curve"]] == [4, 8, 12]
         for figure in ("kid", "fd_pca64", "fd_train", "held_out_loss", "macs_fused", "macs_train", "parameters"):
@@ -123,10 +123,10 @@ def test_an_arena_from_training_to_plots(ground):
     assert "training" in output
 
     again = run(*command).stdout
-    assert not [line for line in again.splitlines() if line.startswith("training")]  # finished runs are left alone
+    assert not [line for line in again.splitlines() if line.startswith("training")]  # finished runs are skipped
     assert json.loads((ground / "results" / "arena.json").read_text()) == rows
 
-    # a grid alone: its rows come beside those of other shapes
+    # a grid alone adds its rows to those of other shapes
     other = json.dumps({"dit": {"again": {**DIT, "sample_size": 8}}})
     run(*command, "--models", other, "--stop_after", "grid")
     more = json.loads((ground / "results" / "arena.json").read_text())

@@ -1,4 +1,4 @@
-"""The files for DND's server: their names, keys and types, what they hold, and resumption."""
+"""The files for DND's server: their names, keys, types and content, and resumption."""
 
 import numpy as np
 import pytest

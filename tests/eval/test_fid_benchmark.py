@@ -189,7 +189,7 @@ class TestRefusals:
             self.run(script, ground, tmp_path, "--num_samples", 3)
         with pytest.raises(ConfigError, match=f"pca_components is 14, but {COUNT + 2} references of .* have 13"):
             self.run(script, ground, tmp_path, "--pca_components", 14)
-        assert not (tmp_path / "out").exists()  # refused before anything is drawn
+        assert not (tmp_path / "out").exists()  # refused before sampling
 
     def test_weights_that_are_not_here(self, script, ground, tmp_path, monkeypatch):
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))

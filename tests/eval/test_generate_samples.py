@@ -1,4 +1,4 @@
-"""generate_samples.py: what an image depends on, resumption, formats, and every kind of pipeline."""
+"""generate_samples.py: what images depend on, resumption, formats, and every kind of pipeline."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def run(script, pipelines, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def reference(script, pipelines, tmp_path_factory):
-    """An undisturbed run of one process."""
+    """An uninterrupted run of one process."""
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     folder = tmp_path_factory.mktemp("reference")
     assert script.main(words(pipelines["iptv2"], folder)) == 0
@@ -63,7 +63,7 @@ def reference(script, pipelines, tmp_path_factory):
 
 
 def launch(pipeline, output, *options, processes=1):
-    """The documented command as a group of processes of its own."""
+    """The documented command, in a new process group."""
     launcher = ("--multi_gpu",) if processes > 1 else ("--cpu",)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *launcher]
     command += ["--num_processes", str(processes), "--main_process_port", "0", str(SCRIPT)]
@@ -149,7 +149,7 @@ class TestResumption:
         assert changed == set(lost)
 
     def test_after_kill_9_no_image_is_missing_or_drawn_twice(self, pipelines, tmp_path, run, reference):
-        """Slowed by many steps, killed once some images are there, then finished by the same command."""
+        """A run that many steps slow down is killed after some images; the same command finishes it."""
         many = ("--num_inference_steps", 20)
         folder = tmp_path / "killed"
         process = launch(pipelines["iptv2"], folder, *many, "--group_size", 2)
@@ -313,7 +313,7 @@ def test_ctrl_c_while_sampling_reports_progress_and_the_same_command_resumes(scr
     assert "of 160 images; run the same command to continue" in output
     there = images(tmp_path / "out")
     assert 0 < len(there) < 160
-    assert pixels(tmp_path / "out").shape == (len(there), 16, 16, 3)  # all of them whole
+    assert pixels(tmp_path / "out").shape == (len(there), 16, 16, 3)  # all of them complete
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert script.main(command[2:]) == 0
     whole = images(tmp_path / "out")

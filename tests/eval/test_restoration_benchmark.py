@@ -1,4 +1,4 @@
-"""The benchmark: the protocol's noise, files written, pictures of a folder."""
+"""The benchmark: the protocol's noise, the written files, images of a folder."""
 
 import importlib.util
 import json
@@ -83,7 +83,7 @@ def test_bad_options_are_named(setting, words, message):
 
 
 def test_runs_and_pictures_of_one_last_name_stay_apart(setting):
-    """Two runs' folders "pipeline", two pictures "0.png"; the 16-bit copy of a picture measures as the picture."""
+    """Two folders called "pipeline", two images called "0.png"; a 16-bit copy gives the figures of its original."""
     folder, words = setting
     for run in ("a", "b"):
         shutil.copytree(folder / "model", folder / f"runs/{run}/pipeline")
@@ -124,7 +124,7 @@ def test_a_degradation_is_that_of_training_and_leaves_its_border_out(kind, level
 
 
 def test_a_data_set_is_measured_pair_by_pair(setting):
-    """Against the definition, on a copy of Rain100H: no noise is added, no level given, luma is what counts."""
+    """Compared with the definition on a copy of Rain100H: no noise, no level, and only luma counts."""
     folder, words = setting
     for number in range(1, 4):
         for kind, image in (("target", photograph(number)), ("input", noisy(photograph(number), 20, number))):
@@ -162,7 +162,7 @@ def test_the_validation_blocks_of_sidd_are_measured(setting):
 
 
 def test_gray_photographs_and_estimated_noise(setting):
-    """A model for gray that takes σ: told, or not told, what the noise is."""
+    """A gray model that takes σ receives the noise level, or estimates it."""
     folder, words = setting
     torch.manual_seed(0)
     model = create_model("restoration-tiny", in_channels=1, sigma_conditioning="map")

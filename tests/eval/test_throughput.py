@@ -23,7 +23,7 @@ def run(*options):
 
 @pytest.fixture
 def rows_of(monkeypatch, capsys):
-    """The script's rows in this process, which keeps its number of threads, environment and allocator."""
+    """The script's rows, in this process. Its number of threads, environment and allocator are restored."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     monkeypatch.setattr(memory, "keep_freed_memory", lambda: None)
     threads = torch.get_num_threads()

@@ -26,11 +26,11 @@ def save_pipeline(folder, kind="iptv2"):
         pipeline = IPTV2Pipeline(randomise(model), vae, FlowMatchEulerDiscreteScheduler())
     else:
         dit = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "in_channels": 4}
-        if kind == "dit":  # what configs/imagenet256.yaml makes of a DiT: learned variance, sampled by DDPM
+        if kind == "dit":  # as configs/imagenet256.yaml trains a DiT: learned variance, sampled by DDPM
             model = DiTTransformer2DModel(**dit, out_channels=8, num_embeds_ada_norm=3)
             scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False)
             pipeline = IPTV2Pipeline(randomise(model), vae, scheduler, id2label={0: "a", 1: "b", 2: "c"})
-        else:  # diffusers' own takes 1000 for the null label, whatever the model
+        else:  # diffusers' own pipeline uses 1000 as the null label of every model
             model = DiTTransformer2DModel(**dit, out_channels=8, num_embeds_ada_norm=1000)
             pipeline = DiTPipeline(randomise(model), vae, DDIMScheduler(clip_sample=False))
     pipeline.save_pretrained(folder)
@@ -38,7 +38,7 @@ def save_pipeline(folder, kind="iptv2"):
 
 
 def randomise(model):
-    """Fresh models give zeros; these depend on latent, time and label."""
+    """Make the output depend on latent, time and label; new models return zeros."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -229,7 +229,7 @@ class TestInception:
         assert torch.allclose(outputs["logits"], outputs["pool"] @ net.fc.weight.T, rtol=1e-4, atol=1e-6)
 
     def test_network_is_pytorch_fids_where_the_resize_is_the_same(self, inception_weights, pictures, monkeypatch):
-        """At 299 pixels neither resizes. They still differ in (x - 128)/128 against (x - 127.5)/127.5: undone here."""
+        """At 299 pixels neither resizes. The test undoes the other difference, (x - 128)/128 or (x - 127.5)/127.5."""
         pytorch_fid = pytest.importorskip("pytorch_fid.inception")
         home = inception_weights.parent / "home"
         (home / "hub/checkpoints").mkdir(parents=True)
@@ -268,7 +268,7 @@ class TestInception:
 
     @pytest.mark.parametrize("cause", ["offline", "unreachable", "another file"])
     def test_weights_that_cannot_be_downloaded_are_named(self, cause, tmp_path, monkeypatch):
-        """A file:// address stands for the server: missing, or with other bytes than its hash promises."""
+        """A file:// address replaces the server: the file is missing, or its bytes do not match its hash."""
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1" if cause == "offline" else "0")
         name = feature_extractors.URL_INCEPTION_V3.rsplit("/", 1)[1]

@@ -1,4 +1,4 @@
-"""evaluation/reference_images.py: what the reference images are, and whose statistics are used."""
+"""evaluation/reference_images.py: the reference images, and the source of their statistics."""
 
 import hashlib
 import pickle

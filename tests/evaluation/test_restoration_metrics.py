@@ -86,7 +86,7 @@ def test_the_protocol_matters(images):
 
 @pytest.fixture
 def squeezenet(tmp_path, monkeypatch):
-    """A SqueezeNet of random weights where torchvision looks for the trained one."""
+    """A SqueezeNet with random weights at the path where torchvision looks for the trained one."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.manual_seed(0)
     network = torchvision.models.squeezenet1_1(weights=None)

@@ -18,7 +18,7 @@ from iptv2_diffusion.evaluation.roofline_steps import make_on_meta, record
 from iptv2_diffusion.kernels import triton_fcsa, triton_ggsa
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "roofline.py"
-UNIT = Machine("unit", {"float32": 2.0}, vector_flops=2.0, bandwidth=1.0, launch=0.0)  # a MAC or a byte a second
+UNIT = Machine("unit", {"float32": 2.0}, vector_flops=2.0, bandwidth=1.0, launch=0.0)  # one MAC or one byte per second
 
 
 def recorded(function, *shapes, **own):

@@ -1,4 +1,4 @@
-"""Timing and tables: who runs when, what counts, what is written."""
+"""Timing and tables: the order of runs, what is counted, and what is written."""
 
 import csv
 import math
@@ -22,7 +22,7 @@ def test_functions_take_turns_and_the_first_round_does_not_count():
 
 
 def test_ratio_is_of_pairs_of_rounds():
-    """A machine that is slow for one whole round does not move it."""
+    """A machine that is slow for one whole round does not change it."""
     seconds = {"a": [2.0, 20.0, 2.0], "b": [1.0, 10.0, 4.0]}
     assert speed.ratio(seconds, "a", "b") == 2.0
     assert speed.summary(seconds["a"]) == {"median_s": 2.0, "min_s": 2.0, "max_s": 20.0}
@@ -38,14 +38,14 @@ def test_operator_times_name_what_runs():
 
 
 def test_matmul_rate_is_that_of_the_clock():
-    ticks = iter(range(0, 100, 2))  # two seconds a call
+    ticks = iter(range(0, 100, 2))  # two seconds per call
     rate = speed.matmul_rate(2, clock=lambda: next(ticks))
     assert math.isclose(rate, 10 * 2048 * 1024 * 1024 / 1e9)
 
 
 def test_the_peak_inside_a_with_is_what_it_took():
     with speed.PeakMemory() as memory:
-        held = torch.ones((256 << 20) // 4)  # fresh pages, whatever the process held before
+        held = torch.ones((256 << 20) // 4)  # new pages, regardless of what the process held before
         time.sleep(0.1)
     assert 250 << 20 <= memory.bytes < 400 << 20
     assert held[-1] == 1

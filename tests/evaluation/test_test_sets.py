@@ -1,4 +1,4 @@
-"""Test sets by name: found below a folder, in pairs by every naming scheme, with one published figure a level."""
+"""Test sets by name: found below a folder, paired by every naming scheme, with one published figure per level."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def picture(path: Path) -> Path:
 )
 def test_pairs_by_the_names_of_the_sets(tmp_path, degraded, clean):
     expected = {picture(tmp_path / degraded): picture(tmp_path / clean)}
-    picture(tmp_path / "5dmark3_iso3200_1_ours.png")  # CC brings results of its authors
+    picture(tmp_path / "5dmark3_iso3200_1_ours.png")  # CC includes its authors' results
     assert pairs_of(tmp_path) == expected
 
 

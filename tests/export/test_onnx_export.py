@@ -1,4 +1,4 @@
-"""ONNX files of tiny models agree with the models at every size; what the command refuses."""
+"""ONNX files of tiny models agree with the models at every size; wrong options are refused."""
 
 import json
 

@@ -1,6 +1,6 @@
 """FCSA's kernels under Triton's interpreter against the equation of model.md §3, forward and every gradient.
 
-Run by `test_triton_fcsa.py` in a process of its own: `TRITON_INTERPRET=1` must be set before Triton is imported.
+`test_triton_fcsa.py` runs it in a separate process, because `TRITON_INTERPRET=1` must be set before Triton is imported.
 
     TRITON_INTERPRET=1 python -m pytest -n 0 tests/kernels/interpreted_fcsa.py
 """
@@ -55,14 +55,14 @@ def plain(qkv, affine, temperature, merge_logits, heads, window):
 
 
 def laid_out(shape, layout, dtype):
-    """A map (B, H, W, 3C) of random values in one of the layouts that a model may hand over."""
+    """A map (B, H, W, 3C) of random values in one of the layouts that a model may pass."""
     batch, height, width, channels = shape
     if layout == "sliced":  # a part of a larger map, as after a crop
         return torch.randn(batch, height + 3, width + 1, channels + 5).to(dtype)[:, 1:-2, 1:, 2:-3]
     if layout == "channels-last NCHW":
         whole = torch.randn(batch, channels, height, width).to(dtype)
         return whole.to(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    if layout == "NCHW":  # channels are not beside each other
+    if layout == "NCHW":  # channels are not adjacent in memory
         return torch.randn(batch, channels, height, width).to(dtype).permute(0, 2, 3, 1)
     return torch.randn(shape).to(dtype)
 
@@ -198,7 +198,7 @@ def test_what_it_does_not_take():
     qkv = torch.randn(1, 4, 4, 24)
     assert triton_fcsa.supports(qkv, 1, 2)
     assert not triton_fcsa.supports(qkv.double(), 1, 2)
-    assert not triton_fcsa.supports(qkv, 3, 2)  # 8 channels are no 3 heads
+    assert not triton_fcsa.supports(qkv, 3, 2)  # 8 channels do not split into 3 heads
     assert not triton_fcsa.supports(qkv, 1, 17)
     assert not triton_fcsa.supports(torch.empty(1, 4, 4, 3 * 80), 1, 2)
     with use_fast_forms(False):

@@ -18,7 +18,7 @@ CASES = [
     ((8, 8), (2, 2), 2, 8, torch.float32, "contiguous"),
     ((7, 6), (2, 4), 1, 12, torch.float32, "sliced"),  # tokens outside the map, a head that fills no block
     ((5, 9), (3, 2), 2, 4, torch.float32, "NCHW"),
-    ((3, 2), (3, 2), 1, 8, torch.float32, "channels-last NCHW"),  # one token a group
+    ((3, 2), (3, 2), 1, 8, torch.float32, "channels-last NCHW"),  # one token per group
     ((9, 7), (1, 1), 1, 20, torch.float32, "contiguous"),  # several blocks, the last in part
     ((1, 33), (1, 2), 1, 16, torch.float32, "sliced"),
     ((8, 9), (1, 1), 1, 32, torch.bfloat16, "channels-last NCHW"),
@@ -117,7 +117,7 @@ def test_what_it_does_not_take():
     qkv = torch.randn(1, 4, 4, 24)
     assert triton_ggsa.supports(qkv, 1, (2, 2))
     assert not triton_ggsa.supports(qkv.double(), 1, (2, 2))
-    assert not triton_ggsa.supports(qkv, 4, (2, 2))  # a head of 2 channels has no two axes of rotation
+    assert not triton_ggsa.supports(qkv, 4, (2, 2))  # 2 channels per head are too few for two axes of rotation
     assert triton_ggsa.supports(torch.empty(1, 16, 16, 24), 1, (1, 1))
     assert not triton_ggsa.supports(torch.empty(1, 17, 16, 24), 1, (1, 1))  # 272 tokens
     assert not triton_ggsa.supports(torch.empty(1, 4, 4, 3 * 68), 1, (2, 2))

@@ -1,7 +1,7 @@
-"""The comparisons of the interpreted kernels notice an error: every term of both backwards is taken out in turn.
+"""The comparisons of the interpreted kernels detect errors: each term of both backwards is removed in turn.
 
-A mutated copy of the device code takes the place of the real kernel under Triton's interpreter, which reads the source
-from a file. Run by `test_triton_training.py`; see interpreted_fcsa.py for how.
+A mutated copy of the device code replaces the real kernel under Triton's interpreter, which reads the source from a
+file. `test_triton_training.py` runs it; see interpreted_fcsa.py.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import torch
 from iptv2_diffusion.kernels import triton_fcsa, triton_ggsa
 from iptv2_diffusion.models.attention import focal_attention, grid_attention
 
-# Module, the code, and what stands there instead.
+# Module, the code, and its replacement.
 MUTATIONS = {
     "FCSA: dq without its product": (
         triton_fcsa,
@@ -109,12 +109,12 @@ def compare(module: object) -> None:
         grad = torch.randn(1, *size, 4)
         found, expected = (torch.autograd.grad(f(*inputs, *rest), inputs, grad) for f in (ours, plain))
         for a, b in zip(found, expected, strict=True):
-            least = 1.0 if size == (1, 3) else 0.0  # of one token the gradient is 0, and ours is rounding
+            least = 1.0 if size == (1, 3) else 0.0  # the gradient of one token is 0, and ours is rounding
             assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=least)
 
 
 def replace_kernels(module, code, mutant, folder, monkeypatch):
-    """Load a copy of the device code in which `mutant` stands for `code`, and let the operator launch it."""
+    """Load a copy of the device code in which `mutant` replaces `code`, and let the operator launch it."""
     path = Path(sys.modules[module.backward_kernel.fn.__module__].__file__)
     source = path.read_text(encoding="utf-8")
     assert source.count(code) == 1

@@ -1,6 +1,6 @@
 """200 training steps of a tiny denoiser with the Triton kernels under the interpreter, and with the plain formulas.
 
-Run by the slow test of `test_triton_training.py`; see interpreted_fcsa.py for how.
+The slow test of `test_triton_training.py` runs it; see interpreted_fcsa.py.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The depthwise convolution whose 5×5 weight gradient on a CPU is put together from two of 5×3."""
+"""The depthwise convolution, whose 5×5 weight gradient on a CPU consists of two gradients of 5×3."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class TestMergedKernels:
             torch.testing.assert_close(a, b)
 
     def test_gradients_have_the_strides_of_their_weights(self):
-        """DDP warns of others; in channels-last memory those of (C, 1, k, k) are not a contiguous tensor's."""
+        """DDP warns about other strides; a contiguous tensor's differ from those of a channels-last (C, 1, k, k)."""
         branches = [convolution(size).to(memory_format=torch.channels_last) for size in (5, 3, 1)]
         kernel, _ = merge_depthwise(*branches)
         kernel.square().sum().backward()

@@ -1,7 +1,7 @@
-"""Every fast form for CPUs against its plain formula: values and gradients, whatever the layout, size and dtype.
+"""Every fast form for CPUs against its plain formula: values and gradients for every layout, size and dtype.
 
-The plain formulas are what models/ shows (`operator.plain`); autograd differentiates them. tests/models holds the
-formulas themselves to loop-written references.
+The plain formulas are those in models/ (`operator.plain`), differentiated by autograd. tests/models compares the
+formulas themselves with loop-written references.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-# Layouts of a tensor: a leaf, and the view of it that the operator is given.
+# Layouts of a tensor: a leaf, and the view of it that the operator receives.
 
 
 def contiguous(shape):
@@ -51,7 +51,7 @@ def expanded(shape):
 
 
 def channels_last(shape):
-    """(B, H, W, C) memory under a (B, C, H, W) tensor for what takes maps so, and the other way round."""
+    """(B, H, W, C) memory under a (B, C, H, W) tensor for operators that take such maps, and vice versa."""
     leaf = random(shape[0], *shape[2:], shape[1])
     return leaf, leaf.movedim(-1, 1)
 
@@ -185,7 +185,7 @@ class TestInFloat64:
 
     @every_operator
     def test_twice_through_one_graph(self, name):
-        """A backward must leave what it was given, and what it kept, as it was."""
+        """A backward must not change its arguments or its saved tensors."""
         form, make, call = OPERATORS[name]
         shape, parameters, constants = make(2, (8, 12), 2)
         leaves = [random(*shape).requires_grad_(), *(p.requires_grad_() for p in parameters)]
@@ -210,7 +210,7 @@ class TestInFloat64:
 
     @every_operator
     def test_what_is_frozen_gets_no_gradient(self, name):
-        """Any subset of the inputs may ask for a gradient, and those that do get the same one."""
+        """Any subset of the inputs may require gradients, and these are the same."""
         upstream = UPSTREAMS["dense"]
         given = case(name, contiguous, 2, (8, 12), 2)
         leaves = [given[0], *given[2]]
@@ -248,7 +248,7 @@ class TestInOtherPrecisions:
 
     @every_operator
     def test_autocast_gives_float32_parameters_float32_gradients(self, name):
-        """And the values that the plain formula gives under autocast, within bfloat16's rounding."""
+        """The values also agree with the plain formula under autocast, within bfloat16's rounding."""
         shape, parameters, constants = OPERATORS[name][1](2, (8, 4), 2, dtype=torch.float32)
         leaf = random(*shape).float()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -259,11 +259,11 @@ class TestInOtherPrecisions:
 
 
 class TestSteps:
-    """The steps of the attentions by themselves, over the layouts that other code may give them."""
+    """The steps of the attentions in isolation, for the layouts that other code may pass."""
 
     @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
     def test_channel_attention(self, layout):
-        """q, k and v as views of one map, as they were when a product was added to a copy and lost."""
+        """q, k and v as views of one map: a product must not be added to a copy, where it would be lost."""
         q, k, v = (layout((3, 2, 16, 4))[0].detach() * (i + 1) for i in range(3))
         make = {contiguous: lambda x: x, transposed: lambda x: x.permute(3, 2, 1, 0)}.get(layout)
         if make is None:
@@ -281,7 +281,7 @@ class TestSteps:
         assert_all_close(*results, 1e-10)
 
     def test_products_and_softmax_are_float32_under_autocast(self):
-        """The map of channels does not take bfloat16's rounding: it equals the float32 one of the rounded inputs."""
+        """bfloat16 does not round the attention map: it equals the float32 map of the rounded inputs."""
         q, k, v = (random(3, 2, 16, 4, seed=i).float() for i in range(3))
         affine, temperature = random(2, 16, seed=5).abs().float() + 0.5, random(2, seed=6).abs().float()
         q, k = q.bfloat16(), k.bfloat16()
@@ -299,7 +299,7 @@ class TestSteps:
 
 
 class TestLinearInference:
-    """`linear` has a fast form without gradients only."""
+    """`linear` has a fast form only without gradients."""
 
     @pytest.mark.parametrize("gelu", [False, True])
     @pytest.mark.parametrize("bias", [True, False])

@@ -48,7 +48,7 @@ class TestAgainstPlain:
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
     def test_a_map_that_is_not_contiguous(self, bias, gelu):
-        """As a crop of a padded map gives it."""
+        """The layout of a crop of a padded map."""
         x, weight, bias = layer_inputs(bias=bias)
         crop = x[:, :3]
         with torch.no_grad():

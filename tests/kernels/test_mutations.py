@@ -1,6 +1,6 @@
-"""The tests of the fast forms notice an error: every term of every written-out backward is taken out in turn.
+"""The tests of the fast forms detect errors: each term of every explicit backward is removed in turn.
 
-A mutated copy of a kernel's module takes the place of the real one, and the comparison of test_cpu_forms.py must fail.
+A mutated copy of a kernel's module replaces the real one, and the comparison of test_cpu_forms.py must fail.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import test_cpu_forms as forms
 
 from iptv2_diffusion.kernels import cpu_attention, cpu_depthwise, cpu_scale_add, registry
 
-# Module, the code, and what stands there instead.
+# Module, the code, and its replacement.
 MUTATIONS = {
-    "the product is added to a copy and lost": (  # what was wrong once: the flattened map may be a copy
+    "the product is added to a copy and lost": (  # the flattened map may be a copy
         cpu_attention,
         "grad_q = (k @ grad_products.transpose(-2, -1)).addcmul_(q, decay_q, value=-1)",
         "grad_q = q * -decay_q; grad_q.flatten(0, 1).baddbmm_("
@@ -88,7 +88,7 @@ MUTATIONS = {
 
 
 def compare_all() -> None:
-    """A part of test_cpu_forms.py, in a second."""
+    """Run a part of test_cpu_forms.py, which takes a second."""
     sizes = [(4, 4), (12, 4), (8, 12), (9, 7)]
     for name, layout, size in itertools.product(forms.OPERATORS, (forms.contiguous, forms.sliced), sizes):
         given = forms.case(name, layout, 3, size, 2)
@@ -100,7 +100,7 @@ def compare_all() -> None:
 
 
 def replace_module(module: types.ModuleType, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the module's source with a registry of its own, and let the tests see what it defines."""
+    """Run the module's source with a separate registry, and let the tests use its definitions."""
     monkeypatch.setattr(registry, "_FORMS", defaultdict(list))
     namespace = {"__name__": module.__name__, "__package__": module.__package__}
     exec(compile(source, module.__file__, "exec"), namespace)

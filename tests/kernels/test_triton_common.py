@@ -1,4 +1,4 @@
-"""Where the Triton kernels may run, and a kernel that does not compile."""
+"""Devices where the Triton kernels may run, and a kernel that does not compile."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from iptv2_diffusion.kernels import triton_common
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    """No memory of earlier attempts."""
+    """Forget earlier attempts."""
     monkeypatch.setattr(triton_common, "_problems", {})
     monkeypatch.setattr(triton_common, "_warned", set())
 
@@ -73,7 +73,7 @@ class TestDevices:
 
 
 def test_without_triton_the_modules_still_import():
-    """torch's CPU builds: the kernels are plain functions that nobody calls."""
+    """Without Triton, as in torch's CPU builds, the kernels are plain functions that nothing calls."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: a process under the interpreter, and compilation without a GPU."""
+"""Shared code of the tests of the Triton kernels: a process under the interpreter, and compilation without a GPU."""
 
 import os
 import re
@@ -18,7 +18,7 @@ POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
 
 def run_interpreted(file):
-    """pytest of a file under Triton's interpreter, in its own process: the variable counts when Triton is imported."""
+    """Run pytest on a file under Triton's interpreter, in a new process: Triton reads the variable when imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", f"tests/kernels/{file}"]
@@ -27,12 +27,12 @@ def run_interpreted(file):
 
 
 def compile_for(target, kernel, dtype, maps, numbers, constants):
-    """Compile a kernel for a GPU that need not be there.
+    """Compile a kernel for a GPU that this machine need not have.
 
     Args:
         target: a key of TARGETS.
         kernel: the `triton.jit` function.
-        dtype: of the arguments named in `maps`; other pointers are float32.
+        dtype: dtype of the arguments named in `maps`; other pointers are float32.
         maps: names of the arguments that are feature maps.
         numbers: names of the arguments that are integers; those that start with "stride" are multiples of 16.
         constants: values of the constexpr arguments, and num_warps and num_stages.
@@ -59,7 +59,7 @@ def compile_for(target, kernel, dtype, maps, numbers, constants):
 
 
 def resources(target, binary):
-    """Bytes of memory that a thread needs beside its registers, and its registers."""
+    """Return the bytes of memory that a thread needs besides its registers, and its number of registers."""
     if target == "hip":
         text = binary.asm["amdgcn"]
         scratch = int(re.search(r"private_segment_fixed_size:\s*(\d+)", text)[1])
@@ -78,7 +78,7 @@ def resources(target, binary):
 
 
 def check_resources(target, *kernel_and_arguments):
-    """Nothing spills, and the shared memory is there on that GPU."""
+    """Check that nothing spills, and that the GPU has the shared memory."""
     spilled, shared, registers = compile_for(target, *kernel_and_arguments)
     assert spilled == 0, f"{spilled} bytes of a thread are spilled, {registers} registers"
     assert shared <= SHARED_MEMORY[target]

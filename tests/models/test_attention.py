@@ -1,4 +1,4 @@
-"""FCSA and GGSA against the loop-written references, on any size, and the properties that the equations promise."""
+"""FCSA and GGSA against the loop-written references at any size, and the properties of the equations."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class TestBothAttentions:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_gradients_are_near_float32(self, make, dtype):
-        """On a CPU, half precision with gradients has a path of its own; an odd size brings its mask in."""
+        """On a CPU, half precision with gradients has its own path; an odd size tests its mask."""
         module, x, gradients = make(), references.random_map(2, 16, 9, 11), []
         for run in (module, make().to(dtype)):
             run(x.to(run.qkv.weight.dtype)).float().square().sum().backward()
@@ -267,7 +267,7 @@ class TestArguments:
 
 
 class TestPartitions:
-    """Windows and grids cut a map and put it together again without loss, on any size."""
+    """Windows and grids partition a map and merge it again without loss, at any size."""
 
     @pytest.mark.parametrize("size", SIZES, ids=str)
     @pytest.mark.parametrize("window", [1, 3, 4, 8])

@@ -25,7 +25,7 @@ def backbone(channels=8, conditioning_dim=6, randomize=True, **kwargs) -> IPTV2B
 
 
 def run(module: IPTV2Backbone, *size: int, batch: int = 1) -> torch.Tensor:
-    """Output on a fixed random map and, where the backbone wants one, a fixed random vector of 6."""
+    """Output for a fixed random map and, if the backbone needs one, a fixed random vector of 6."""
     with torch.no_grad():
         return module(references.random_map(batch, 8, *size), references.random_map(batch, 6, seed=1))
 
@@ -109,7 +109,7 @@ class TestShape:
 
 
 class TestWindows:
-    """Windows are clamped per level to the map at `sample_size`; where the map is one window nothing is shifted."""
+    """Windows are clamped per level to the map at `sample_size`; a map of one window has no shifted windows."""
 
     @pytest.mark.parametrize(
         ("sample_size", "expected"),
@@ -192,7 +192,7 @@ class TestGradientCheckpointing:
 
 class TestStateDict:
     def test_conditional_and_unconditional_share_all_but_the_norms(self):
-        """What a restorer can take from a denoiser: every attention, feed-forward and convolution."""
+        """Weights that a restorer can take from a denoiser: every attention, feed-forward and convolution."""
         conditional, unconditional = backbone().state_dict(), backbone(conditioning_dim=None).state_dict()
         shared = conditional.keys() & unconditional.keys()
         assert all(conditional[name].shape == unconditional[name].shape for name in shared)

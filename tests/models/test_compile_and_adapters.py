@@ -1,4 +1,4 @@
-"""torch.compile of the denoiser, whole and by repeated blocks, and what other libraries hook into it."""
+"""torch.compile of the denoiser, whole and by repeated blocks, and hooks of other libraries."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TestCompile:
         assert counter.frame_count == 3
 
     def test_repeated_blocks_train_with_checkpointing_and_evaluate_in_between(self):
-        """What `--torch_compile --gradient_checkpointing` runs: the gradients are those of the eager model."""
+        """With `--torch_compile --gradient_checkpointing`, the gradients are those of the eager model."""
         model = denoiser(layers_per_stage=(1,), grid_stride=2).train()
         model(**inputs()).sample.square().mean().backward()
         expected = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -75,7 +75,7 @@ class TestCompile:
 
     @pytest.mark.slow
     def test_inductor_trains_under_autocast(self):
-        """One level, as minutes of C++ compilation go with the number of kernels."""
+        """One level, because the number of kernels determines the minutes of C++ compilation."""
         model, given = denoiser(layers_per_stage=(1,), grid_stride=2), inputs()
         expected = sample(model, **given)
         compiled = torch.compile(model.train(), fullgraph=True)
@@ -130,7 +130,7 @@ class TestAdapters:
         torch.testing.assert_close(sample(other, **given), sample(model, **given), rtol=1e-4, atol=1e-5)
 
     def test_adapters_are_merged_before_the_model_is_fused(self):
-        """fuse() merges the layers' own weights: it must not lose an adapter in silence."""
+        """fuse() merges the layers' own weights: it must not silently lose an adapter."""
         model, given = denoiser(), inputs()
         model.add_adapter(self.lora())
         references.randomize_(model, 0.05)
@@ -180,7 +180,7 @@ class TestDiffusersTools:
 
     @pytest.mark.parametrize("fused", [False, True])
     def test_sequential_offload(self, fused):
-        """`enable_sequential_cpu_offload`: outside of a layer's own call its weights are on the meta device."""
+        """With `enable_sequential_cpu_offload`, a layer's weights are on the meta device except during its call."""
         model, given = denoiser(), inputs()
         model = model.fuse() if fused else model
         expected = sample(model, **given)

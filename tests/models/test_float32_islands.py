@@ -1,7 +1,7 @@
-"""What must stay in float32 under bf16 and fp16 autocast, part by part, on inputs where half precision goes wrong.
+"""Parts that must stay in float32 under bf16 and fp16 autocast, tested on inputs where half precision fails.
 
-Each part is held to a float64 reference of the very same (half-precision) inputs, within the rounding of its output;
-and each test shows that the same formula in half precision misses that, or overflows: else it would prove nothing.
+Each part is compared with a float64 reference on the same half-precision inputs, within the rounding of its output.
+Each test also shows that the same formula fails or overflows in half precision; otherwise it would prove nothing.
 """
 
 import math
@@ -32,7 +32,7 @@ def error(value, reference):
 
 
 def assert_island(value, reference, naive, dtype):
-    """`value` is right to its own rounding; `naive`, the formula in half precision, is not."""
+    """Check that `value` is right up to its own rounding and that `naive`, the formula in half precision, is not."""
     rounding = torch.finfo(dtype).eps
     assert error(value, reference) <= 2 * rounding
     assert error(naive, reference) > 4 * rounding
@@ -79,7 +79,7 @@ def test_normalisation_of_q_and_k_and_softmax_of_channel_attention(dtype, gradie
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_normalisation_of_q_and_k_of_grid_attention(dtype, gradient):
-    """GGSA: tokens of norm 3000 (whose square leaves float16) turned by their place."""
+    """GGSA: tokens of norm 3000 (whose square leaves float16) rotated by their position."""
     x = normal(2, 64, 3, 2, 32, std=500).to(dtype).requires_grad_(gradient)
     scale = torch.tensor([10.0, 90.0])
     cos, sin = rotary_embedding(8, 8, 32, torch.device("cpu"))
@@ -106,7 +106,7 @@ def test_normalisation_of_q_and_k_of_grid_attention(dtype, gradient):
 
 
 def test_softmax_of_grid_attention(dtype):
-    """With a gradient, where the CPU takes the written-out products: logits and softmax of 4096 keys are float32."""
+    """With a gradient, the CPU uses explicit products: logits and softmax of 4096 keys are float32."""
     q, k, v = (normal(1, 1, n, 4, seed=i).to(dtype) for i, n in enumerate((4, 4096, 4096)))
     q *= 4  # logits to 30, of which bfloat16 keeps an eighth
     recorder = Recorder()
@@ -138,7 +138,7 @@ def test_timestep_embedding(dtype):
 
 
 class Recorder(TorchDispatchMode):
-    """Which dtypes of floating-point tensors every operation was given."""
+    """Records the dtypes of the floating-point tensors that each operation receives."""
 
     def __init__(self):
         super().__init__()
@@ -155,11 +155,11 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("learned_variance", [False, True])
 def test_loss(dtype, learned_variance):
-    """All of it: the only operation that sees half precision is the cast of the model's output."""
+    """The only operation that receives half precision is the cast of the model's output."""
     scheduler = DiffusionObjective.make_scheduler("epsilon", learned_variance=learned_variance)
     objective = DiffusionObjective(scheduler, learned_variance=learned_variance, min_snr_gamma=5)
     channels = 8 if learned_variance else 4
-    output = normal(2, channels, 8, 8, std=400, seed=3).to(dtype)  # whose squares leave float16
+    output = normal(2, channels, 8, 8, std=400, seed=3).to(dtype)  # its squares leave float16
     latents, noise = normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1)
     recorder = Recorder()
     with torch.autocast("cpu", dtype), recorder:

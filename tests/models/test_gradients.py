@@ -1,7 +1,7 @@
 """Every preset's parameter gradients by the fast forms, against the plain formulas under autograd, in float64.
 
-A preset's geometry decides which code runs: sizes of maps and windows, heads, patterns, strides. So each keeps its own
-and is only made narrow (4 channels a head at its narrowest stage) and shallow (one block a stage).
+A preset's geometry decides which code runs: sizes of maps and windows, heads, patterns, strides. Each preset therefore
+keeps its geometry and is only narrower (4 channels per head at its narrowest stage) and shallower (one block a stage).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def small(name: str, **overrides):
     stages = len(config.get("layers_per_stage", (1,) * 5))
     heads = config.get("num_attention_heads", 4)
     heads = (heads,) * stages if isinstance(heads, int) else heads
-    widths = [2 ** min(stage, stages - 1 - stage) for stage in range(stages)]  # of the stages, in units of C
+    widths = [2 ** min(stage, stages - 1 - stage) for stage in range(stages)]  # widths of the stages, in units of C
     config["channels"] = math.lcm(2, *(4 * h // math.gcd(4 * h, width) for h, width in zip(heads, widths, strict=True)))
     config["layers_per_stage"] = (1,) * stages
     config["conditioning_dim"] = 8 if config.get("conditioning_dim", 8) else None

@@ -34,7 +34,7 @@ U_DIT = {"S": (96, 4, 52.05, 6.02), "B": (192, 8, 204.43, 22.18), "L": (384, 16,
 
 @cache
 def on_meta(name: str, **overrides) -> torch.nn.Module:
-    """A model without memory, made once; nothing here changes it."""
+    """A model on the meta device, created once; no test changes it."""
     with torch.device("meta"):
         return create_model(name, **overrides)
 
@@ -56,7 +56,7 @@ class TestSizes:
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_figures_of_every_preset_are_true(self, name):
-        """To three figures, which is how they are written."""
+        """Three figures, as in the table."""
         preset = PRESETS[name]
         fused = {"fused": True} if name in (*OURS, *RESTORATION_PRESETS) else {}
         assert count_parameters(on_meta(name, **fused)) / 1e6 == pytest.approx(preset.parameters, rel=5e-3)
@@ -108,7 +108,7 @@ class TestSizes:
 
 class TestCounting:
     def test_dit_s_2_reads_6_06(self):
-        """On the CPU the counter takes attention as free and reads 5.45."""
+        """On the CPU the counter ignores attention and gives 5.45."""
         assert round(macs("dit-s-2") / 1e9, 2) == 6.06
 
     def test_a_real_model_counts_as_its_meta_twin_and_is_not_touched(self):

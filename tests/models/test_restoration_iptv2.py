@@ -1,4 +1,4 @@
-"""The restorer: identity at first, any size, conditions, fusion, save and load, backbone exchange."""
+"""The restorer: identity at initialisation, any size, conditions, fusion, save and load, backbone exchange."""
 
 from pathlib import Path
 
@@ -182,7 +182,7 @@ def test_a_partial_match_is_reported_and_refused_when_strict():
 
 @pytest.mark.parametrize("fused", ["source", "target"])
 def test_fused_and_unfused_backbones_are_converted(fused):
-    """The features of the backbone are those of the source, whatever form either has."""
+    """The features of the backbone are those of the source, for every form of the two models."""
     generator, restorer = pair()
     for parameter in generator.parameters():  # adaLN-Zero would hide the feed-forwards
         torch.nn.init.normal_(parameter, std=0.1)

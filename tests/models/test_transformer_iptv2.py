@@ -100,7 +100,7 @@ class TestConditioning:
         assert not sample(denoiser(randomize=False), **inputs()).any()
 
     def test_a_fresh_models_blocks_are_the_identity(self):
-        """So the fresh U is its stem, resampling and skips alone, whatever the timestep and the class."""
+        """A new U is therefore only its stem, resampling and skips, for every timestep and class."""
         model = denoiser(randomize=False)
         x = references.random_map(2, 8, 16, 16)
         vectors = references.random_map(2, 16), references.random_map(2, 16, seed=1)
@@ -267,7 +267,7 @@ class TestSaveLoad:
         assert all(p.requires_grad for p in loaded.train().parameters())
 
     def test_weights_are_aligned_as_torch_aligns_its_own(self, tmp_path):
-        """Elsewhere some CPU kernels sum in another order; with the loading info `from_pretrained` gives a pair."""
+        """Unaligned, some CPU kernels sum in another order. With loading info, `from_pretrained` returns a pair."""
         denoiser().save_pretrained(tmp_path)
         loaded, info = IPTV2Transformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
         assert not info["missing_keys"]

@@ -1,4 +1,4 @@
-"""Weights by U-DiT's names become our denoiser: the same function, the published sizes, wrong weights refused."""
+"""Conversion of U-DiT's weights to our denoiser: the same function, the published sizes, errors for wrong weights."""
 
 import pytest
 import torch

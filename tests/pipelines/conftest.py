@@ -1,4 +1,4 @@
-"""What the tests of iptv2-restore share."""
+"""Fixtures of the tests of iptv2-restore."""
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ def vae(tmp_path_factory):
 
 
 def checkpoint(path, state, **others):
-    """A file as that code's training writes it, with the options of the command line beside the weights."""
+    """A file as that code's training writes it, with the command line's options next to the weights."""
     options = argparse.Namespace(model="U-DiT-S", image_size=64, vae="ema", ckpt=None, epochs=80)
     torch.save({"model": state, "ema": state, "opt": {"state": {}}, "args": options, **others}, path)
     return str(path)

@@ -1,4 +1,4 @@
-"""Not a number is an error that names the picture, the step and the precision; never a black picture."""
+"""NaN is an error that names the image, the step and the precision, and never a black image."""
 
 import sys
 from pathlib import Path

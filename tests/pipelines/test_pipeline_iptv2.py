@@ -53,7 +53,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_transformer(kind: str = "iptv2", **config) -> ModelMixin:
-    """An untrained denoiser of 8 x 8 latents whose every part, the label too, has a say in the output."""
+    """An untrained denoiser of 8 x 8 latents in which every part, including the label, affects the output."""
     torch.manual_seed(1)
     if kind == "dit":
         options = {
@@ -91,9 +91,9 @@ def seeds(*values: int) -> list[torch.Generator]:
 
 
 class PointDenoiser(ModelMixin, ConfigMixin):
-    """The ideal denoiser of a data set with one point a class: every scheduler must arrive at the point.
+    """The ideal denoiser of a data set with one point per class: every scheduler must arrive at the point.
 
-    The null label has a point of its own, so that guidance w must arrive at null + w (point - null).
+    The null label has its own point, so that guidance w must arrive at null + w (point - null).
     """
 
     @register_to_config
@@ -177,7 +177,7 @@ class TestSchedulers:
             pipe(0, num_inference_steps=2)
 
     def test_scheduler_of_the_other_kind_is_refused(self, tmp_path):
-        """It would run, and draw noise."""
+        """Otherwise the pipeline would run and draw noise."""
         flow, noise = (DiffusionObjective.make_scheduler(kind) for kind in ("flow", "epsilon"))
         pipe = make_pipeline(scheduler=flow)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(flow.config)
@@ -620,7 +620,7 @@ class TestSaving:
 
     @pytest.mark.parametrize("fused", [False, True])
     def test_saved_in_half_precision_loads_in_float32(self, tmp_path, fused):
-        """As the shipped pipelines are; it then runs on a CPU in float32, on the rounded weights."""
+        """Like the shipped pipelines; on a CPU it then runs in float32, with the rounded weights."""
         transformer = make_transformer().half()
         pipe = make_pipeline(transformer.fuse() if fused else transformer)
         pipe.save_pretrained(tmp_path)

@@ -22,7 +22,7 @@ def pipe():
 
 
 def pipeline_of(*attention_pattern):
-    """A model that really changes its input; granularity 16."""
+    """A model that changes its input; granularity 16."""
     torch.manual_seed(0)
     model = create_model("restoration-tiny", attention_pattern=attention_pattern, sigma_conditioning="map")
     torch.nn.init.normal_(model.head.weight, std=0.02)
@@ -32,7 +32,7 @@ def pipeline_of(*attention_pattern):
 
 
 def photograph(height, width, channels=3):
-    """A smooth picture with edges, (H, W, C) of float32 on [0, 1]."""
+    """A smooth image with edges, (H, W, C) float32 in [0, 1]."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     planes = [
         0.5 + 0.25 * np.sin(x / (7 + c)) * np.cos(y / 9) + 0.2 * ((x // 16 + y // 16) % 2) for c in range(channels)
@@ -45,7 +45,7 @@ def photograph(height, width, channels=3):
 
 
 def test_tiles_leave_no_seam(pipe):
-    """Tiles that keep the windows in place differ from the whole image only near their borders, blended away."""
+    """Tiles that keep the windows in place differ from the whole image only near borders, which are blended."""
     image = photograph(168, 200)
     whole = pipe(image, sigma=25, tile=None, output_type="np").images[0]
     tiled = pipe(image, sigma=25, tile=96, overlap=48, output_type="np").images[0]
@@ -59,7 +59,7 @@ def test_tiles_leave_no_seam(pipe):
 
 
 def test_tiles_of_a_global_model_leave_no_seam():
-    """GGSA sees its tile only: the result is another one (0.3 of the change here), but everywhere alike."""
+    """GGSA sees only its tile: the result differs (0.3 of the change here), but equally everywhere."""
     image, pipe = photograph(168, 200), pipeline_of("focal", "grid")
     whole = pipe(image, sigma=25, tile=None, output_type="np").images[0]
     tiled = pipe(image, sigma=25, tile=96, overlap=48, output_type="np").images[0]
@@ -139,7 +139,7 @@ def test_out_of_memory_falls_back_to_smaller_tiles(pipe, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What goes in and comes out
+# Inputs and outputs
 
 
 def test_the_same_picture_in_every_form(pipe, tmp_path):
@@ -232,7 +232,7 @@ def test_the_noise_level_of_photographs_is_estimated(sigma):
 
 
 def test_clipped_backgrounds_do_not_hide_the_noise():
-    """A scan: three quarters are white, where noise survives on one side only, the rest of the picture is gray."""
+    """A scan: three quarters are white, where clipping keeps only one side of the noise, and the rest is gray."""
     image = torch.ones(3, 256, 256)
     image[:, 160:, 32:224] = 0.5
     noisy = image + torch.randn(image.shape, generator=torch.Generator().manual_seed(0)) * 20 / 255
@@ -246,7 +246,7 @@ def test_clipped_backgrounds_do_not_hide_the_noise():
 
 
 def test_the_bar_counts_tiles(pipe, monkeypatch):
-    """One step a tile and turn of every picture, and as many as it announces."""
+    """One step per tile and rotation of every image, and as many as announced."""
     bars, progress_bar = [], pipe.progress_bar
     monkeypatch.setattr(pipe, "progress_bar", lambda total: bars.append(progress_bar(total=total)) or bars[-1])
     pipe.set_progress_bar_config(disable=False, file=io.StringIO())

@@ -71,7 +71,7 @@ def test_metadata_is_kept(model, tmp_path):
 
 @pytest.mark.parametrize(("suffix", "channels"), [(".png", 1), (".png", 4), (".tif", 2), (".tif", 3)])
 def test_16_bits_are_kept(model, tmp_path, suffix, channels):
-    """With --strength 0 the picture comes back upright, all of its 65,536 levels."""
+    """With --strength 0 the image comes back upright, with all of its 65,536 levels."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif.update({0x010F: "a camera", 0x0112: 6})
@@ -80,7 +80,7 @@ def test_16_bits_are_kept(model, tmp_path, suffix, channels):
     command = [str(tmp_path / f"a{suffix}"), "--model", model, "--sigma", "25", "-o"]
     assert main([*command, str(tmp_path / "same"), "--strength", "0"]) == 0
     assert np.array_equal(read_16_bit(tmp_path / f"same/a{suffix}"), np.rot90(image, -1))
-    if channels != 2:  # which Pillow does not open
+    if channels != 2:  # Pillow does not open it
         with Image.open(tmp_path / f"same/a{suffix}") as result:
             assert result.getexif()[0x010F] == "a camera"
             assert result.getexif()[0x0112] == 1
@@ -105,7 +105,7 @@ def test_an_8_bit_tiff_keeps_its_texts(model, tmp_path):
 
 
 def test_a_turned_photograph_comes_out_upright(model, tmp_path):
-    """Once: its EXIF says no longer that it is to be turned, and keeps the rest."""
+    """The image is rotated once: its EXIF no longer has the orientation and keeps the rest."""
     exif = Image.Exif()
     exif.update({0x010F: "a camera", 0x0112: 8})
     photograph = Image.effect_mandelbrot((48, 32), (-2, -1, 1, 1), 20).convert("RGB")
@@ -160,7 +160,7 @@ def test_broken_pictures_do_not_stop_the_others(model, pictures, tmp_path, capsy
 
 
 def test_an_image_that_does_not_fit_in_memory_does_not_stop_the_others(model, pictures, tmp_path, capsys):
-    """The limit of address space is real; only the larger picture breaks it."""
+    """The limit of address space is real, and only the larger image exceeds it."""
     Image.new("RGB", (6000, 6000), "gray").save(pictures / "large.png")
     code = """
 import resource, sys, torch

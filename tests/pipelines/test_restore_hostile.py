@@ -1,4 +1,4 @@
-"""iptv2-restore under hostile names, metadata, depths and folders: one picture's fault is that picture's."""
+"""iptv2-restore with hostile names, metadata, depths and folders: an error affects only its own image."""
 
 import os
 import signal
@@ -199,7 +199,7 @@ class TestImpatience:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="a limit of file sizes")
     def test_a_full_disk_says_what_is_there(self, model, tmp_path):
-        """The limit of a file's size is real: EFBIG as of a full disk or quota."""
+        """The limit of a file's size is real: EFBIG, as for a full disk or quota."""
         picture(tmp_path / "in" / "a.png")
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(tmp_path / "in/b.png")
         code = """

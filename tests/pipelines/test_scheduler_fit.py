@@ -1,4 +1,4 @@
-"""Every scheduler of diffusers under every kind of denoiser: the right pictures, or a refusal with the right call."""
+"""Every scheduler of diffusers with every kind of denoiser: the right images, or an error with the right call."""
 
 import inspect
 import re
@@ -33,9 +33,9 @@ CLASSES = sorted(
 
 
 class GaussianDenoiser(ModelMixin, ConfigMixin):
-    """The ideal denoiser of latents that are N(MEAN, DEVIATION²): drawn pictures must have these moments.
+    """The ideal denoiser of latents that are N(MEAN, DEVIATION²): samples must have these moments.
 
-    Timesteps between those of training are interpolated, as schedulers with Karras' spacing ask for them.
+    Timesteps between those of training are interpolated, because schedulers with Karras' spacing need them.
     """
 
     @register_to_config
@@ -91,7 +91,7 @@ def moments(pipe, steps=STEPS):
 
 
 def made_for(pipe, cls):
-    """As the docs of diffusers say: from the config of the saved scheduler; refused by diffusers itself: None."""
+    """A scheduler from the config of the saved one, as in diffusers' docs; None if diffusers itself refuses."""
     try:
         scheduler = cls.from_config(pipe.scheduler.config)
     except (ImportError, TypeError, ValueError, NotImplementedError):
@@ -102,7 +102,7 @@ def made_for(pipe, cls):
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
 def test_the_right_pictures_or_a_refusal(name, prediction):
-    """from_config alone, and with what the refusal of it names."""
+    """from_config alone, and the call that its error names."""
     cls = getattr(diffusers.schedulers, name)
     pipe = pipeline_of(prediction)
     scheduler = made_for(pipe, cls)
@@ -118,7 +118,7 @@ def test_the_right_pictures_or_a_refusal(name, prediction):
         assert "; use " in told
         assert "\n" not in told
         call = re.search(r"; use (\w+Scheduler\(.*\))$", told)
-        if call is None:  # of another kind: other classes are named
+        if call is None:  # another kind: the error names other classes
             assert "Scheduler" in told
             return
         pipe.scheduler = eval(call[1], {n: getattr(diffusers.schedulers, n) for n in CLASSES})  # as a user would paste
@@ -129,7 +129,7 @@ def test_the_right_pictures_or_a_refusal(name, prediction):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 def test_the_refusals_leave_enough(prediction):
-    """The test above could be passed by refusing all: these classes must draw."""
+    """Refusing every class would pass the test above; these classes must draw."""
     pipe, drawn = pipeline_of(prediction), set()
     for name in CLASSES:
         scheduler = made_for(pipe, getattr(diffusers.schedulers, name))

@@ -1,4 +1,4 @@
-"""The shipped restorers do what their cards say, to a picture they have not seen."""
+"""The shipped restorers do what their cards say, on an image that they have not seen."""
 
 import hashlib
 from pathlib import Path

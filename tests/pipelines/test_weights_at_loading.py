@@ -1,4 +1,4 @@
-"""Incomplete, foreign and misshapen weights are refused at loading, with names, by every way of loading."""
+"""Incomplete, foreign and misshapen weights are refused at loading, with their names, by every loading function."""
 
 import shutil
 import sys
@@ -30,7 +30,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def damaged(saved, tmp_path):
-    """A copy of a pipeline in which `change` has had its way with a component's weights."""
+    """A copy of a pipeline in which `change` has changed a component's weights."""
 
     def damaged(kind, component, change):
         shutil.copytree(saved[kind], tmp_path / kind)

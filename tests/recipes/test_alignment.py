@@ -1,4 +1,4 @@
-"""Alignment: the loss against a loop, the stage's tokens, who gets gradients, and nothing at all when it is off."""
+"""Alignment: the loss against a loop, the stage's tokens, which parameters get gradients, and no effect without it."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_the_tokens_are_those_that_leave_the_stage(stage):
 def test_gradients_reach_the_projection_and_the_stages_up_to_there(checkpointing):
     model = tiny()
     for norm in (m for m in model.modules() if type(m).__name__ == "AdaLayerNormZero2d"):
-        torch.nn.init.normal_(norm.linear.weight, std=0.05)  # else every block is the identity
+        torch.nn.init.normal_(norm.linear.weight, std=0.05)  # otherwise every block is the identity
     if checkpointing:
         model.enable_gradient_checkpointing()
     alignment = attach_alignment(model, 0, dim=5, hidden=7)

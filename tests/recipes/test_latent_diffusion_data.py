@@ -1,4 +1,4 @@
-"""What a latent-diffusion run loads: the classes of its images, in memory and as a stream; its VAE."""
+"""Data of a latent-diffusion run: the classes of its images, in memory and as a stream, and its VAE."""
 
 import io
 import tarfile
@@ -20,7 +20,7 @@ def load(data, **options):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_heldout_split_keeps_the_class_numbers_of_training(tmp_path, streaming):
-    """val/ lacks the first class: by itself it would number b and c from 0."""
+    """val/ lacks the first class: on its own it would number b and c from 0."""
     for split, classes in (("train", "abc"), ("val", "bc")):
         for name in classes:
             path = tmp_path / split / name / "x.png"
@@ -32,7 +32,7 @@ def test_a_heldout_split_keeps_the_class_numbers_of_training(tmp_path, streaming
 
 
 def test_class_numbers_of_a_stream_stay(tmp_path):
-    """Shards name no classes: their labels are numbers."""
+    """Shards do not name classes: their labels are numbers."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     for split, labels in (("train", (0, 1, 2)), ("val", (1, 2))):

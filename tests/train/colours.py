@@ -1,4 +1,4 @@
-"""Features to align with: the pictures themselves, coarse. A `TargetFeatures` for tests."""
+"""Features to align with, for tests: the images themselves, downsampled. A `TargetFeatures`."""
 
 import torch.nn.functional as F
 

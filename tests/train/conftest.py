@@ -1,4 +1,4 @@
-"""Ground for runs of the latent-diffusion scripts."""
+"""Data and configurations for runs of the latent-diffusion scripts."""
 
 import pytest
 from ldm_runs import finish, launch, lay_ground
@@ -12,7 +12,7 @@ def ground(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference(ground):
-    """One undisturbed run of the documented command."""
+    """One uninterrupted run of the documented command."""
     folder = ground / "reference"
     assert "What to try next" in finish(launch(ground, folder))
     return folder

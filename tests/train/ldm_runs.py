@@ -81,8 +81,8 @@ def environment():
 def launch(ground, output, *options, processes=1, script=SCRIPT, launcher=()):
     """Start the documented command on CPU processes; the caller waits. `launcher`: options of `accelerate launch`.
 
-    `accelerate launch --cpu` starts one process whatever --num_processes says; --multi_gpu starts as many as it says,
-    on CPUs where ACCELERATE_USE_CPU is set (see docs/training.md).
+    `accelerate launch --cpu` starts one process regardless of --num_processes. --multi_gpu starts that many, on CPUs if
+    ACCELERATE_USE_CPU is set (see docs/training.md).
     """
     launcher = launcher or (("--multi_gpu",) if processes > 1 else ("--cpu",))
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *launcher]
@@ -128,7 +128,7 @@ def assert_equal_bit_for_bit(left, right):
 
 
 def assert_equal_to_rounding(left, right):
-    """Losses at every step, and the averaged weights at the end."""
+    """Compare the losses at every step, and the EMA weights at the end."""
     ours, theirs = log(left), log(right)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for one, other in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""The ready accelerate configurations: accelerate reads each, and none asks for an engine that the scripts refuse."""
+"""The shipped accelerate configurations: accelerate reads each, and none uses an engine that the scripts refuse."""
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -23,7 +23,7 @@ def test_accelerate_reads_it(path):
 
 @pytest.fixture
 def launcher(monkeypatch):
-    """Set the variables by which `accelerate launch` hands its options on."""
+    """Set the variables in which `accelerate launch` passes its options."""
 
     def ask(**variables):
         for name, value in variables.items():
@@ -54,14 +54,14 @@ def test_fsdp2_of_accelerate_is_our_sharding(launcher, asked, options):
     launcher(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", **asked)
     assert launcher_options() == options
     config = TrainingConfig(sharding="zero2")
-    assert resolve_sharding(config) == TrainingConfig(sharding="zero2")  # the run's own option wins
+    assert resolve_sharding(config) == TrainingConfig(sharding="zero2")  # the run's own option takes precedence
 
 
 def test_fsdp2_of_accelerate_becomes_the_run_s_configuration_and_leaves_accelerate(launcher, capsys):
     launcher(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true")
     assert resolve_sharding(TrainingConfig()) == TrainingConfig(sharding="zero3")
     assert "--sharding zero3" in capsys.readouterr().out
-    assert launcher_options() == {}  # nor does accelerate find anything to shard
+    assert launcher_options() == {}  # accelerate finds nothing to shard either
 
 
 def test_parameters_on_the_cpu_are_refused(launcher):

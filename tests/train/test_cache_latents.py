@@ -11,14 +11,14 @@ from ldm_runs import CACHE_SCRIPT, TIMEOUT, environment, finish, launch, words
 
 
 def files(folder):
-    """Contents by relative path; index.json names no machine or time, so all must agree."""
+    """Contents by relative path. index.json names no machine or time, so all files must agree."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_two_processes_make_the_cache_that_training_reads(ground, tmp_path):
     cache = tmp_path / "cache"
     output = finish(launch(ground, tmp_path, "--cache_dir", cache, processes=2, script=CACHE_SCRIPT))
-    assert output.count("views/s") == 2  # training and held-out images, each told once
+    assert output.count("views/s") == 2  # training and held-out images, each reported once
     made = files(cache)
     assert len(made) == 4
     output = finish(launch(ground, tmp_path / "run", "--cache_dir", cache, "--max_train_steps", 1))

@@ -1,6 +1,6 @@
 """On a GPU: the CPU's functions and gradients, half precision, compilation, graphs, and whole runs of two scripts.
 
-Skipped where torch finds no GPU; docs/performance.md says what of it has been run, and on which card.
+Skipped if torch finds no GPU. docs/performance.md says which of these tests have been run, and on which card.
 """
 
 import copy
@@ -30,7 +30,7 @@ def _full_float32(monkeypatch):
 
 
 def make(name):
-    """A model with every parameter alive (gates and heads start at zero), and inputs of its kind."""
+    """A model in which every parameter has an effect (gates and heads start at zero), and its inputs."""
     torch.manual_seed(0)
     model = create_model(name)
     for parameter in model.parameters():
@@ -104,7 +104,7 @@ def test_compiled_training_step_is_the_same(name):
 
 
 def launch(script, *options):
-    """`accelerate launch` as on a GPU machine, though other tests may have asked for the CPU."""
+    """`accelerate launch` as on a GPU machine, although other tests may have selected the CPU."""
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--num_processes", "1"]
     command += [str(ldm_runs.ROOT / "train" / script), *map(str, options)]
@@ -141,7 +141,7 @@ def test_generator_trains_resumes_and_draws(tmp_path, precision):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_graphs_replay_the_same_steps(name, precision):
-    """Five steps of SGD on changing inputs, one of them on another batch size; then the eager model agrees."""
+    """Five steps of SGD on changing inputs, one of them with another batch size, agree with the eager model."""
     model, given = on_gpu(*make(name))
     twin = copy.deepcopy(model)
     kind = {"no": "float32", "bf16": "bfloat16"}[precision]

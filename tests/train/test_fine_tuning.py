@@ -23,7 +23,7 @@ BASE = ("ant", "bee", "bird", "cat", "cow", "dog", "fish", "fox", "moth, night b
 
 
 def denoiser(classes=9, kind="tiny", **overrides):
-    """A small denoiser, none of whose layers gives 0."""
+    """A small denoiser in which no layer returns 0."""
     torch.manual_seed(0)
     dit = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "out_channels": 4}
     options = {"sample_size": 8, "num_class_embeds": classes, **(dit if kind.startswith("dit") else {}), **overrides}
@@ -152,7 +152,7 @@ def test_a_name_that_is_neither_local_nor_on_the_hub_is_one_line():
 
 @pytest.fixture
 def train(ground, tmp_path, monkeypatch):
-    """Train in this process; the held-out losses and the pipeline."""
+    """Train in this process; return the held-out losses and the pipeline."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def run(model, *options):
@@ -244,7 +244,7 @@ def test_an_adapter_trains_and_leaves_the_base_unchanged(ground, tmp_path, train
     losses, merged = train(folder, *options, "--save_dtype", "float32")
     assert losses[-1] < 0.98 * losses[0]
     assert " M trainable)" in capfd.readouterr().out
-    assert merged.id2label == dict(enumerate(BASE))  # those of the base: an adapter adds no classes
+    assert merged.id2label == dict(enumerate(BASE))  # the base's classes, because an adapter adds none
     base, adapter = IPTV2Pipeline.from_pretrained(folder), tmp_path / "run/lora"
     assert [path.name for path in adapter.iterdir()] == ["pytorch_lora_weights.safetensors"]
     before, state = draw(base), merged.transformer.state_dict()

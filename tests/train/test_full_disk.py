@@ -1,4 +1,4 @@
-"""A disk that fills in mid-save, in the documented command: one line of error, older checkpoints whole, then on."""
+"""A disk that fills up during a save of the documented command: a one-line error, and older checkpoints are intact."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ def size(folder):
 
 @contextlib.contextmanager
 def small_disk(folder, room):
-    """Mount a disk of its own at the folder, with so much room; made larger at the end of the inner block."""
+    """Mount a new disk of the given size at the folder; it becomes larger at the end of the inner block."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this user may not mount a tmpfs")
@@ -28,7 +28,7 @@ def small_disk(folder, room):
 
 @contextlib.contextmanager
 def small_files(bytes_):
-    """The operating system's limit on the size of a file, for processes that are started in the block."""
+    """Set the operating system's limit on file sizes for processes that are started in the block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, hard))
     try:
@@ -39,7 +39,7 @@ def small_files(bytes_):
 
 @pytest.mark.parametrize("form", ["limit", pytest.param("disk", marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_run_in_one_line_and_it_resumes_when_there_is_room(ground, reference, tmp_path, form):
-    """From step 20 of the undisturbed run on, without room for the checkpoint of step 30."""
+    """Resume at step 20 of the uninterrupted run, without room for the checkpoint of step 30."""
     checkpoint = reference / "checkpoint-00000020"
     folder = tmp_path / "run"
     folder.mkdir()

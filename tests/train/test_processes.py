@@ -33,11 +33,11 @@ def test_kill_in_mid_run_and_the_same_command_gives_the_same_run_bit_for_bit(gro
 
 
 def test_processes_two_give_the_loss_curve_of_one(ground, reference):
-    """Equal to rounding at every step: each sample, its noise and its label drop fell to exactly one process."""
+    """The losses are equal up to rounding at every step: exactly one process has each sample, noise and label drop."""
     folder = ground / "two"
     output = finish(launch(ground, folder, processes=2))
     assert output.count("What to try next") == 1
-    assert "Grad strides do not match" not in output  # which torch says to whoever wastes time on it
+    assert "Grad strides do not match" not in output  # torch's warning about a slow path
     assert [row["step"] for row in log(folder) if "kid" in row] == [20, STEPS]
     assert len(list(newest(folder).glob("random_states_*"))) == 2
     assert_equal_to_rounding(folder, reference)
@@ -71,7 +71,7 @@ def test_processes_may_change_between_stop_and_resumption(ground, reference):
 
 @pytest.mark.slow
 def test_processes_share_a_stream_and_resume_it_on_another_number(ground):
-    """Two processes, then four, then one: the losses and the averages of one process all along."""
+    """Two processes, then four, then one, give the losses and the averages of a single process."""
     options = (*STOPPED, "--streaming", "--num_workers", 1, "--shuffle_block", 8)
     whole, folder = ground / "stream", ground / "stream-shared"
     finish(launch(ground, whole, *options))

@@ -14,7 +14,7 @@ from iptv2_diffusion import IPTV2Pipeline
     "form", ["zero3", pytest.param("zero2 --gradient_accumulation_steps 2", marks=pytest.mark.slow)]
 )
 def test_fsdp_on_two_processes_gives_the_run_of_one_and_its_checkpoint(ground, reference, form):
-    """Gathered checkpoints are those of an unsharded run: one process reads one, and goes on from it."""
+    """Gathered checkpoints are those of an unsharded run: one process reads one and continues from it."""
     folder = ground / form
     finish(launch(ground, folder, "--sharding", *form.split(), "--preview_every", 20, processes=2))
     assert len(list(newest(folder).glob("random_states_*"))) == 2
@@ -46,7 +46,7 @@ def test_fsdp_checkpoints_resume_on_one_process_and_on_two(ground, form):
 
 
 def test_fsdp2_of_accelerate_gives_the_run_of_one_and_its_checkpoint(ground, reference):
-    """What users type: `accelerate launch --use_fsdp --fsdp_version 2`. It is --sharding zero3, on CPUs too."""
+    """`accelerate launch --use_fsdp --fsdp_version 2` is equivalent to --sharding zero3, also on CPUs."""
     folder = ground / "plugin"
     launcher = ("--use_fsdp", "--fsdp_version", "2")
     output = finish(launch(ground, folder, processes=2, launcher=launcher))

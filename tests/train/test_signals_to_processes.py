@@ -22,7 +22,7 @@ from ldm_runs import (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_resume_after_a_signal_to_two_processes(ground, name):
-    """To the launcher (which hands SIGTERM on), or as Slurm sends SIGUSR1: to the training processes themselves."""
+    """SIGTERM goes to the launcher, which passes it on; SIGUSR1 goes to the training processes, as Slurm sends it."""
     folder, constant = ground / name, (*STOPPED, "--eval_every", 0)
     process = launch(ground, folder, *constant, "--checkpoint_every", 0, "--max_train_steps", 100_000, processes=2)
     await_step(process, folder, 5)
@@ -35,7 +35,7 @@ def test_resume_after_a_signal_to_two_processes(ground, name):
     output, _ = process.communicate(timeout=TIMEOUT)
     assert re.search(rf"stopped by ({name}|a signal to another process) at step", output)
     step = int(newest(folder).name[-8:])
-    assert signalled <= step <= signalled + 50  # a step takes milliseconds, a signal's way through the launcher longer
+    assert signalled <= step <= signalled + 50  # a step takes milliseconds; a signal takes longer through the launcher
     finish(launch(ground, folder, *constant, "--max_train_steps", step + 2, processes=2))
     undisturbed = ground / f"{name}-undisturbed"
     finish(launch(ground, undisturbed, *constant, "--max_train_steps", step + 2, processes=2))
@@ -44,7 +44,7 @@ def test_resume_after_a_signal_to_two_processes(ground, name):
 
 @pytest.mark.slow
 def test_resume_after_a_signal_to_two_processes_in_an_evaluation(ground):
-    """Both leave between two batches of it, save, and draw its samples after resumption."""
+    """Both processes exit between two batches of the evaluation, save, and draw its samples after resumption."""
     options = ("--max_train_steps", 20, "--checkpoint_every", 0, "--kid_every", 10, "--kid_samples", 3200)
     undisturbed, folder = ground / "evaluated", ground / "evaluating"
     finish(launch(ground, undisturbed, *options, processes=2))
@@ -61,7 +61,7 @@ def test_resume_after_a_signal_to_two_processes_in_an_evaluation(ground):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_resume_after_a_signal_that_reaches_the_workers_of_the_data_too(ground, name):
-    """As Ctrl-C in a terminal, a launcher's end or Slurm send it: to every process of the group."""
+    """The signal goes to every process of the group, as from Ctrl-C in a terminal, a launcher's exit or Slurm."""
     folder = ground / f"workers-{name}"
     options = ("--cache_latents", "false", "--num_workers", 2, "--eval_every", 0, "--checkpoint_every", 0)
     process = launch(ground, folder, *STOPPED, *options, "--max_train_steps", 100_000)
@@ -78,7 +78,7 @@ def test_resume_after_a_signal_that_reaches_the_workers_of_the_data_too(ground, 
 
 @pytest.mark.slow
 def test_kill_at_random_moments_loses_nothing_older(ground):
-    """30 kills across training, saving, evaluating and drawing; then the run ends as if undisturbed."""
+    """After 30 kills in training, saving, evaluation and sampling, the run ends like an uninterrupted one."""
     often = ("--max_train_steps", 300, "--checkpoint_every", 1, "--eval_every", 5, "--preview_every", 7)
     undisturbed, folder = ground / "undisturbed", ground / "killed-often"
     finish(launch(ground, undisturbed, *often))
@@ -100,7 +100,7 @@ def test_kill_at_random_moments_loses_nothing_older(ground):
 
 
 def await_step(process, folder, step):
-    """Until the log, which a resumed run cuts back to its checkpoint, has come to `step`."""
+    """Wait until the log, which a resumed run truncates to its checkpoint, reaches `step`."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline and process.poll() is None:
         if (folder / "metrics.jsonl").is_file() and max((row["step"] for row in log(folder)), default=0) >= step:

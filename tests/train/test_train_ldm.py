@@ -1,4 +1,4 @@
-"""train_ldm.py end to end: real `accelerate launch` where processes matter, `main()` itself for the rest."""
+"""train_ldm.py end to end: real `accelerate launch` if processes matter, and `main()` for the rest."""
 
 import shutil
 import subprocess
@@ -109,7 +109,7 @@ def test_on_the_fly_encoding_gives_the_cached_losses(main, tmp_path):
 
 
 def streamed(ground, tmp_path, *options):
-    """Options of a run over the pictures of `ground` in parquet shards, which are held out too."""
+    """Options of a run on the images of `ground` in parquet shards, which are also the held-out images."""
     if not (tmp_path / "shards").exists():
         (tmp_path / "shards").mkdir()
         data = load_image_dataset(ground / "images").cast_column("image", datasets.Image()).shuffle(seed=1)
@@ -177,7 +177,7 @@ def test_sizes_need_not_be_square(main, tmp_path):
 
 
 def test_nan_loss_stops_with_the_step_and_keeps_the_checkpoint(main, tmp_path):
-    """A learning rate beyond all reason, and no clipping: the loss overflows within a few steps."""
+    """With an extreme learning rate and no clipping, the loss overflows within a few steps."""
     options = ("--learning_rate", 1e30, "--max_grad_norm", 0, "--lr_warmup_steps", 0, "--checkpoint_every", 1)
     with pytest.raises(UserError, match=r"is (nan|inf) at step \d+: stopped .*checkpoint-\d+ is kept"):
         main(tmp_path, *options, "--eval_every", 0)
@@ -208,7 +208,9 @@ def test_alignment_trains_resumes_and_leaves_the_pipeline_as_it_is(main, tmp_pat
     assert all(torch.equal(whole[0][name], parts[0][name]) for name in whole[0])
     main(tmp_path / "off", "--lr_schedule", "constant", "--ema", "power", "--max_train_steps", 4)
     losses = [next(row["loss"] for row in log(tmp_path / name)) for name in ("whole", "off")]
-    assert 0 < abs(losses[0] - losses[1]) <= 0.5  # of equal weights: the alignment's part, 0.5 times a cosine
+    assert (
+        0 < abs(losses[0] - losses[1]) <= 0.5
+    )  # equal weights: the difference is the alignment loss, 0.5 times a cosine
     keys = [load_file(tmp_path / name / "pipeline" / WEIGHTS).keys() for name in ("whole", "off")]
     assert keys[0] == keys[1]
     assert load_script("eval/reconstruct_ema.py").main(["--run", str(tmp_path / "whole")]) == 0
@@ -347,7 +349,7 @@ def test_bad_input_is_one_line_with_numbers_and_remedy(main, ground, tmp_path, o
 
 
 def test_a_vae_that_decodes_to_nan_gives_white_images_and_the_run_continues(main, ground, tmp_path, capsys):
-    """Encoding is sound, so the loss is: previews, KID and the sheet name the pictures, and none is black."""
+    """Encoding works, and so does the loss. Previews, KID and the grid name the images, and none is black."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(ground / "vae")

@@ -148,7 +148,7 @@ def test_later_stages_must_divide_over_the_micro_batches_too(photos):
 
 
 def test_training_continues_from_shipped_weights(photos):
-    """Fused and in half precision there; after no more than a tiny step the function is the same."""
+    """The shipped weights are fused and in half precision. After a tiny step the function is almost the same."""
     words = ("--model", str(ROOT / "assets/iptv2-denoise-color/model"), "--noise", "10,30", "--eval_every", "0")
     folder = train(photos, "more", *words, "--learning_rate", "1e-9", "--save_dtype", "float32", steps=1)
     ours = IPTV2RestorationPipeline.from_pretrained(folder / "pipeline")
@@ -228,7 +228,7 @@ EXAMPLES = [shlex.split(line.split(" ... ")[1]) for line in EXAMPLES.splitlines(
 
 @pytest.mark.parametrize("words", EXAMPLES, ids=lambda words: " ".join(words[-2:]))
 def test_the_examples_of_help_run_as_printed(photos, words, monkeypatch, capsys):
-    """On small data, and small patches; a large model gives way to a small one."""
+    """The examples run with small data, small patches and a small model."""
     monkeypatch.setenv("HOME", str(photos))
     monkeypatch.chdir(photos)
     for name in ("configs", "assets"):
@@ -259,7 +259,7 @@ def shipped_commands():
 
 @pytest.mark.parametrize(("words", "path"), list(shipped_commands()))
 def test_shipped_configurations_are_valid(words, path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)  # backbones to start from are named from there
+    monkeypatch.chdir(ROOT)  # paths of initial backbones are relative to it
     config = parse_config(RestorationConfig, ["--config", str(path), *words])
     with torch.device("meta") if config.backbone_from is None else contextlib.nullcontext():
         model = make_model(config)

@@ -45,7 +45,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(images: Path, output: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """The script on the tiny images, as a process of its own."""
+    """The script on the tiny images, in a separate process."""
     command = [sys.executable, *launcher, str(ROOT / "train" / "train_vae.py")]
     command += ["--config", str(images / "tiny.yaml"), "--data", str(images), "--output_dir", str(output), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -66,7 +66,7 @@ def test_trains_resumes_exactly_and_saves(images: Path, tmp_path: Path) -> None:
     first = start(images, tmp_path / "halves", "--max_train_steps", "2", launcher=accelerate)
     told, _ = finish(whole), finish(first)
     assert "held-out PSNR" in told
-    again = ("--max_train_steps", "4", "--heldout_samples", "3")  # how much is measured may change
+    again = ("--max_train_steps", "4", "--heldout_samples", "3")  # the number of measured images may change
     assert "resumed from" in finish(start(images, tmp_path / "halves", *again))
 
     for name in ("checkpoint-00000004/model.safetensors", "checkpoint-00000004/ema.safetensors"):

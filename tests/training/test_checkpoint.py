@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent: damage, other configurations, full disks, interrupted saves lose nothing older."""
+"""Checkpoints are complete or absent, and older ones survive damage, full disks and interrupted saves."""
 
 import json
 import resource
@@ -56,7 +56,7 @@ def test_a_checkpoint_restores_everything_bit_for_bit(tmp_path):
     assert not same(first.tensors(), [torch.zeros(1)])
     found = second.manager.latest()
     assert (found.step, found.progress) == (3, {"seconds": 1.5})
-    second.train()  # the optimiser has state of its own, which is to be replaced
+    second.train()  # the optimiser has state, which loading must replace
     second.manager.load(found)
     assert same(first.tensors(), second.tensors())
     first.train(2)
@@ -67,7 +67,7 @@ def test_a_checkpoint_restores_everything_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_another_memory_format_on_resumption_changes_nothing(tmp_path, reverse):
-    """Fused AdamW walks weights and moments side by side in memory: both must be laid out alike."""
+    """Fused AdamW iterates over weights and moments in memory order: both must have the same layout."""
     runs, formats = [], (torch.channels_last, torch.contiguous_format)
     for memory_format in reversed(formats) if reverse else formats:
         torch.manual_seed(0)
@@ -126,7 +126,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_previous_one_used(tmp_
     assert run.manager.latest().step == 1
     assert folders(tmp_path) == ["checkpoint-00000001", "damaged-checkpoint-00000002"]
     assert "checkpoint-00000002 is damaged" in run.messages[0]
-    run.manager.save(2)  # the run goes on, and a second damaged one does not overwrite the first
+    run.manager.save(2)  # the run continues, and a second damaged checkpoint does not overwrite the first
     (tmp_path / "checkpoint-00000002" / "manifest.json").unlink()
     assert run.manager.latest().step == 1
     assert "damaged-checkpoint-00000002-1" in folders(tmp_path)
@@ -181,9 +181,11 @@ def test_files_of_a_killed_save_are_removed(tmp_path):
     assert folders(tmp_path) == ["checkpoint-00000001"]
 
 
-@pytest.mark.parametrize("limit", [100, 4000])  # bytes a file: within the weights, within the optimiser
+@pytest.mark.parametrize(
+    "limit", [100, 4000]
+)  # bytes per file: a limit within the weights, and one within the optimiser
 def test_a_full_disk_leaves_older_checkpoints_whole(tmp_path, limit):
-    """The operating system's limit on file sizes stands in for the full disk: writes fail half-way with an error."""
+    """The operating system's limit on file sizes acts like a full disk: writes fail half-way with an error."""
     run = Run(tmp_path, width=20)
     run.train()
     run.manager.save(1)
@@ -221,7 +223,7 @@ def test_equal_states_give_equal_files(tmp_path):
 
 class TestWhatIsNotOurs:
     def test_rotation_and_overwrite_keep_foreign_files(self, tmp_path):
-        """A folder that is called like a checkpoint, a note inside one, and temporary names of others."""
+        """A folder named like a checkpoint, a note inside a checkpoint, and temporary files of other programs."""
         (tmp_path / "checkpoint-00000001").mkdir()
         (tmp_path / "checkpoint-00000001" / "holiday.png").write_bytes(b"mine")
         (tmp_path / ".tmp-mine").mkdir()

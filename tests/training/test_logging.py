@@ -103,7 +103,7 @@ def test_a_full_disk_anywhere_is_one_line(capsys):
 
 
 def test_a_full_disk_is_known_behind_safetensors_too(tmp_path):
-    """The operating system's limit on file sizes stands in for the full disk."""
+    """The operating system's limit on file sizes acts like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))

@@ -44,7 +44,7 @@ def start(tmp_path, name="run", at_step=None, scaler=None, **options):
     config = TrainingConfig(output_dir=str(tmp_path / name), **{**defaults, **options})
     torch.manual_seed(0)
     accelerator = make_accelerator(config)
-    if scaler is not None:  # accelerate refuses fp16 on a CPU; torch autocasts to it and scales losses there as well
+    if scaler is not None:  # accelerate refuses fp16 on a CPU, but torch supports autocast and loss scaling there
         accelerator.state._mixed_precision, accelerator.native_amp, accelerator.scaler = "fp16", True, scaler
     trainer = Trainer(config, accelerator, torch.nn.Sequential(torch.nn.Linear(4, 4)))
     task = Regression(config, at_step)
@@ -68,7 +68,7 @@ def equal(left, right):
 
 
 def rows(trainer):
-    """The log without what depends on the clock."""
+    """The log without fields that depend on the clock."""
     timing = ("time", "seconds", "images_per_second")
     return [{k: v for k, v in row.items() if k not in timing} for row in read_metrics(trainer.metrics.path)]
 

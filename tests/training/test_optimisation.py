@@ -1,4 +1,4 @@
-"""Learning rate, AdamW groups and averaged weights."""
+"""Learning rate, AdamW groups and EMA weights."""
 
 import itertools
 import math

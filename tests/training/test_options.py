@@ -71,7 +71,7 @@ def test_words_become_values(words, name, value):
 
 
 def test_yaml_1_1_traps(tmp_path):
-    """YAML reads 1e-4 as a word and a bare no as false; both mean what they look like here."""
+    """YAML reads 1e-4 as a word and a bare no as false; here both mean what they look like."""
     path = tmp_path / "config.yaml"
     path.write_text("learning_rate: 1e-4\nkind: no\n")
     config = parse_config(Config, ["--config", str(path)])
@@ -84,7 +84,11 @@ def test_none_is_none_in_yaml_and_on_the_command_line(tmp_path, word):
     path = tmp_path / "config.yaml"
     path.write_text(f"limit: {word}\nsource: {word}\ndata: none\n")
     config = parse_config(Config, ["--config", str(path)])
-    assert (config.limit, config.source, config.data) == (None, None, "none")  # `data` must be a word, so it is one
+    assert (config.limit, config.source, config.data) == (
+        None,
+        None,
+        "none",
+    )  # `data` must be a word, so none is a word
     assert parse("--source", word).source is None
 
 

@@ -1,4 +1,4 @@
-"""Memory plans: against arithmetic, and against what a real run takes."""
+"""Memory plans, compared with arithmetic and with a real run."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def test_live_storages_follow_what_is_freed():
     with LiveStorages() as live:
         a = torch.ones(100)
         b = a.view(10, 10) + 1
-        assert live.bytes == 800  # a view is no storage
+        assert live.bytes == 800  # a view has no storage of its own
         del b
         assert (live.bytes, live.peak) == (400, 800)
         del a
@@ -58,9 +58,9 @@ def test_sharding_divides_the_state():
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [["no"], ["bf16"], ["no", "--gradient_checkpointing"]], ids=" ".join)
 def test_plan_is_within_a_fifth_of_the_measured_peak(form):
-    """glibc's heap, left to itself, keeps up to a third more than the tensors; here it gives freed memory back.
+    """By default glibc's heap keeps up to a third more than the tensors; here it returns freed memory.
 
-    The libraries' own 50 MB (code, kernels compiled on the spot), which no plan holds, need a model that is not tiny.
+    The libraries' own 50 MB (code, kernels compiled at run time) are not part of the plan, so the model is not tiny.
     """
     command = [sys.executable, "train/train_ldm.py", "--config", "configs/emoji64.yaml", "--model", "emoji64"]
     command += ["--plan", "--num_threads", "1"]

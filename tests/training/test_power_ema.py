@@ -1,4 +1,4 @@
-"""Averages by power functions: against sums written out, and reconstructed ones against direct ones."""
+"""Averages by power functions, compared with explicit sums; reconstructed averages, compared with direct ones."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_the_exponent_gives_the_relative_width_of_its_profile(sigma_rel):
 
 
 def test_the_update_gives_each_step_its_share_of_the_profile():
-    """Weights of step tau count by the integral of the profile over [tau - 1, tau], and the start by nothing."""
+    """The weights of step tau have the profile's integral over [tau - 1, tau] as a factor; the start has none."""
     parameter = torch.nn.Parameter(torch.full((3,), 1e6, dtype=torch.float64))
     average = PowerEMA([parameter], 0.1)
     values = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def test_a_reconstructed_average_is_the_direct_long_run_one(tmp_path, wanted):
     assert error < 0.03
     assert distance(made, direct) < 0.04 * distance(weights, direct)
     assert distance(made, direct) < 0.1 * distance(track, direct)
-    sparse, coarse_error = reconstruct(snapshots[-4:], wanted)  # fewer snapshots: worse, and told so
+    sparse, coarse_error = reconstruct(snapshots[-4:], wanted)  # fewer snapshots: a larger error, which is reported
     assert coarse_error > error
     assert distance(sparse, direct) > distance(made, direct)
 

@@ -1,4 +1,4 @@
-"""Sharded state on two real processes: what is saved is whole, what is loaded is exact."""
+"""Sharded state on two real processes: saved states are complete, and loaded states are exact."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def main(folder):
-    """Run by each process: save before and after steps, load into another model, go on."""
+    """Run by each process: save before and after steps, load into another model, continue."""
     import torch
     from accelerate import Accelerator
 
@@ -48,7 +48,7 @@ def main(folder):
 
     first = make(0)
     save(first)
-    assert all(state["step"] == 0 for state in first[1].state.values())  # saving is no step of the optimiser
+    assert all(state["step"] == 0 for state in first[1].state.values())  # saving is not an optimiser step
     train(first, 3)
     save(first)
     snapshot, saved = first[2].snapshot(), torch.load(f"{folder}/optimizer.bin", weights_only=True)

@@ -1,4 +1,4 @@
-"""Configurations that say something nobody means are refused, with the line; properties of what is accepted."""
+"""Ambiguous configurations are refused with their line; properties of accepted configurations."""
 
 import json
 import math
