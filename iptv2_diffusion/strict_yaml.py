@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
-__all__ = ["StrictSyntaxError", "read_json", "read_yaml"]
+__all__ = ["StrictSyntaxError", "read_json", "read_yaml", "read_yaml_texts"]
 
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 MOST_DIGITS = 40
+MOST_VALUES = 100_000
 
 
 class StrictSyntaxError(ValueError):
@@ -65,6 +66,14 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
     return value
 
 
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Return the number of values in nested lists and mappings, where each repetition of an anchor counts."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    if id(value) not in known:
+        known[id(value)] = 1 + sum(_count(item, known) for item in inner)
+    return known[id(value)]
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
@@ -73,7 +82,10 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 def read_yaml(text: str) -> Any:
     """Parse a YAML text, or a JSON text, which is YAML. Raises a `StrictSyntaxError`."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        if _count(value, {}) > MOST_VALUES:
+            raise StrictSyntaxError(f"it repeats anchors to more than {MOST_VALUES} values; write them out")
+        return value
     except yaml.YAMLError as error:
         raise StrictSyntaxError(" ".join(str(error).split())) from error
     except StrictSyntaxError:
@@ -82,6 +94,17 @@ def read_yaml(text: str) -> Any:
         raise StrictSyntaxError(
             f"it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
         ) from error
+
+
+def read_yaml_texts(text: str) -> dict[str, str]:
+    """Return the plain values of a YAML mapping as they are written: `1.10` is "1.10" and not 1.1."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return {
+        key.value: value.value
+        for key, value in pairs
+        if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)
+    }
 
 
 def read_json(text: str) -> Any:

@@ -53,7 +53,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     if is_picture_name(arguments):
         return restore_to_file(arguments)
-    jobs = plan(arguments.inputs, arguments.output)
+    try:
+        jobs = plan(arguments.inputs, arguments.output)
+    except OSError as error:
+        raise CommandError(f"cannot list the inputs: {' '.join(str(error).split())[:240]}") from error
     folder = claim(arguments.output)
     todo = [(source, name) for source, name in jobs if not is_done(folder, name)]
     if len(todo) < len(jobs):
@@ -203,11 +206,11 @@ def model_name(text: str) -> str:
 def plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, str]]:
     """Return (image, its name in `output`) of all inputs. Raises an error rather than overwrite one."""
     jobs = [job for source in inputs for job in pictures(source, output)]
-    sources = {source.resolve() for source, _ in jobs}
-    taken: dict[Path, Path] = {}
+    sources = {os.path.realpath(source) for source, _ in jobs}
+    taken: dict[str, Path] = {}
     for source, name in jobs:
         target = output / name
-        resolved = target.resolve()
+        resolved = os.path.realpath(target)
         if resolved in sources:
             raise CommandError(
                 f"{printable(target)} would overwrite an input; choose another --output than {printable(output)}"
@@ -224,14 +227,17 @@ def pictures(source: Path, output: Path) -> Iterator[tuple[Path, str]]:
         found = list(image_files(source, SUFFIXES))
         if not found:
             raise CommandError(f"{printable(source)} holds no pictures ({' '.join(sorted(SUFFIXES))})")
-        within = source.resolve() in output.resolve().parents  # an output folder inside the input has no inputs
+        inner = Path(os.path.realpath(output))
+        within = Path(os.path.realpath(source)) in inner.parents  # an output folder inside the input has no inputs
         for path in found:
-            if not (within and path.resolve().is_relative_to(output.resolve())):
+            if not (within and Path(os.path.realpath(path)).is_relative_to(inner)):
                 yield path, path.relative_to(source).as_posix()
     elif source.is_file():
         if source.suffix.lower() not in SUFFIXES:
             raise CommandError(f"{printable(source)} is no picture ({' '.join(sorted(SUFFIXES))})")
         yield source, source.name
+    elif os.path.lexists(source):
+        raise CommandError(f"{printable(source)} is neither a file nor a folder, or a link to nothing")
     else:
         raise CommandError(f"{printable(source)} does not exist")
 

@@ -10,13 +10,14 @@ folder of an earlier run of this command.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iptv2_diffusion.files import shipped, user_path
+from iptv2_diffusion.files import atomic, printable, shipped, user_path
 from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.number < 1:
         parser.error(f"-n is {arguments.number}; it must be at least 1")
+    if not 0 <= arguments.seed <= 2**63 - arguments.number:
+        parser.error(f"--seed is {arguments.seed}; it must lie in [0, 2**63 - {arguments.number}]")
     return arguments
 
 
@@ -71,11 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list_classes:
         return list_classes(pipeline, as_json=arguments.json)
     with user_errors(ValueError):
-        words = [int(word) if word.isdigit() else word for word in arguments.classes]
-        labels: list[int | None] = [*pipeline.get_label_ids(words)] if words else [None]
-    rows = [draw_class(pipeline, label, arguments) for label in labels]
-    names = [name_of(pipeline, label) for label in labels]
-    written = save(arguments, rows, names)
+        words = [int(word) if word.isdecimal() else word for word in arguments.classes]
+        labels: list[int | None] = [*dict.fromkeys(pipeline.get_label_ids(words))] if words else [None]
+    written = draw(pipeline, labels, arguments)
     if arguments.json:
         print(json.dumps(written, indent=2))
     else:
@@ -118,61 +119,88 @@ def list_classes(pipeline: IPTV2Pipeline, *, as_json: bool) -> int:
     return 0
 
 
-def draw_class(pipeline: IPTV2Pipeline, label: int | None, arguments: argparse.Namespace) -> list[Image.Image]:
-    """Draw the images of one class."""
-    import torch
+def draw(pipeline: IPTV2Pipeline, labels: list[int | None], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Draw and write the images, each batch as soon as it is drawn; returns file, class and seed of each image."""
     from tqdm import tqdm
 
-    pictures: list[Image.Image] = []
+    from iptv2_diffusion.data.own_folder import OwnFolder
+    from iptv2_diffusion.evaluation.pictures import picture_sheet
+
+    names = {label: name_of(pipeline, label) for label in labels}
+    stems = file_stems(names)
+    rows: dict[int | None, list[Image.Image]] = {label: [] for label in labels}
+    written: list[dict[str, Any]] = []
     seeds = range(arguments.seed, arguments.seed + arguments.number)
-    batches = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
+    batches = [(label, seeds[start : start + BATCH]) for label in labels for start in range(0, len(seeds), BATCH)]
     pipeline.set_progress_bar_config(disable=True)
-    description = name_of(pipeline, label)
-    with tqdm(total=len(batches) * arguments.steps, desc=description, leave=False, file=sys.stderr) as bar:
+    with user_errors(OSError, ValueError):  # before the drawing, which takes minutes
+        folder = OwnFolder.claim(arguments.output, "generated pictures")
+        if arguments.grid is not None:
+            check_grid(arguments.grid)
+    with tqdm(total=len(batches) * max(arguments.steps, 1), leave=False, file=sys.stderr) as bar:
+        for label, batch in batches:
+            bar.set_description(printable(names[label]))
+            pictures = draw_batch(pipeline, label, batch, arguments, bar)
+            with user_errors(OSError, ValueError):
+                for seed, picture in zip(batch, pictures, strict=True):
+                    name = f"{stems[label]}-{seed}.png"
+                    with folder.writing(name) as temporary:
+                        picture.save(temporary, format="png")
+                    file = str(Path(arguments.output) / name)
+                    written.append({"file": file, "class": names[label], "seed": seed})
+            if arguments.grid is not None:
+                rows[label] += pictures
+    if arguments.grid is not None:
+        with user_errors(OSError, ValueError), atomic(arguments.grid) as temporary:
+            picture_sheet(list(rows.values()), list(names.values())).save(temporary)
+    return written
 
-        def count_step(*_: Any) -> dict[str, Any]:
-            bar.update()
-            return {}
 
-        for batch in batches:
-            with user_errors(ValueError, RuntimeError):
-                pictures += pipeline(
-                    label,
-                    num_images_per_label=len(batch),
-                    num_inference_steps=arguments.steps,
-                    guidance_scale=arguments.guidance_scale,
-                    height=arguments.height,
-                    width=arguments.width,
-                    generator=[torch.Generator().manual_seed(seed) for seed in batch],
-                    callback_on_step_end=count_step,
-                ).images
-    return pictures
+def check_grid(grid: Path) -> None:
+    """Raise an error if the sheet cannot be written under this name. Its folder is created."""
+    from PIL import Image
+
+    Image.init()
+    if Image.registered_extensions().get(grid.suffix.lower()) not in Image.SAVE or grid.is_dir():
+        raise ValueError(f"--grid is {printable(grid)}; give the name of an image file, such as sheet.png")
+    grid.parent.mkdir(parents=True, exist_ok=True)
+
+
+def file_stems(names: dict[int | None, str]) -> dict[int | None, str]:
+    """Return the beginning of each class's file names: its name, and its number where two names look alike."""
+    shown = {
+        label: re.sub(r"[^\w.-]+", "-", name).encode()[:80].decode(errors="ignore") for label, name in names.items()
+    }
+    alike = collections.Counter(stem.casefold() for stem in shown.values())
+    return {label: stem if alike[stem.casefold()] == 1 else f"{stem}-class-{label}" for label, stem in shown.items()}
+
+
+def draw_batch(
+    pipeline: IPTV2Pipeline, label: int | None, seeds: range, arguments: argparse.Namespace, bar: Any
+) -> list[Image.Image]:
+    """Draw the images of a class and of these seeds."""
+    import torch
+
+    def count_step(*_: Any) -> dict[str, Any]:
+        bar.update()
+        return {}
+
+    with user_errors(ValueError, RuntimeError):
+        return pipeline(
+            label,
+            num_images_per_label=len(seeds),
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            height=arguments.height,
+            width=arguments.width,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=count_step,
+        ).images
 
 
 def name_of(pipeline: IPTV2Pipeline, label: int | None) -> str:
     """Return the name of a class for rows and files."""
     return "unlabelled" if label is None else pipeline.id2label.get(label, f"class-{label}")
-
-
-def save(arguments: argparse.Namespace, rows: list[list[Image.Image]], names: list[str]) -> list[dict[str, Any]]:
-    """Write the images and the sheet; returns file, class and seed of each image."""
-    from iptv2_diffusion.data.own_folder import OwnFolder
-    from iptv2_diffusion.evaluation.pictures import picture_sheet
-
-    written: list[dict[str, Any]] = []
-    with user_errors(OSError, ValueError):
-        folder = OwnFolder.claim(arguments.output, "generated pictures")
-        for row, name in zip(rows, names, strict=True):
-            stem = re.sub(r"[^\w.-]+", "-", name)[:80]
-            for seed, picture in enumerate(row, start=arguments.seed):
-                with folder.writing(f"{stem}-{seed}.png") as temporary:
-                    picture.save(temporary, format="png")
-                path = Path(arguments.output) / f"{stem}-{seed}.png"
-                written.append({"file": str(path), "class": name, "seed": seed})
-        if arguments.grid is not None:
-            arguments.grid.parent.mkdir(parents=True, exist_ok=True)
-            picture_sheet(rows, names).save(arguments.grid)
-    return written
 
 
 def run() -> None:

@@ -40,7 +40,8 @@ def kind_of_tar(path: Path, suffixes: set[str]) -> str:
     """
     images = 0
     with opened_tar(path) as archive:
-        for member in itertools.islice((m for m in archive if m.isfile()), LOOKED_AT):
+        files = list(itertools.islice((m for m in archive if m.isfile()), LOOKED_AT))
+        for member in files:
             inner = PurePosixPath(member.name)
             if any(is_of_tools(part) for part in inner.parts):
                 continue
@@ -51,6 +52,8 @@ def kind_of_tar(path: Path, suffixes: set[str]) -> str:
                 images += 1
             elif inner.name not in METADATA and inner.suffix.lower() in (*SIDE_FILES, *suffixes):
                 return "samples"
+    if not files:
+        raise ValueError(f"{path}: holds no files; links are not followed")
     return "folders" if images else "samples"
 
 
@@ -91,7 +94,11 @@ def list_tar(path: Path, listing: Listing, suffixes: set[str]) -> None:
     with opened_tar(path) as archive:
         for member in archive:
             inner = PurePosixPath(os.path.normpath(member.name))
-            if not member.isfile() or ".." in inner.parts or inner.is_absolute():
+            if member.isdir() or ".." in inner.parts or inner.is_absolute():
+                continue
+            if not member.isfile() or member.issparse():  # a piece of the file is not their content
+                if inner.suffix.lower() in suffixes:
+                    listing.left_out["link, device or sparse file in a tar", inner.suffix.lower()] += 1
                 continue
             check_whole(path, member, end)
             found[inner] = f"{path}::{member.offset_data}+{member.size}::{member.name}"
@@ -123,6 +130,10 @@ def load_nested_tar(path: Path, suffixes: set[str], cache_dir: str | None = None
     except datasets.exceptions.DatasetGenerationError as error:  # hides our error
         cause = error.__cause__ or error
         raise ValueError(first_line(cause)) from error
+    except ValueError as error:  # of `datasets`
+        if "no data" not in str(error):
+            raise
+        raise ValueError(f"{path}: its inner tars hold no images ({' '.join(sorted(suffixes))})") from error
 
 
 def _is_class(member: tarfile.TarInfo) -> bool:
@@ -138,7 +149,9 @@ def _pieces(path: str, suffixes: list[str], state: tuple[int, int]) -> Iterator[
             check_whole(path, member, end)
             try:
                 with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                    for image in (i for i in inner if i.isfile() and Path(i.name).suffix.lower() in suffixes):
+                    for image in (i for i in inner if i.isfile() and not i.issparse()):
+                        if Path(image.name).suffix.lower() not in suffixes:
+                            continue
                         offset = member.offset_data + image.offset_data
                         piece = f"{path}::{offset}+{image.size}::{name}/{image.name}"
                         yield {"image": {"bytes": None, "path": piece}, "label": name}

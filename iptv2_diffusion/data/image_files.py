@@ -29,6 +29,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from iptv2_diffusion.data.file_signatures import resemblance
 from iptv2_diffusion.data.image_metadata import (
     ORIENTATION,
     Metadata,
@@ -147,7 +148,7 @@ def _read(file: BinaryIO, limits: Limits) -> ImageFile:
     except MemoryError as error:
         raise ImageFileError("there is not enough memory to decode it") from error
     except UnidentifiedImageError as error:  # Pillow's own message contains a memory address
-        raise ImageFileError("cannot identify image file") from error
+        raise ImageFileError(f"cannot identify image file{resemblance(file)}") from error
         # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG), struct and zlib errors.
         # tifffile and torchvision raise other types. Any error of these calls means that the file is at fault.
     except Exception as error:
@@ -274,6 +275,12 @@ def _read_tiff(file: BinaryIO, limits: Limits) -> ImageFile:
 
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages[0]
+        unknown = [kind for kind in page.extrasamples if kind not in (1, 2)]  # neither kind of alpha
+        if unknown or len(page.extrasamples) > 1:
+            raise ImageFileError(
+                f"it has {len(page.extrasamples)} channels beside its colours, of unknown meaning; save it as gray or "
+                "RGB, with or without alpha"
+            )
         depth, count = np.max(page.bitspersample), page.samplesperpixel
         limits.check(page.imagewidth, page.imagelength, max(1, int(depth) // 8) * count)
         metadata, kind = read_tiff_tags(page), page.dtype
@@ -320,11 +327,21 @@ def _deep_tiff_pixels(page, file: BinaryIO, limits: Limits) -> np.ndarray:
     if image.dtype.kind == "f":
         if photometric == "MINISWHITE":
             raise ImageFileError("its floats count from white to black; invert them")
-        return _floats(image)
-    image = image.astype(np.uint16)
-    if photometric == "MINISWHITE":
-        image[..., 0] = 65535 - image[..., 0]
-    return image
+        image = _floats(image)
+    else:
+        image = image.astype(np.uint16)
+        if photometric == "MINISWHITE":
+            image[..., 0] = 65535 - image[..., 0]
+    return _straight(image) if page.extrasamples == (1,) else image
+
+
+def _straight(image: np.ndarray) -> np.ndarray:
+    """Divide the colours of pixels (H, W, C) by their alpha, with which they were multiplied."""
+    white = 65535.0 if image.dtype == np.uint16 else 1.0
+    colours, alpha = image[..., :-1].astype(np.float64), image[..., -1:].astype(np.float64)
+    colours = np.divide(colours * white, alpha, out=np.zeros_like(colours), where=alpha > 0).clip(None, white)
+    colours = colours.round() if white > 1 else colours
+    return np.concatenate((colours.astype(image.dtype), image[..., -1:]), axis=-1)
 
 
 def _check_segments(page, file: BinaryIO) -> None:

@@ -9,8 +9,10 @@ followed, each real folder once.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +54,7 @@ SPLITS = {
     "held-out": "heldout",
 }
 SHOWN = 5
+_FRACTION = re.compile(r"-?\d+\.\d*")  # as tables write class numbers where a label is missing
 
 
 @dataclass
@@ -68,13 +71,15 @@ class Listing:
     left_out: Counter = field(default_factory=Counter)
     metadata: dict[PurePosixPath, tuple[str, Mapping[str, object]]] = field(default_factory=dict)
 
-    def add(self, inner: PurePosixPath, source: str, suffixes: set[str]) -> None:
-        """Add a file that is an image, and count a file that is not."""
+    def add(self, inner: PurePosixPath, source: str, suffixes: set[str], *, is_link_to_nothing: bool = False) -> None:
+        """Add a file that is an image, and count a file that is not, or a link whose file is missing."""
         suffix = inner.suffix.lower()
         if any(is_of_tools(part) for part in inner.parts):
             self.left_out["hidden, or of a tool", suffix] += 1
         elif suffix not in suffixes:
             self.left_out["unsupported suffix", suffix] += 1
+        elif is_link_to_nothing:
+            self.left_out["link to nothing", suffix] += 1
         elif not _is_utf8(source):
             self.left_out[f"with a name that is not UTF-8 ({printable(inner.name)})", suffix] += 1
         else:
@@ -89,7 +94,7 @@ class Listing:
     def summary(self) -> str | None:
         """Return one line about images that were left out; None if there are none."""
         counts = {key: n for key, n in self.left_out.items() if key[1] in OTHER_PICTURES or "UTF-8" in key[0]}
-        counts |= {key: n for key, n in self.left_out.items() if key[0].startswith(("no readable", "not in"))}
+        counts |= {key: n for key, n in self.left_out.items() if key[0].startswith(("no readable", "without", "link"))}
         if not counts:
             return None
         parts = [f"{n} {suffix or 'without suffix'} ({reason})" for (reason, suffix), n in sorted(counts.items())]
@@ -129,17 +134,25 @@ def _is_utf8(text: str) -> bool:
 
 
 def image_files(folder: Path, suffixes: set[str]) -> Iterator[Path]:
-    """Return the image files under a folder, sorted, without those that are hidden or belong to tools."""
-    found = [p for p in _walk(folder) if p.suffix.lower() in suffixes]
+    """Return the image files under a folder, sorted, without those that are hidden or belong to tools.
+
+    Links to nothing are among them, so that a caller that reads them can report them.
+    """
+    found = [Path(entry.path) for entry in _walk(folder)]
+    found = [p for p in found if p.suffix.lower() in suffixes]
     found = [p for p in found if not any(is_of_tools(part) for part in p.relative_to(folder).parts)]
     yield from sorted(found)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder. Links are followed. Each real folder is entered once, by its real path first."""
+def _walk(folder: Path) -> Iterator[os.DirEntry]:
+    """Yield the files below a folder, and the links to nothing.
+
+    Links are followed. Each real folder is entered once, by its real path first. Pipes, sockets and devices are left
+    out, because reading them may never end.
+    """
     seen: set[str] = set()
 
-    def visit(path: Path) -> Iterator[Path]:
+    def visit(path: str | Path) -> Iterator[os.DirEntry]:
         real = os.path.realpath(path)
         if real in seen:
             return
@@ -150,31 +163,41 @@ def _walk(folder: Path) -> Iterator[Path]:
             return
         links = []
         for entry in entries:
-            if is_of_tools(entry.name) and entry.is_dir():
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from visit(Path(entry.path))
-            elif entry.is_dir():
-                links.append(Path(entry.path))
-            elif entry.is_file():
-                yield Path(entry.path)
+            leads_nowhere = is_link_to_nothing(entry)
+            if not leads_nowhere and entry.is_dir():
+                if is_of_tools(entry.name):
+                    continue
+                if entry.is_symlink():
+                    links.append(entry.path)
+                else:
+                    yield from visit(entry.path)
+            elif leads_nowhere or entry.is_file():
+                yield entry
         for link in links:
             yield from visit(link)
 
     yield from visit(folder)
 
 
+def is_link_to_nothing(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a link whose file is missing, or one of a circle of links."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
 def list_folder(folder: Path, suffixes: set[str]) -> Listing:
     """List all files of a folder and the rows of its metadata files."""
     listing = Listing()
-    for path in sorted(_walk(folder)):
+    for entry in sorted(_walk(folder), key=lambda entry: Path(entry.path)):
+        path = Path(entry.path)
         inner = PurePosixPath(path.relative_to(folder).as_posix())
         if path.name in METADATA:
             for name, row in _metadata_rows(path):
                 where = PurePosixPath(os.path.normpath(inner.parent / name))
-                listing.metadata[where] = (path.name, row)
+                before = listing.metadata.setdefault(where, (path.name, row))[1]
+                if before != row:
+                    raise ValueError(f"{path}: has two rows for {printable(name)}, which differ; remove one")
         else:
-            listing.add(inner, str(path), suffixes)
+            listing.add(inner, str(path), suffixes, is_link_to_nothing=is_link_to_nothing(entry))
     return listing
 
 
@@ -188,14 +211,16 @@ def _metadata_rows(path: Path) -> list[tuple[str, Mapping[str, object]]]:
         else:
             text = path.read_text(encoding="utf-8-sig")
             if path.suffix == ".csv":
-                rows = list(csv.DictReader(text.splitlines()))
+                rows = list(csv.DictReader(io.StringIO(text, newline="")))
             else:
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         named = [(row.get("file_name", row.get("image_file_name")), row) for row in rows]
     except Exception as error:  # errors of csv, json and pyarrow
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from error
     if not all(isinstance(name, str) for name, _ in named):
-        raise ValueError(f"{path}: every row needs a file_name")
+        columns = ", ".join(sorted({printable(str(name)) for row in rows for name in row})[:SHOWN])
+        hint = "; separate the columns by commas" if ";" in columns or "\\t" in columns else ""
+        raise ValueError(f"{path}: every row needs a file_name, but the columns are {columns}{hint}")
     return named
 
 
@@ -261,7 +286,7 @@ def understand(
         where = f"{where}/{folder}"
     if not files:
         raise ValueError(f"{where}: no images")
-    from_metadata = _labels_of_metadata(listing, files, label_columns)
+    from_metadata = _labels_of_metadata(listing, files, label_columns, where)
     if from_metadata is not None:
         return from_metadata
     depth = 0 if folder is None else 1
@@ -280,29 +305,52 @@ def understand(
             "sub-folders; if the sub-folders are classes, move these images into one"
         )
         return Meaning(list(files.values()), None, problem, problem=problem)
-    return Meaning(list(files.values()), None, "no labels: the images are not in sub-folders")
+    text = "no labels: the images are not in sub-folders"
+    if listing.metadata:
+        name, (file, _) = next(iter(listing.metadata.items()))
+        if not listing.metadata.keys() & files.keys():
+            text = f"no labels: {file} names none of the images, but {printable(str(name))}"
+            return Meaning(list(files.values()), None, text, problem=text)
+    return Meaning(list(files.values()), None, text)
 
 
 def _labels_of_metadata(
-    listing: Listing, files: Mapping[PurePosixPath, str], label_columns: Sequence[str]
+    listing: Listing, files: Mapping[PurePosixPath, str], label_columns: Sequence[str], where: str
 ) -> Meaning | None:
-    """Return the labels from the metadata files; None if there are no such files or no such column."""
+    """Return the labels from the metadata files; None if there are no such files or no such column.
+
+    Raises a ValueError for a label that is neither an integer nor text.
+    """
     rows = {path: listing.metadata[path] for path in files if path in listing.metadata}
     names = {name for _, row in rows.values() for name in row}
     column = next((name for name in label_columns if name in names), None)
     if not rows or column is None:
         return None
+    file = next(iter(rows.values()))[0]
     kept = {path: rows[path][1].get(column) for path in rows if rows[path][1].get(column) not in (None, "")}
     for path in files:
         if path not in kept:
-            listing.left_out[f"not in {rows[next(iter(rows))][0]}", path.suffix.lower()] += 1
+            listing.left_out[f"without a label in {file}", path.suffix.lower()] += 1
     values = list(kept.values())
-    if all(isinstance(value, str) and value.isdecimal() for value in values):  # a CSV has only text
+    odd = next((value for value in values if not _is_label(value)), None)
+    if odd is None and all(isinstance(value, str) and _FRACTION.fullmatch(value) for value in values):
+        odd = values[0]
+    if odd is not None:
+        raise ValueError(
+            f'{where}: column "{column}" of {file} has the label {str(odd)[:40]}, neither a class number nor a name; '
+            'label_column "ignore" leaves it out'
+        )
+    if all(isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value) for value in values):  # a CSV has only text
         values = [int(value) for value in values]
     classes = sorted(set(values), key=str)
     shown = ", ".join(printable(str(value)) for value in classes[:8]) + (", …" if len(classes) > 8 else "")
-    text = f"{len(classes)} classes from column {column!r} of {next(iter(rows.values()))[0]}: {shown}"
+    text = f"{len(classes)} classes from column {column!r} of {file}: {shown}"
     return Meaning([files[path] for path in kept], values, text)
+
+
+def _is_label(value: object) -> bool:
+    """Return whether a value of a metadata file is a class name, or a number that a data set can hold."""
+    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
 def _readable_classes(

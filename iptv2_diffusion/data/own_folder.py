@@ -147,9 +147,9 @@ class OwnFolder:
             if path.name != RECORD and not path.name.removeprefix(f"{RECORD}-").isdigit():
                 continue
             for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError, AttributeError):
+                with contextlib.suppress(ValueError, AttributeError, RecursionError):
                     line = json.loads(text)
-                    if isinstance(line.get("file"), str) and isinstance(line.get("bytes"), (int, type(None))):
+                    if isinstance(line.get("file"), str) and isinstance(line.get("bytes", ""), (int, type(None))):
                         self.files[line["file"]] = line["bytes"]
                     elif isinstance(line.get("kind"), str):
                         self._kinds.add(line["kind"])

@@ -115,7 +115,13 @@ def realblur(kind: str) -> Callable[[Path, str], list[Pair]]:
         listing = root / f"RealBlur_{kind}_{split}_list.txt"
         if not listing.is_file():
             raise ValueError(f"{listing} does not exist; it comes with RealBlur and names its pairs")
-        lines = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{listing} is no text; download it again") from error
+        short = next((" ".join(line) for line in lines if len(line) < 2), None)
+        if short is not None:
+            raise ValueError(f"{listing}: a line is {short[:80]!r}; it must name a sharp and a blurred image")
         return [Pair(root / line[1], root / line[0]) for line in lines]
 
     return find

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from iptv2_diffusion.files import printable
+
+LONGEST_NAME = 60  # characters
+
 
 def picture_sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = (), *, gap: int = 2) -> Image.Image:
     """Arrange rows of equally large images on white, with optional names of the rows at the left.
@@ -18,6 +22,7 @@ def picture_sheet(rows: Sequence[Sequence[Image.Image]], names: Sequence[str] = 
         names: names of the rows, or of the first rows.
         gap: pixels between images.
     """
+    names = [printable(name)[:LONGEST_NAME] for name in names]  # Pillow cannot centre a name of several lines
     width, height = rows[0][0].size
     factor = max(1, 64 // max(width, height))
     cell_w, cell_h = width * factor + gap, height * factor + gap

@@ -141,8 +141,11 @@ def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
         raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {type(config).__name__}, not the names and values of a model's arguments")
+    odd = next((key for key in config if not isinstance(key, str)), None)
+    if odd is not None:
+        raise ValueError(f"{path}: the name {odd!r} is no text; give the names and values of a model's arguments")
     class_name = config.get("_class_name", IPTV2Transformer2DModel.__name__)
-    if class_name not in MODEL_CLASSES:
+    if not isinstance(class_name, str) or class_name not in MODEL_CLASSES:
         raise ValueError(f"{path}: _class_name is {class_name!r}, not one of {', '.join(MODEL_CLASSES)}")
     model_class = MODEL_CLASSES[class_name]
     check_arguments(model_class, [key for key in config if not key.startswith("_")])

@@ -261,11 +261,24 @@ class CheckpointManager:
 
 def is_ours(path: Path) -> bool:
     """Return whether a folder is one of our checkpoints, complete or damaged: it has our manifest."""
+    return _read_manifest(path) is not None
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint; None if it is missing, cannot be read, or is not ours."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and {"step", "files", "config"} <= set(manifest)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("step"), int):
+        return None
+    files = manifest.get("files")
+    is_whole = isinstance(files, dict) and all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
+    has_dicts = all(isinstance(manifest.get(name), dict) for name in ("config", "progress"))
+    return manifest if is_whole and has_dicts else None
 
 
 def foreign_files(path: Path) -> list[str]:
@@ -281,11 +294,8 @@ class DamagedCheckpointError(Exception):
 
 def verify(path: Path) -> dict[str, Any]:
     """Check every file against the manifest and return the manifest. Raises `DamagedCheckpointError`."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"its {MANIFEST} cannot be read") from error
-    if not isinstance(manifest, dict) or not {"step", "files", "config", "progress"} <= set(manifest):
+    manifest = _read_manifest(path)
+    if manifest is None:
         raise DamagedCheckpointError(f"its {MANIFEST} cannot be read")
     for name, expected in manifest["files"].items():
         file = path / name

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import os
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from iptv2_diffusion.files import shipped
-from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml
+from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml, read_yaml_texts
 from iptv2_diffusion.training.coercion import coerce, read_word, type_name
 from iptv2_diffusion.training.errors import ConfigError
 from iptv2_diffusion.training.options import ConfigType
@@ -38,7 +39,7 @@ def parse_config(
     hints = typing.get_type_hints(config_type)
     values: dict[str, Any] = {}
     for path in known.config or []:
-        values |= coerce_fields(config_type, _read_yaml(path), path)
+        values |= coerce_fields(config_type, _read_yaml(path, hints), path)
     for name, text in vars(known).items():
         if name != "config" and text is not None:
             values[name] = coerce(read_word(text, hints[name]), hints[name], name)
@@ -64,9 +65,11 @@ def expand_home(config_type: type, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
+    """Read a configuration. Numbers and dates for options of text are kept as they are written."""
     try:
-        values = read_yaml(find_recipe(path).read_text(encoding="utf-8"))
+        text = find_recipe(path).read_text(encoding="utf-8")
+        values = read_yaml(text)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{_recipes(path)}") from error
     except StrictSyntaxError as error:
@@ -79,6 +82,11 @@ def _read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `name: value` lines; it holds a {type(values).__name__}")
+    texts = read_yaml_texts(text)
+    for name, value in values.items():
+        is_text = str in (hints.get(name), *typing.get_args(hints.get(name)))
+        if is_text and isinstance(value, (int, float, datetime.date)) and not isinstance(value, bool):
+            values[name] = texts.get(name, value)
     return values
 
 

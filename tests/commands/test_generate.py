@@ -97,3 +97,53 @@ def test_errors_are_one_line(draw, tmp_path, words, message):
         draw(*words)
     assert "\n" not in str(error.value)
     assert (tmp_path / "foreign/notes.txt").read_text() == "mine"
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_drawn(draw, tmp_path, monkeypatch):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/notes.txt").write_text("mine")
+    monkeypatch.setattr(generate, "draw_batch", None)
+    for words in (["-o", "foreign"], ["--grid", "sheet.xyz"], ["--grid", "sheet"], ["--grid", "foreign"]):
+        with pytest.raises(UserError, match=r"foreign has no record|give the name of an image file"):
+            draw("bee", *words)
+    assert (tmp_path / "foreign/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63 - 3, 10**30])
+def test_seeds_out_of_range(draw, seed, capsys):
+    with pytest.raises(SystemExit):
+        draw("bee", "--seed", seed)
+    assert "must lie in [0, 2**63 - 4]" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_drawn(draw, monkeypatch):
+    whole, drawn = generate.draw_batch, []
+
+    def interrupted(*arguments):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(whole(*arguments))
+        return drawn[0]
+
+    monkeypatch.setattr(generate, "draw_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw("ant", "bee", "-n", 2)
+    assert [pixels(f"generated/ant-{seed}.png").shape for seed in (0, 1)] == [(16, 16, 3)] * 2
+
+
+def test_names_that_look_alike_or_are_long_get_files_of_their_own():
+    names = {
+        0: "a b",
+        1: "a/b",
+        2: "A b",
+        3: "\u732b" * 300,
+        None: "unlabelled",
+        4: "..",
+        5: "x\ny",
+        6: "-r \U0001f98a",
+    }
+    stems = generate.file_stems(names)
+    assert len({stem.casefold() for stem in stems.values()}) == len(names)
+    assert stems[1] == "a-b-class-1"
+    assert all(len(f"{stem}-{2**63}.png".encode()) < 255 for stem in stems.values())
+    assert not any("/" in stem or "\n" in stem for stem in stems.values())

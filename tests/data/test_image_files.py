@@ -1,6 +1,7 @@
 """The reader of image files: every mode and depth, metadata, limits, and files that hypothesis generates."""
 
 import io
+import os
 import struct
 import sys
 import zlib
@@ -293,6 +294,62 @@ class TestLimits:
             read_image_file(tmp_path)
         with pytest.raises(FileNotFoundError):
             read_image_file(tmp_path / "absent")
+
+    @pytest.mark.parametrize(
+        ("data", "told"),
+        [
+            (b"", "it is empty"),
+            (bytes(4096), "begins with zeros"),
+            (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC or a video; convert it to JPEG or PNG"),
+            (b"\xff\x0a" + b"x" * 40, "JPEG XL"),
+            (b"8BPS\0\1" + bytes(40), "Photoshop"),
+            (b"v/1\x01\x02" + bytes(60), "OpenEXR"),
+            (b"#?RADIANCE\n", "Radiance HDR"),
+            (b"%PDF-1.7\n", "PDF"),
+            (
+                b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+                "pointer of Git LFS; .*git lfs pull",
+            ),
+            (b"\xef\xbb\xbf\n<!DOCTYPE html>", "HTML or SVG text; download the image again"),
+            (b"\x93NUMPY\1\0", "a NumPy array"),
+        ],
+    )
+    def test_what_it_seems_to_be_instead(self, data, told):
+        with pytest.raises(ImageFileError, match=f"cannot identify image file: .*{told}"):
+            read_image_file(data)
+
+    def test_pipes_and_circles_of_links_do_not_hang(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe.png")
+        (tmp_path / "circle.png").symlink_to("circle.png")
+        (tmp_path / "zero.png").symlink_to("/dev/zero")
+        for name in ("pipe.png", "zero.png"):
+            with pytest.raises(ImageFileError, match="not a regular file"):
+                read_image_file(tmp_path / name)
+        with pytest.raises(OSError, match="symbolic links"):
+            read_image_file(tmp_path / "circle.png")
+
+
+class TestExtraChannels:
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+    @pytest.mark.parametrize(("channels", "extra"), [(4, (0,)), (5, (0, 0)), (5, (2, 0)), (5, (2, 2))])
+    def test_channels_of_unknown_meaning_are_refused(self, dtype, channels, extra):
+        data = tiff(np.zeros((6, 7, channels), dtype), photometric="rgb", planarconfig="contig", extrasamples=extra)
+        with pytest.raises(ImageFileError, match=f"it has {channels - 3} channels beside its colours"):
+            read_image_file(data)
+
+    @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+    def test_colours_that_were_multiplied_by_alpha_are_divided_by_it(self, dtype):
+        white = 65535 if dtype == np.uint16 else 1
+        alpha = np.linspace(0, 1, 20).reshape(4, 5, 1) ** 2
+        colours = np.random.default_rng(0).random((4, 5, 3))
+        stored = np.concatenate((colours * alpha, alpha), -1) * white
+        stored = stored.round() if white > 1 else stored
+        data = tiff(stored.astype(dtype), photometric="rgb", extrasamples=("assocalpha",))
+        pixels = read_image_file(data).pixels
+        np.testing.assert_array_equal(pixels[..., 3], stored[..., 3].astype(dtype))
+        solid = alpha[..., 0] > 0.2
+        np.testing.assert_allclose(pixels[solid][:, :3] / white, colours[solid], atol=1e-4)
+        assert (pixels[0, 0] == 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,6 +120,22 @@ class TestFolders:
             assert len(load_image_dataset(tmp_path)) == 1
         assert len(find_images(tmp_path)) == 2  # restoration reads it, because it stores no names in tables
 
+    def test_links_to_nothing_are_counted_and_pipes_left_out(self, tmp_path):
+        """As git-annex leaves images that were not fetched; a pipe would be read for ever."""
+        tree(tmp_path, "cat/a.png", "dog/b.png")
+        (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "absent.png")
+        (tmp_path / "dog" / "circle.png").symlink_to("circle.png")
+        os.mkfifo(tmp_path / "cat" / "pipe.png")
+        with pytest.warns(UserWarning, match=r"left out 2 files: 2 \.png \(link to nothing\)"):
+            assert len(load_image_dataset(tmp_path)) == 2
+        assert [path.name for path in find_images(tmp_path)] == ["a.png", "gone.png", "b.png", "circle.png"]
+
+    @pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+    def test_a_pipe_is_no_archive(self, tmp_path, suffix):
+        os.mkfifo(tmp_path / f"x{suffix}")
+        with pytest.raises(FileNotFoundError, match=f"no such {suffix[1:]} file"):
+            load_image_dataset(tmp_path / f"x{suffix}")
+
 
 class TestMetadata:
     def write(self, root, form, rows):
@@ -146,7 +162,7 @@ class TestMetadata:
         self.write(
             tmp_path / "train", "csv", [{"file_name": "a.png", "kind": "x"}, {"file_name": "b.png", "kind": "y"}]
         )
-        with pytest.warns(UserWarning, match=r"1 \.png \(not in metadata\.csv\)"):
+        with pytest.warns(UserWarning, match=r"1 \.png \(without a label in metadata\.csv\)"):
             data = load_image_dataset(tmp_path, label_column="kind")
         assert class_names(data) == ["x", "y"]
 
@@ -156,8 +172,63 @@ class TestMetadata:
         with pytest.raises(ValueError, match=r"metadata\.jsonl cannot be read"):
             load_image_dataset(tmp_path)
         (tmp_path / "metadata.jsonl").write_text('{"label": 3}')
-        with pytest.raises(ValueError, match="every row needs a file_name"):
+        with pytest.raises(ValueError, match="every row needs a file_name, but the columns are label"):
             load_image_dataset(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("file_name;label\na.png;0\n", "the columns are file_name;label; separate the columns by commas"),
+            ("file_name\tlabel\na.png\t0\n", "separate the columns by commas"),
+            ("FILE_NAME,LABEL\na.png,0\n", "every row needs a file_name"),
+            ("file_name,label\na.png,0\na.png,1\n", r"two rows for a\.png, which differ"),
+            ("file_name,label\na.png,0\n./a.png,1\n", r"two rows for \./a\.png, which differ"),
+            ("file_name,label\na.png,-1\nb.png,0\n", "has the label -1; labels start at 0"),
+            ("file_name,label\na.png,0.0\nb.png,1.0\n", r"has the label 0\.0, neither a class number nor a name"),
+            ("file_name,label\na.png,123456\nb.png,0\n", "goes up to 123456"),
+            ("file_name,label\na.png,0\n".encode("utf-16"), r"metadata\.csv cannot be read: 'utf-8' codec"),
+            ('{"file_name": "a.png", "label": [1, 2]}', r"has the label \[1, 2\], neither"),
+            ('{"file_name": "a.png", "label": {"a": 1}}', "has the label {'a': 1}, neither"),
+            ('{"file_name": "a.png", "label": true}', "has the label True, neither"),
+            ('{"file_name": "a.png", "label": NaN}', "has the label nan, neither"),
+            ('{"file_name": "a.png", "label": 0.5}', r"has the label 0\.5, neither"),
+            (f'{{"file_name": "a.png", "label": {10**30}}}', "has the label 1000.*, neither"),
+            ('{"file_name": null, "label": 1}', "every row needs a file_name"),
+            ("[1]", r"metadata\.jsonl cannot be read"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:.*without a label")
+    def test_labels_that_are_none(self, tmp_path, text, told):
+        tree(tmp_path, "a.png", "b.png")
+        content = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / ("metadata.jsonl" if content[:1] in (b"{", b"[") else "metadata.csv")).write_bytes(content)
+        with pytest.raises(ValueError, match=told) as caught:
+            load_image_dataset(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("metadata.csv", "\ufefffile_name,label\r\na.png,1\r\nb.png,0\r\n"),
+            ("metadata.csv", 'file_name,text,label\na.png,"x\ny",1\nb.png,"z\u2028",0\n'),
+            ("metadata.csv", "file_name,label\na.png,1\na.png,1\nb.png,0,9,9\n"),
+            (
+                "metadata.jsonl",
+                '{"file_name": "a.png", "label": 1, "x": "\u2028"}\n\n{"file_name": "b.png", "label": 0}\n',
+            ),
+        ],
+        ids=["byte order mark", "breaks of lines in quotes", "equal rows", "breaks of lines in JSON"],
+    )
+    def test_rows_are_read_as_their_writers_meant_them(self, tmp_path, name, text):
+        tree(tmp_path, "a.png", "b.png")
+        (tmp_path / name).write_bytes(text.encode())
+        assert load_image_dataset(tmp_path)["label"] == [1, 0]
+
+    def test_rows_of_other_images_are_told(self, tmp_path):
+        tree(tmp_path, "a.png", "b.png")
+        (tmp_path / "metadata.csv").write_text("file_name,label\na,0\nb,1\n")
+        with pytest.warns(UserWarning, match=r"no labels: metadata\.csv names none of the images, but a"):
+            assert class_names(load_image_dataset(tmp_path)) is None
 
 
 class TestTars:
@@ -213,6 +284,44 @@ class TestTars:
             tmp_path / "x.tar", dict.fromkeys(("cat/a.png", "../../cat/b.png", "/etc/c.png", "dog/d.png"), png)
         )
         assert len(load_image_dataset(path)) == 2
+
+    def test_links_devices_and_sparse_files_are_counted(self, tmp_path, png):
+        path = tarred(tmp_path / "x.tar", {"cat/a.png": png, "dog/b.png": png})
+        odd = tmp_path / "odd.tar"
+        with tarfile.open(path) as whole, tarfile.open(odd, "w") as archive:
+            for member in whole:
+                archive.addfile(member, whole.extractfile(member))
+            for number, kind in enumerate((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)):
+                member = tarfile.TarInfo(f"cat/{number}.png")
+                member.type, member.linkname = kind, "/etc/passwd"
+                archive.addfile(member)
+        with pytest.warns(UserWarning, match=r"left out 4 files: 4 \.png \(link, device or sparse file in a tar\)"):
+            assert len(load_image_dataset(odd)) == 2
+
+    def test_the_last_of_two_members_of_one_name_counts(self, tmp_path, png):
+        whole = tarred(tmp_path / "x.tar", {"cat/a.png": b"old", "dog/a.png": png}).read_bytes()
+        second = tarred(tmp_path / "y.tar", {"cat/a.png": png}).read_bytes()
+        (tmp_path / "x.tar").write_bytes(whole[:2048] + second)
+        data = load_image_dataset(tmp_path / "x.tar")
+        assert ImageTensors(data, size=8).valid_indices() == [0, 1]
+
+    @pytest.mark.parametrize(
+        ("contents", "told"),
+        [
+            ({}, r"x\.tar: holds no files"),
+            ({"cat.tar": {}}, r"x\.tar: its inner tars hold no images"),
+            ({"cat.tar": {"a.tar": {"b.png": b""}}}, r"x\.tar: its inner tars hold no images"),
+        ],
+        ids=["empty", "of empty ones", "three deep"],
+    )
+    def test_a_tar_without_images(self, tmp_path, contents, told):
+        def build(contents):
+            packed = {name: build(c) if isinstance(c, dict) else c for name, c in contents.items()}
+            return tarred(tmp_path / "x.tar", packed).read_bytes()
+
+        build(contents)
+        with pytest.raises(ValueError, match=told):
+            load_image_dataset(tmp_path / "x.tar", cache_dir=tmp_path / "cache")
 
 
 class TestNames:

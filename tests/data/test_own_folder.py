@@ -78,6 +78,15 @@ class TestRecord:
         assert both.holds("b.png")
         assert set(both.files) == {"a.png", "b.png"}
 
+    @pytest.mark.parametrize(
+        "line", ["3", "null", "[]", '{"file": "a"}', '{"file": "a", "bytes": "1"}', '{"file": 1}', "{", "[" * 100_000]
+    )
+    def test_lines_that_are_not_ours_are_passed_over(self, tmp_path, line):
+        OwnFolder.claim(tmp_path, "test files").record("b", 1)
+        with (tmp_path / RECORD).open("a") as file:
+            file.write(f"{line}\n")
+        assert OwnFolder(tmp_path, "test files").files == {"b": 1}
+
     def test_a_failed_writing_leaves_nothing(self, tmp_path):
         folder = OwnFolder.claim(tmp_path, "results")
 

@@ -225,6 +225,16 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"a.png b.png\n\nalone.png\n", "a line is 'alone.png'; it must name a sharp"), (b"\xff\xfe", "is no text")],
+)
+def test_a_list_of_pairs_that_is_none_is_named(tmp_path, content, told):
+    (tmp_path / "RealBlur_J_train_list.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"RealBlur_J_train_list\.txt.* {told}"):
+        find_pairs("realblur_j", tmp_path)
+
+
 def test_every_layout_has_a_copy():
     assert {layout for layout, _ in LAYOUTS} == set(LAYOUT_NAMES)
 

@@ -11,3 +11,8 @@ def test_a_sheet_has_a_row_a_class():
     assert sheet.height == 2 * (64 + 2) + 2
     assert sheet.getpixel((sheet.width - 10, 10)) == (255, 0, 0)
     assert sheet.getpixel((sheet.width - 10, 80)) == (0, 0, 0)
+
+
+def test_names_of_several_lines_and_of_any_length():
+    sheet = picture_sheet([[Image.new("RGB", (16, 16))]] * 3, ["two\nlines", "x" * 5000, "\U0001f98a\udcff"])
+    assert sheet.width < 2000

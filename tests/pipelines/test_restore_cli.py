@@ -1,5 +1,6 @@
 """iptv2-restore: files and folders, resumption, inputs left alone, metadata kept."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,20 @@ def test_bad_commands(model, pictures, arguments, message, monkeypatch):
 def test_hidden_files_are_not_inputs(model, pictures, tmp_path):
     (pictures / "sub/._b.jpg").write_bytes(b"what macOS leaves beside a file")
     assert main([str(pictures), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]) == 0
+
+
+def test_links_to_nothing_fail_alone_and_pipes_are_refused(model, pictures, tmp_path, capsys):
+    (pictures / "gone.png").symlink_to(tmp_path / "absent.png")
+    (pictures / "circle.png").symlink_to("circle.png")
+    os.mkfifo(pictures / "pipe.png")
+    assert main([str(pictures), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]) == 1
+    told = capsys.readouterr().err
+    assert "gone.png failed" in told
+    assert "circle.png failed" in told
+    assert "2 of " in told
+    for name in ("gone.png", "circle.png", "pipe.png"):
+        with pytest.raises(CommandError, match=f"{name} is neither a file nor a folder, or a link to nothing"):
+            main([str(pictures / name), "-o", str(tmp_path / "out"), "--model", model])
 
 
 @pytest.mark.slow

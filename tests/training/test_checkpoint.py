@@ -132,6 +132,24 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_previous_one_used(tmp_
     assert "damaged-checkpoint-00000002-1" in folders(tmp_path)
 
 
+def test_a_manifest_that_is_not_ours_makes_a_damaged_checkpoint(tmp_path):
+    run = Run(tmp_path)
+    path = run.manager.save(1) / "manifest.json"
+    whole = json.loads(path.read_text())
+    name, entry = next(iter(whole["files"].items()))
+    changes = [{"files": other} for other in (None, 3, [name], {name: None}, {name: {}}, {name: {"bytes": "1"}})]
+    changes += [{"files": {name: {**entry, "sha256": None}}}, {"step": "1"}, {"step": None}, {"config": []}]
+    changes += [{"progress": None}]
+    contents = [b"null", b"[]", b"3", b"\xff", b"[" * 100_000, *(json.dumps({**whole, **c}).encode() for c in changes)]
+    for content in contents:
+        (tmp_path / "checkpoint-00000001").mkdir(exist_ok=True)
+        path.write_bytes(content)
+        assert run.manager.latest() is None, content[:60]
+        run.manager.delete_all()
+    assert len(folders(tmp_path)) == len(contents)  # set aside, none deleted
+    assert "is damaged (its manifest.json cannot be read)" in run.messages[0]
+
+
 def test_another_configuration_is_refused_with_the_fields(tmp_path):
     Run(tmp_path).manager.save(1)
     with pytest.raises(UserError, match=r"learning_rate is 0.001 there, 0.01 here.*--overwrite"):

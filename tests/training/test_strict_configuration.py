@@ -20,6 +20,9 @@ from iptv2_diffusion.training.parsing import parse_config
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
+LAUGHS = "".join(f"{n}: &{n} [{', '.join([f'*{name}'] * 10)}]\n" for name, n in zip("abcdef", "bcdefg", strict=True))
+
+
 class TestYaml:
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -37,6 +40,10 @@ class TestYaml:
             ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
             ("a: &x [*x]", "anchor|alias|cannot be read|found"),
             ("[" * 3000, "expected|cannot be read"),
+            ("a: &a [x, x]\n" + LAUGHS, "repeats anchors to more than 100000"),
+            ("a: &a [*a]", "recursive"),
+            ("\tseed: 1", "cannot start any token"),
+            ("seed: 1\n---\nseed: 2", "expected a single document"),
         ],
     )
     def test_refused_with_the_line(self, text, message):
@@ -107,6 +114,12 @@ class TestOptions:
         with pytest.raises(UserError, match=r"c\.yaml, line 2: 010 would be read as an octal number"):
             parse_config(LDMConfig, ["--config", str(tmp_path / "c.yaml")])
         assert parse_config(LDMConfig, ["--seed", "0", "--learning_rate", "0.001"]).seed == 0
+
+    @pytest.mark.parametrize("text", ["2024-01-01", "2024-01-01 10:00:00", "1.10", "0x10", "1_000", "1.50e+3"])
+    def test_text_is_kept_as_it_is_written(self, tmp_path, text):
+        (tmp_path / "c.yaml").write_text(f"output_dir: {text}\nseed: 0x10\nlearning_rate: 1.10\nrevision: {text}\n")
+        config = parse_config(LDMConfig, ["--config", str(tmp_path / "c.yaml")])
+        assert (config.output_dir, config.revision, config.seed, config.learning_rate) == (text, text, 16, 1.1)
 
     def test_home_folders(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
