@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from kl_vae import make_kl_vae
 from torch import nn
 
 from iptv2_diffusion import DiffusionObjective, IPTV2Pipeline, IPTV2Transformer2DModel, LatentCodec, create_model
@@ -11,15 +12,7 @@ MEAN, STD = [0.1, -0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0]
 
 
 def kl(latent_channels: int = 4, **config) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=16,
-        **config,
-    )
+    return make_kl_vae(8, 16, norm_num_groups=4, latent_channels=latent_channels, sample_size=16, **config)
 
 
 def tiny(latent_channels: int = 4) -> AutoencoderTiny:
@@ -232,14 +225,7 @@ def test_decoding_is_differentiable():
 def test_stable_diffusion_vae_from_caching_to_pipeline():
     """The full SD architecture (84 M parameters): moments as a cache keeps them, two training steps, one image."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=256,
-    ).eval()
+    vae = make_kl_vae(128, 256, 512, 512, norm_num_groups=32, layers_per_block=2, sample_size=256)
     codec = LatentCodec(vae)
     assert (codec.compression, codec.latent_size(256, 256)) == (8, (32, 32))
     mean, std = codec.encode_moments(make_images(256, 256))

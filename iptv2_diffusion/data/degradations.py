@@ -212,12 +212,17 @@ def blur(images: Tensor, kernels: Tensor) -> Tensor:
     return blurred.unflatten(0, (batch, channels))
 
 
+def turn(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the coordinates (B, H, W) of x and y, of (H, W) together, along and across the angle (B,) in radians."""
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    return cos * x + sin * y, cos * y - sin * x
+
+
 def gaussian_kernels(along: Tensor, across: Tensor, angle: Tensor, radius: int) -> Tensor:
     """Return normalised Gaussian kernels (B, 2·radius+1, 2·radius+1); deviations (B,) in pixels, angle in radians."""
     grid = torch.arange(-radius, radius + 1, dtype=torch.float32)
     y, x = torch.meshgrid(grid, grid, indexing="ij")
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    u, v = cos * x + sin * y, cos * y - sin * x
+    u, v = turn(x, y, angle)
     kernels = torch.exp(-0.5 * ((u / along[:, None, None]) ** 2 + (v / across[:, None, None]) ** 2))
     return kernels / kernels.sum(dim=(1, 2), keepdim=True)
 

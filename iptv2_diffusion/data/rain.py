@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iptv2_diffusion.data.degradations import Degradation, uniform
+from iptv2_diffusion.data.degradations import Degradation, turn, uniform
 
 __all__ = ["LayeredRain"]
 
@@ -99,8 +99,7 @@ def streak_shapes(height: int, width: int, length: Tensor, across: Tensor, angle
     """Return a streak around position (0, 0), 1 at its middle, Gaussian across and with soft ends: (B, H, W)."""
     y = torch.fft.fftfreq(height)[:, None] * height  # 0, 1, …, -2, -1: distances on the wrapped map
     x = torch.fft.fftfreq(width)[None] * width
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    along, sideways = cos * x + sin * y, cos * y - sin * x
+    along, sideways = turn(x, y, angle)
     half, across = length[:, None, None] / 2, across[:, None, None]
     return torch.sigmoid((half - along.abs()) / (0.1 * half + 0.5)) * torch.exp(-0.5 * (sideways / across) ** 2)
 

@@ -18,6 +18,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from iptv2_diffusion.data.draws import own_slices
 from iptv2_diffusion.memory import keep_freed_memory
 from iptv2_diffusion.training.errors import ConfigError, user_errors
 from iptv2_diffusion.training.logging import available_trackers
@@ -101,6 +102,11 @@ def set_threads(num_threads: int | None, accelerator: Accelerator) -> None:
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_slices(accelerator: Accelerator, batch_size: int, micro_batches: int) -> list[slice]:
+    """Return this process's parts of a global batch, one slice per micro-batch (see `own_slices`)."""
+    return own_slices(batch_size, accelerator.num_processes, accelerator.process_index, micro_batches)
 
 
 def is_sharded(config: TrainingConfig, accelerator: Accelerator) -> bool:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from kl_vae import make_kl_vae
 
 from iptv2_diffusion import IPTV2Pipeline, IPTV2RestorationPipeline, IPTV2Transformer2DModel, create_model
 
@@ -14,8 +15,7 @@ def model_folder(tmp_path_factory):
     """A folder with an IPT-V2 and a DiT, which generate, and two restorers: one that takes σ, one of two tasks."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, **blocks).eval()
+    vae = make_kl_vae(8, 16, norm_num_groups=4, sample_size=16)
     options = {"channels": 8, "layers_per_stage": (1, 1, 1), "num_attention_heads": 1, "window_size": 4}
     options |= {"grid_stride": (2, 1), "conditioning_dim": 16, "sample_size": 8, "num_class_embeds": 3}
     heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "patch_size": 2}

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
+from kl_vae import make_kl_vae
 from PIL import Image
 
 from iptv2_diffusion import IPTV2Pipeline, create_model
@@ -17,8 +18,7 @@ from iptv2_diffusion.training.errors import UserError
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4)
+    vae = make_kl_vae(4, 4)
     model = create_model("tiny", num_class_embeds=3)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,7 +12,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
+from kl_vae import make_kl_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -39,8 +40,7 @@ def folder(tmp_path):
 @pytest.fixture
 def codec():
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return LatentCodec(AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2).eval())
+    return LatentCodec(make_kl_vae(4, 4))
 
 
 def load(folder, **options):

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from kl_vae import make_kl_vae
 from PIL import Image
 
 from iptv2_diffusion.data.draws import RunDraws, draw_step, own_slices
@@ -57,8 +57,7 @@ def write_shards(folder, kind, broken=()):
 @pytest.fixture(scope="module")
 def codec():
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return LatentCodec(AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2).eval())
+    return LatentCodec(make_kl_vae(4, 4))
 
 
 class Reader:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from kl_vae import make_kl_vae
 from PIL import Image
 from script_loading import load_script
 
@@ -40,9 +40,7 @@ def ground(tmp_path_factory):
                 picture = Image.fromarray((np.array(colour) + noise).astype(np.uint8))
                 picture.save(folder / "images" / split / name / f"{number}.png")
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4)
-    vae.save_pretrained(folder / "vae")
+    make_kl_vae(4, 4).save_pretrained(folder / "vae")
     recipe = {
         "data": str(folder / "images"),
         "heldout_split": "heldout",

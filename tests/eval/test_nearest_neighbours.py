@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
+from kl_vae import make_kl_vae
 from PIL import Image
 from script_loading import load_script
 
@@ -27,8 +28,7 @@ def test_the_script_writes_its_figures_and_picture(script, tmp_path, monkeypatch
         path = tmp_path / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2)
+    vae = make_kl_vae(4, 4)
     pipelines = {"labelled": {"num_class_embeds": 2}, "plain": {"num_class_embeds": None}}
     for name, options in pipelines.items():
         model = create_model("tiny", sample_size=8, in_channels=4, out_channels=4, **options).eval()

@@ -2,13 +2,13 @@
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
 )
+from kl_vae import make_kl_vae
 
 from iptv2_diffusion import IPTV2Pipeline, create_model
 
@@ -18,8 +18,7 @@ KINDS = ("iptv2", "unconditional", "dit", "diffusers-dit")
 def save_pipeline(folder, kind="iptv2"):
     """Save a pipeline of one of KINDS; returns the folder as text."""
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4)
+    vae = make_kl_vae(4, 4)
     if kind in ("iptv2", "unconditional"):
         classes = {"num_class_embeds": 3 if kind == "iptv2" else None}
         model = create_model("tiny", sample_size=8, in_channels=4, out_channels=4, **classes)

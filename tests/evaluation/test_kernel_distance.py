@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
+from kl_vae import make_kl_vae
 from PIL import Image
 
 from iptv2_diffusion import IPTV2Pipeline, create_model
@@ -38,13 +39,7 @@ def test_kid_is_that_of_samples_drawn_one_by_one_with_the_classes_of_heldout_ima
     torch.manual_seed(0)
     model = create_model("tiny", sample_size=8, num_class_embeds=num_classes)
     torch.nn.init.normal_(model.proj_out.weight, std=0.1)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        norm_num_groups=2,
-    )
-    pipeline = IPTV2Pipeline(model, vae, FlowMatchEulerDiscreteScheduler())
+    pipeline = IPTV2Pipeline(model, make_kl_vae(4, 4), FlowMatchEulerDiscreteScheduler())
     extractor, images = efficientnet_lite0(32), pictures(9)
     labelled = num_classes is not None
     distance = KernelDistance(images, extractor, Accelerator(cpu=True), count=35, seed=4, labelled=labelled)

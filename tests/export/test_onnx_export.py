@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from kl_vae import make_kl_vae
 
 from iptv2_diffusion import IPTV2RestorationModel, IPTV2Transformer2DModel
 from iptv2_diffusion.pipelines import export_cli, onnx_export
@@ -38,10 +39,7 @@ def tasked_restorer():
 
 
 def vae():
-    from diffusers import AutoencoderKL
-
-    options = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **options)
+    return make_kl_vae(8, 8, norm_num_groups=4)
 
 
 def saved(make, folder):

@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import DDPMScheduler
+from kl_vae import make_kl_vae
 from safetensors.torch import save_file
 from udit_references import TINY, forward, merge_in_place, weights
 
@@ -14,14 +15,12 @@ from iptv2_diffusion.imagenet_classes import imagenet_id2label
 from iptv2_diffusion.pipelines.command_line import CommandError
 from iptv2_diffusion.pipelines.convert_cli import main
 
-BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
-    AutoencoderKL(**BLOCKS, block_out_channels=(4, 4, 4), norm_num_groups=2).save_pretrained(folder)
+    make_kl_vae(4, 4, 4).save_pretrained(folder)
     return str(folder)
 
 
@@ -138,7 +137,7 @@ def test_other_files_are_refused_in_one_line(vae, tmp_path, kind, told):
 
 def test_what_does_not_fit_is_refused_in_one_line(vae, tmp_path):
     file, out = checkpoint(tmp_path / "x.pt", weights()), str(tmp_path / "out")
-    deep = AutoencoderKL(**BLOCKS, block_out_channels=(4, 4, 4), norm_num_groups=2, latent_channels=16)
+    deep = make_kl_vae(4, 4, 4, latent_channels=16)
     deep.save_pretrained(tmp_path / "deep")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

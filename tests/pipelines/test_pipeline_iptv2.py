@@ -25,6 +25,7 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, SkipLayerGuidance
 from diffusers.hooks import LayerSkipConfig
+from kl_vae import make_kl_vae
 from PIL import Image
 from torch import nn
 
@@ -43,13 +44,7 @@ SCHEDULERS = [
 def make_vae() -> AutoencoderKL:
     """2 times smaller, 4 channels."""
     torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-    ).eval()
+    return make_kl_vae(8, 16, norm_num_groups=4, sample_size=16)
 
 
 def make_transformer(kind: str = "iptv2", **config) -> ModelMixin:

@@ -7,7 +7,6 @@ import diffusers.schedulers
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -18,6 +17,7 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from kl_vae import make_kl_vae
 from torch import nn
 
 from iptv2_diffusion import DiffusionObjective, IPTV2Pipeline
@@ -75,9 +75,7 @@ def trained_scheduler(prediction):
 
 
 def pipeline_of(prediction):
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    vae = AutoencoderKL(**blocks, block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
-    pipe = IPTV2Pipeline(GaussianDenoiser(prediction), vae, trained_scheduler(prediction))
+    pipe = IPTV2Pipeline(GaussianDenoiser(prediction), make_kl_vae(4), trained_scheduler(prediction))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from kl_vae import make_kl_vae
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,10 +28,7 @@ def lay_ground(folder):
     """`images/CLASS/*.png`, `vae/` and `run.yaml` in a folder."""
     write_pictures(folder / "images")
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    AutoencoderKL(**blocks, block_out_channels=(4, 4, 4), norm_num_groups=2, scaling_factor=1.0).save_pretrained(
-        folder / "vae"
-    )
+    make_kl_vae(4, 4, 4, scaling_factor=1.0).save_pretrained(folder / "vae")
     config = {
         "data": str(folder / "images"),
         "heldout_fraction": 0.25,

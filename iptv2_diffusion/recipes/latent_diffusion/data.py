@@ -11,7 +11,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 
-from iptv2_diffusion.data.draws import DataOrder, Order, RunDraws, class_balanced_weights, own_slices
+from iptv2_diffusion.data.draws import DataOrder, Order, RunDraws, class_balanced_weights
 from iptv2_diffusion.data.feature_folder import FeatureFolder, holds_features
 from iptv2_diffusion.data.image_files import Limits
 from iptv2_diffusion.data.images import (
@@ -29,7 +29,7 @@ from iptv2_diffusion.imagenet_classes import imagenet_id2label
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.loading import load_vae
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
-from iptv2_diffusion.training.accelerator import resolve_sharding, start_accelerator
+from iptv2_diffusion.training.accelerator import process_slices, resolve_sharding, start_accelerator
 from iptv2_diffusion.training.errors import ConfigError, LocalError, user_errors
 from iptv2_diffusion.training.image_splits import load_splits
 from iptv2_diffusion.training.precision import fastest_precision
@@ -61,14 +61,18 @@ def load_images(config: LDMConfig, accelerator: Accelerator) -> tuple[Images, Im
             "--label_column, put every class into its own sub-folder, or leave class_balance out"
         )
     if config.dry_run:
-        train = train.select(range(min(len(train), 2 * config.batch_size)))
-        heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
+        train, heldout = _first(train, 2 * config.batch_size), _first(heldout, 16)
 
     def tensors(dataset: Any) -> ImageTensors:
         return ImageTensors(dataset, size=config.size, strict=config.strict, limits=Limits(config.max_pixels))
 
     with user_errors(ValueError):
         return tensors(train), None if heldout is None else tensors(heldout), names
+
+
+def _first(images: Any, count: int) -> Any:
+    """Return the first `count` of the images, or all if there are fewer; None for None."""
+    return None if images is None else images.select(range(min(len(images), count)))
 
 
 def _load_features(
@@ -100,8 +104,7 @@ def _load_features(
     shares = heldout_shares(len(features), config.heldout_fraction, config.seed)
     train, heldout = (features, None) if shares is None else map(features.select, shares)
     if config.dry_run:
-        train = train.select(range(min(len(train), 2 * config.batch_size)))
-        heldout = heldout.select(range(min(len(heldout), 16))) if heldout is not None else None
+        train, heldout = _first(train, 2 * config.batch_size), _first(heldout, 16)
     return train, heldout, names
 
 
@@ -258,9 +261,7 @@ def encode_precision(config: LDMConfig) -> Literal["float32", "bfloat16"]:
 
 def run_draws(config: LDMConfig, accelerator: Accelerator, codec: LatentCodec, order: Order) -> RunDraws:
     """Create the random draws of the run for this process."""
-    slices = own_slices(
-        config.batch_size, accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
-    )
+    slices = process_slices(accelerator, config.batch_size, config.gradient_accumulation_steps)
     latent_shape = (codec.latent_channels, *codec.latent_size(*config.size))
     return RunDraws(order, config.batch_size, latent_shape, slices, stratified=config.stratified_timesteps)
 

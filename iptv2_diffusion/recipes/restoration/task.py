@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from iptv2_diffusion.data.draws import generator_for, own_slices
+from iptv2_diffusion.data.draws import generator_for
 from iptv2_diffusion.evaluation.restoration_metrics import psnr
 from iptv2_diffusion.recipes.restoration.config import LOSSES, RestorationConfig
 from iptv2_diffusion.recipes.restoration.data import Batch, Source
+from iptv2_diffusion.training.accelerator import process_slices
 from iptv2_diffusion.training.errors import user_errors
 from iptv2_diffusion.training.signals import no_interruption
 from iptv2_diffusion.training.training_task import TrainingTask
@@ -65,12 +66,7 @@ class RestorationTask(TrainingTask):
         size = config.patch_sizes[stage]
         batch_size = config.patch_batch_sizes[stage] if config.patch_batch_sizes else config.batch_size
         batch = self.draw(step, batch_size, size)
-        for part in own_slices(
-            batch_size,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-            config.gradient_accumulation_steps,
-        ):
+        for part in process_slices(self.accelerator, batch_size, config.gradient_accumulation_steps):
             yield batch.map(lambda value, part=part: value[part].to(self.accelerator.device, non_blocking=True))
 
     def draw(self, step: int, batch_size: int, size: int) -> Batch:

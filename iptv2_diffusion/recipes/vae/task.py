@@ -18,13 +18,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from iptv2_diffusion.data.draws import DataOrder, RunDraws, generator_for, own_slices, read_ahead
+from iptv2_diffusion.data.draws import DataOrder, RunDraws, generator_for, read_ahead
 from iptv2_diffusion.data.images import ImageTensors
 from iptv2_diffusion.evaluation.pictures import picture_sheet
 from iptv2_diffusion.evaluation.restoration_metrics import Protocol, psnr
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.recipes.vae.data import FlippedImages
+from iptv2_diffusion.training.accelerator import process_slices
 from iptv2_diffusion.training.precision import device_of_sums
 from iptv2_diffusion.training.signals import no_interruption
 from iptv2_diffusion.training.training_task import TrainingTask
@@ -67,12 +68,7 @@ class VAETask(TrainingTask):
         self, config: VAEConfig, accelerator: Accelerator, train: ImageTensors, heldout: ImageTensors, start: int
     ) -> None:
         self.config, self.accelerator, self.train, self.heldout = config, accelerator, train, heldout
-        slices = own_slices(
-            config.batch_size,
-            accelerator.num_processes,
-            accelerator.process_index,
-            config.gradient_accumulation_steps,
-        )
+        slices = process_slices(accelerator, config.batch_size, config.gradient_accumulation_steps)
         order = DataOrder(len(train.valid_indices()), config.seed)
         latent_shape = (config.latent_channels, *(side // config.downscale for side in config.size))
         self.draws = RunDraws(order, config.batch_size, latent_shape, slices, diffusion=False)
