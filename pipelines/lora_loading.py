@@ -1,8 +1,9 @@
-"""LoRA adapters on `IPTV2Pipeline`, by diffusers' interface: load, set, fuse and unload."""
+"""LoRA adapters on our pipelines, by diffusers' interface: load, set, fuse and unload."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
@@ -12,10 +13,14 @@ Adapter = str | os.PathLike | dict[str, Tensor]
 
 
 class IPTV2LoraLoaderMixin(LoraBaseMixin):
-    """Mixin that loads LoRA adapters into the pipeline's transformer. diffusers documents the other methods."""
+    """Mixin that loads LoRA adapters into one component of a pipeline. diffusers documents the other methods.
 
+    Attributes:
+        lora_component: name of the component, with which the tensors of an adapter begin.
+    """
+
+    lora_component = "transformer"
     _lora_loadable_modules = ["transformer"]
-    transformer_name = "transformer"
 
     @classmethod
     def lora_state_dict(cls, adapter: Adapter, **kwargs: Any) -> dict[str, Tensor]:
@@ -34,7 +39,7 @@ class IPTV2LoraLoaderMixin(LoraBaseMixin):
         return state
 
     def load_lora_weights(self, adapter: Adapter, adapter_name: str | None = None, **kwargs: Any) -> None:
-        """Load an adapter into the transformer and activate it.
+        """Load an adapter into the component and activate it.
 
         Args:
             adapter: safetensors file, folder, name on the Hub, or state dict, as `save_lora_weights` writes them.
@@ -43,42 +48,45 @@ class IPTV2LoraLoaderMixin(LoraBaseMixin):
 
         Raises:
             OSError: the file does not exist.
-            ValueError: the adapter is not one of this transformer.
+            ValueError: the adapter is not one of this model.
         """
-        state = self.lora_state_dict(adapter, **kwargs)
-        before = set(getattr(self.transformer, "peft_config", {}))
-        layers = {name: module for name, module in self.transformer.named_modules() if hasattr(module, "weight")}
-        named = {key.removeprefix("transformer.").split(".lora_")[0] for key in state}
+        state, model, prefix = self.lora_state_dict(adapter, **kwargs), self._lora_model, self.lora_component
+        before = set(getattr(model, "peft_config", {}))
+        layers = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
+        named = {key.removeprefix(f"{prefix}.").split(".lora_")[0] for key in state}
         unknown = sorted(name for name in named if name not in layers)
         if not state or unknown or not all("lora" in key for key in state):
             shown = f"it names the layers {', '.join(unknown[:3])}" if unknown else "it has other weights"
             raise ValueError(
-                f"this is no adapter of a {type(self.transformer).__name__}: {shown}; use one that was trained on this "
-                "pipeline"
+                f"this is no adapter of a {type(model).__name__}: {shown}; use one that was trained on this pipeline"
             )
-        self.transformer.load_lora_adapter(state, prefix="transformer", adapter_name=adapter_name, _pipeline=self)
-        if set(self.transformer.peft_config) == before:
-            raise ValueError("the adapter's names do not begin with 'transformer.'; save it by save_lora_weights")
+        model.load_lora_adapter(state, prefix=prefix, adapter_name=adapter_name, _pipeline=self)
+        if set(model.peft_config) == before:
+            raise ValueError(f"the adapter's names do not begin with '{prefix}.'; save it by save_lora_weights")
+
+    @property
+    def _lora_model(self) -> Any:
+        return getattr(self, self.lora_component)
 
     @classmethod
     def save_lora_weights(
-        cls, save_directory: str | os.PathLike, transformer_lora_layers: dict[str, Tensor], **kwargs: Any
+        cls, save_directory: str | os.PathLike, lora_layers: dict[str, Tensor], **kwargs: Any
     ) -> None:
         """Write an adapter, from peft's `get_peft_model_state_dict`, as `pytorch_lora_weights.safetensors`."""
         options: dict[str, Any] = {"is_main_process": True, "weight_name": None, "save_function": None, **kwargs}
-        layers, metadata = {cls.transformer_name: transformer_lora_layers}, options.pop("metadata", None)
+        layers, metadata = {cls.lora_component: lora_layers}, options.pop("metadata", None)
         cls._save_lora_weights(
             save_directory=save_directory,
             lora_layers=layers,
-            lora_metadata={cls.transformer_name: metadata},
+            lora_metadata={cls.lora_component: metadata},
             safe_serialization=True,
             **options,
         )
 
-    def fuse_lora(self, components: tuple[str, ...] = ("transformer",), **kwargs: Any) -> None:
-        """Add the active adapters to the transformer's weights, times `lora_scale`."""
-        super().fuse_lora(components=list(components), **kwargs)
+    def fuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
+        """Add the active adapters to the component's weights, times `lora_scale`."""
+        super().fuse_lora(components=list(components or self._lora_loadable_modules), **kwargs)
 
-    def unfuse_lora(self, components: tuple[str, ...] = ("transformer",), **kwargs: Any) -> None:
+    def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
         """Subtract what `fuse_lora` added."""
-        super().unfuse_lora(components=list(components), **kwargs)
+        super().unfuse_lora(components=list(components or self._lora_loadable_modules), **kwargs)

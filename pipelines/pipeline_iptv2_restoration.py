@@ -18,6 +18,7 @@ from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
 from iptv2_diffusion.non_finite import NonFiniteImageError
 
 from .image_io import Picture, read_pictures, to_output
+from .lora_loading import IPTV2LoraLoaderMixin
 from .noise_estimation import estimate_sigma
 from .tiling import blending, overlap_of, starts
 
@@ -38,7 +39,7 @@ class RestorationPipelineOutput(BaseOutput):
     sigmas: list[float] | None
 
 
-class IPTV2RestorationPipeline(DiffusionPipeline):
+class IPTV2RestorationPipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     """Restore images with an `IPTV2RestorationModel`.
 
         pipe = IPTV2RestorationPipeline.from_pretrained("assets/iptv2-denoise-color")
@@ -52,6 +53,8 @@ class IPTV2RestorationPipeline(DiffusionPipeline):
 
     __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
     model_cpu_offload_seq = "model"
+    lora_component = "model"
+    _lora_loadable_modules = ["model"]
 
     def __init__(self, model: IPTV2RestorationModel, sigma_range: Optional[list] = None):  # noqa: UP045 - see IPTV2Pipeline
         super().__init__()

@@ -23,6 +23,7 @@ examples:
   labelled: one sub-folder per class   ... --data my_photos (the folders' names become the classes)
   fine-tune on your own classes        iptv2-train --config finetune --model assets/iptv2-emoji64 --data my_photos
   an adapter of about 100 kB           ... --lora_rank 8
+  with the card, to the Hub             ... --license mit --push_to_hub my-name/my-model
   another VAE from the Hub             ... --vae stabilityai/sd-vae-ft-ema --resolution 256 --model iptv2-s
   a DiT with the same recipe           ... --model dit-s-2 --output_dir runs/dit
   larger than the disk                 ... --data imagenet-1k --streaming --heldout_split validation

@@ -21,8 +21,10 @@ examples, where ... is accelerate launch train/train_restoration.py, and * needs
                                  (my_pairs/input/*, my_pairs/target/*)
   GoPro                          ... --config configs/restoration/pairs-b.yaml --data GoPro
   start from shipped weights *   ... --model assets/iptv2-denoise-color --output_dir runs/more
+  an adapter for shipped weights ... --model assets/iptv2-denoise-color --data my_photos --lora_rank 4
   start from a generator *       ... --config configs/restoration/denoise-color-emoji64.yaml
   held-out PSNR of your data     ... --data my_photos --heldout my_heldout_photos
+  upload the result to the Hub   any of these with --license mit --push_to_hub my-name/my-restorer
   try every stage in seconds     any of these with --dry_run
 
 The same command resumes: it continues from the newest checkpoint in output_dir, bit for bit.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from iptv2_diffusion.models.presets import count_parameters
 from iptv2_diffusion.training.errors import ConfigError
 
 TARGETS = ("qkv", "out_proj")  # layers of FCSA and GGSA, the same in the trainable and in the fused form
@@ -30,6 +31,18 @@ def add_lora(model: nn.Module, rank: int) -> None:
     settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=True)
     model.requires_grad_(False)
     model.add_adapter(settings, adapter_name=ADAPTER)
+
+
+def needs_weights(found: object) -> None:
+    """Raise a `ConfigError` unless the saved model that an adapter changes was found."""
+    if found is None:
+        raise ConfigError("lora_rank needs saved weights; set --model to a folder, a pipeline or a Hub name")
+
+
+def size_of(model: nn.Module) -> str:
+    """Describe the number of parameters, and of trainable ones if they are fewer."""
+    total, trained = count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{total / 1e6:.3f} M parameters" + (f" ({trained / 1e6:.3f} M trainable)" if trained < total else "")
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -8,12 +8,15 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from iptv2_diffusion.files import write_text
 from iptv2_diffusion.training.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def available_trackers(report_to: str) -> tuple[list[str], list[str]]:
@@ -25,6 +28,20 @@ def available_trackers(report_to: str) -> tuple[list[str], list[str]]:
     usable = [name for name in wanted if importlib.util.find_spec(name) is not None]
     missing = [f"{name} is not installed: `pip install {name}` to log there" for name in wanted if name not in usable]
     return usable, missing if report_to != "all" else []
+
+
+def log_picture(accelerator: Accelerator, name: str, path: Path | None, step: int) -> None:
+    """Send an image file to the trackers of the main process; nothing for None."""
+    if path is None or not accelerator.is_main_process or not accelerator.trackers:
+        return
+    import numpy as np  # late: --help needs neither
+    from PIL import Image
+
+    with Image.open(path) as file:
+        pixels = np.asarray(file.convert("RGB"))[None]  # (1, H, W, 3)
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: pixels}, step=step, **layout)
 
 
 class MetricLog:

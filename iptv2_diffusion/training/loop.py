@@ -35,7 +35,7 @@ from iptv2_diffusion.training.checkpoint import Checkpoint, CheckpointManager
 from iptv2_diffusion.training.cuda_graphs import GraphedModel, wants_graphs
 from iptv2_diffusion.training.ema import ModelState, StateDict
 from iptv2_diffusion.training.errors import ConfigError, user_errors
-from iptv2_diffusion.training.logging import MetricLog, ProgressBar, plot_curves
+from iptv2_diffusion.training.logging import MetricLog, ProgressBar, log_picture, plot_curves
 from iptv2_diffusion.training.options import TrainingConfig, config_to_dict, frozen_fields, save_config
 from iptv2_diffusion.training.power_ema import forget_snapshots_after
 from iptv2_diffusion.training.precision import device_of_sums
@@ -147,8 +147,8 @@ class Trainer:
         self.metrics = MetricLog(path, resumed_step=self.step, evaluated=not self._due, enabled=main)
         if main:
             forget_snapshots_after(self.snapshots, self.state.averaged_steps)
-            # Without options that hold for one start only: a run from this file must not delete anything.
-            once: dict[str, Any] = {"overwrite": False, "accept_changes": False}
+            # Without options that hold for one start only: a run from this file must not delete or upload anything.
+            once: dict[str, Any] = {"overwrite": False, "accept_changes": False, "push_to_hub": False}
             if self.config.mixed_precision == "auto":  # chosen by timing this machine
                 once["mixed_precision"] = self.accelerator.mixed_precision
             save_config(dataclasses.replace(self.config, **once), self.output_dir / "config.yaml")
@@ -310,7 +310,8 @@ class Trainer:
     def _preview(self, task: TrainingTask, interrupt: Callable[[], None]) -> None:
         if self.accelerator.is_main_process or task.works_together:
             with self.state.averaged() as model:
-                task.preview(model, self.step, interrupt if task.works_together else no_interruption)
+                picture = task.preview(model, self.step, interrupt if task.works_together else no_interruption)
+            log_picture(self.accelerator, "preview", picture, self.step)
         self._plot()
 
     def _interrupt(self, stop: StopSignal) -> None:
@@ -342,8 +343,7 @@ class Trainer:
             "due": self._due,
             "images": task.images,
         }
-        position = task.position(self.step)
-        if position is not None:
+        if (position := task.position(self.step)) is not None:
             progress["position"] = position
         self.checkpoints.save(self.step, progress)
         self._saved_step = self.step

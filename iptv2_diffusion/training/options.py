@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -97,6 +98,16 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def lora_rank_option() -> Any:
+    """The option of the recipes that can train an adapter instead of the weights."""
+    return option(
+        None,
+        "rank of a LoRA adapter that is trained instead of the weights of a saved model; none: train all weights",
+        group="model",
+        at_least=1,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options that are checked at construction and never change."""
@@ -119,6 +130,7 @@ class Config:
 
 _EMA = {"group": "exponential moving average"}
 _FREE_LOG = {"group": "checkpoints and logs", "free": True}
+_HUB = {"group": "model card and Hub", "free": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +138,7 @@ class TrainingConfig(Config):
     """Options that all training scripts share. Batch sizes are per optimiser step, over all processes together."""
 
     not_with_cuda_graphs: ClassVar[tuple[str, ...]] = ("gradient_checkpointing", "torch_compile")
+    lora_rank: ClassVar[int | None] = None  # a recipe that can train adapters makes it an option
 
     output_dir: str = option("runs/run", "folder for checkpoints, logs and the result", free=True)
     seed: int = option(
@@ -278,13 +291,39 @@ class TrainingConfig(Config):
     log_every: int = option(20, "steps between lines of metrics.jsonl", **_FREE_LOG, at_least=1)
     eval_every: int = option(1000, "steps between held-out evaluations; 0: never", **_FREE_LOG, at_least=0)
     preview_every: int = option(1000, "steps between previews; 0: never", **_FREE_LOG, at_least=0)
-    report_to: str = option("tensorboard", "where metrics are logged: tensorboard, wandb, all or none", **_FREE_LOG)
+    report_to: str = option(
+        "tensorboard", "where metrics and previews are logged: tensorboard, wandb, all or none", **_FREE_LOG
+    )
+
+    license: str | None = option(
+        None, "licence of the weights for the model card, such as apache-2.0; none: not stated", **_HUB
+    )
+    data_license: str | None = option(
+        None, "licence of the training data for the model card; none: it is unknown", **_HUB
+    )
+    push_to_hub: bool | str = option(
+        False,
+        "upload the result with its card to the Hub, to the repository of this name; true: that of output_dir's name",
+        **_HUB,
+    )
+    hub_private: bool = option(False, "make the repository of push_to_hub private if it is new", **_HUB)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the result is an average of the weights."""
+        return self.ema == "power" or self.ema_decay > 0
 
     def validate(self) -> None:
         """Raise `ConfigError` for options that cannot work together, naming them."""
+        if self.license is not None and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license) is None:
+            raise ConfigError(
+                f"license is {self.license!r}; use the Hub's identifier, such as apache-2.0, mit or other"
+            )
         if self.ema == "power" and len(set(self.ema_sigma_rels)) == 1:
             width = self.ema_sigma_rels[0]
             raise ConfigError(f"ema_sigma_rels is {width},{width}; the two must differ, as 0.05,0.1 do")
+        if self.lora_rank and (self.ema == "power" or self.sharding != "none"):
+            raise ConfigError("lora_rank needs --ema constant and --sharding none; a LoRA is too small to shard")
         if self.sharding != "none" and self.mixed_precision == "fp16":
             raise ConfigError("sharding does not work with fp16, whose loss scaling it lacks; use bf16")
 

@@ -45,7 +45,8 @@ def prepare_dry_run(config: RunConfig, **shorter: Any) -> RunConfig:
         shutil.rmtree(folder, ignore_errors=True)
     every = dict.fromkeys(("checkpoint_every", "eval_every", "preview_every", "log_every"), 1)
     length = {"max_train_steps": 2, "max_train_minutes": None}
-    return dataclasses.replace(config, output_dir=str(folder), report_to="none", **length, **every, **shorter)
+    quiet = {"report_to": "none", "push_to_hub": False}
+    return dataclasses.replace(config, output_dir=str(folder), **quiet, **length, **every, **shorter)
 
 
 def this_command() -> str:
@@ -56,9 +57,14 @@ def this_command() -> str:
     )
 
 
+def run_command() -> str:
+    """Return the command that started the run, with its options."""
+    return " ".join([this_command(), *(shlex.quote(word) for word in sys.argv[1:])])
+
+
 def command_to_train_longer(config: TrainingConfig, step: int) -> str:
     """Return this run's command for twice its `step` steps, without a time limit."""
-    words = [this_command(), *(shlex.quote(word) for word in sys.argv[1:]), f"--max_train_steps {2 * step}"]
+    words = [run_command(), f"--max_train_steps {2 * step}"]
     words += ["--overwrite false"] if config.overwrite else []
     words += ["--max_train_minutes none"] if config.max_train_minutes else []
     return " ".join(words)

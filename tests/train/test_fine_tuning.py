@@ -1,5 +1,6 @@
 """Fine-tuning: a denoiser for other classes, another size or none, from a pipeline, a model's folder or the Hub."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
+from huggingface_hub import ModelCard
 from ldm_runs import SCRIPT, TIMEOUT, environment, log, words, write_pictures
 from script_loading import load_script
 
@@ -238,6 +240,25 @@ def draw(pipeline):
     return pipeline("bird", num_inference_steps=2, output_type="np", generator=seed).images
 
 
+def check_cards(run, base, heldout_loss):
+    """The cards of the pipeline and of the adapter say what they are, and their code draws."""
+    for name, told in (("pipeline", "with an `IPTV2Transformer2DModel`"), ("lora", f"rank 4 for .* `{base}`")):
+        card = ModelCard.load(run / name / "README.md")
+        assert re.search(told, card.text)
+        assert card.data.pipeline_tag == "unconditional-image-generation"
+        assert card.data.library_name == "diffusers"
+        assert ("lora" in card.data.tags) == (name == "lora")
+        assert "class-conditional-image-generation" in card.data.tags
+        [result] = card.data.eval_results
+        assert (result.metric_name, result.metric_value) == ("heldout_loss", heldout_loss)
+        assert "![Samples, one row per class." in card.text
+        assert (run / name / "samples.png").is_file()
+        values = {}
+        code = card.text.split("```python\n")[1].split("```")[0]
+        exec(code.replace("guidance_scale=3", "guidance_scale=3, num_inference_steps=1"), values)
+        assert values["image"].size == (32, 32)
+
+
 def test_an_adapter_trains_and_leaves_the_base_unchanged(ground, tmp_path, train, capfd):
     folder = write_pipeline(tmp_path / "base", ground)
     options = ["--lora_rank", 4, "--max_train_steps", 40, "--eval_every", 10, "--learning_rate", 1e-2]
@@ -246,7 +267,9 @@ def test_an_adapter_trains_and_leaves_the_base_unchanged(ground, tmp_path, train
     assert " M trainable)" in capfd.readouterr().out
     assert merged.id2label == dict(enumerate(BASE))  # the base's classes, because an adapter adds none
     base, adapter = IPTV2Pipeline.from_pretrained(folder), tmp_path / "run/lora"
-    assert [path.name for path in adapter.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    names = {path.name for path in adapter.iterdir()}
+    assert names == {"pytorch_lora_weights.safetensors", "README.md", "samples.png"}
+    check_cards(tmp_path / "run", folder, losses[-1])
     before, state = draw(base), merged.transformer.state_dict()
     differing = {k for k, v in base.transformer.state_dict().items() if not torch.equal(v, state[k])}
     assert differing

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from script_loading import load_script
@@ -73,6 +74,43 @@ def test_it_learns_to_denoise_and_leaves_a_pipeline(photos):
     pipeline = IPTV2RestorationPipeline.from_pretrained(folder / "pipeline")
     assert pipeline.model.config.fused
     assert (folder / "pipeline/training_config.yaml").is_file()
+
+
+def test_an_adapter_trains_and_leaves_the_base_unchanged(photos):
+    words = ("--noise", "25,25", "--heldout_sigmas", "25", "--ema_decay", "0.9", "--save_dtype", "float32")
+    base = train(photos, "base", *words, "--eval_every", "0", *SIGMA, steps=25) / "pipeline"
+    before = (base / "model/diffusion_pytorch_model.safetensors").read_bytes()
+    lora = ("--model", str(base), "--lora_rank", "4", "--eval_every", "10", "--learning_rate", "1e-2")
+    folder = train(photos, "adapted", *words, *lora, steps=50)
+    values = [row["psnr_sigma25"] for row in read_metrics(folder / "metrics.jsonl") if "psnr_sigma25" in row]
+    assert values[-1] > values[0] + 0.1  # [dB]
+    assert (base / "model/diffusion_pytorch_model.safetensors").read_bytes() == before
+
+    pipeline, merged = (IPTV2RestorationPipeline.from_pretrained(path) for path in (base, folder / "pipeline"))
+    pictures = [str(photos / "photos/0.png")]
+
+    def restore(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(pictures, sigma=25, output_type="np").images
+
+    plain = restore(pipeline)
+    pipeline.load_lora_weights(folder / "lora", adapter_name="photos")
+    adapted = restore(pipeline)
+    assert abs(adapted - plain).max() > 1e-3
+    np.testing.assert_allclose(adapted, restore(merged), atol=1e-4)
+    pipeline.fuse_lora()
+    np.testing.assert_allclose(restore(pipeline), adapted, atol=1e-4)
+    pipeline.unfuse_lora()
+    pipeline.set_adapters("photos", 0.0)
+    np.testing.assert_allclose(restore(pipeline), plain, atol=1e-4)
+    pipeline.unload_lora_weights()
+    np.testing.assert_array_equal(restore(pipeline), plain)
+    with pytest.raises(ValueError, match="this is no adapter of a IPTV2RestorationModel: it names the layers other"):
+        pipeline.load_lora_weights({"model.other.lora_A.weight": torch.zeros(4, 4)})
+    card = ModelCard.load(folder / "lora/README.md")
+    assert "lora" in card.data.tags
+    assert f"pipe.load_lora_weights('{folder / 'lora'}')" in card.text
+    assert (folder / "pipeline/README.md").is_file()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(photos):
@@ -215,6 +253,9 @@ def test_scales_add_smaller_copies_to_train_on_and_leave_the_heldout_crops_alone
         (("--tasks", "noise", "--layout", "gopro"), "layout gopro has pairs"),
         (("--scales", "0.5", "--layout", "gopro"), "layout gopro has pairs"),
         (("--scales", "1,2"), r"scales is 1,2; each must lie in \(0, 1\]"),
+        (("--lora_rank", "4"), "lora_rank needs saved weights; set --model to a folder, a pipeline or a Hub name"),
+        (("--lora_rank", "4", "--backbone_from", "x"), "lora_rank 4 changes the saved restorer .* leave one out"),
+        (("--lora_rank", "4", "--ema", "power"), "lora_rank needs --ema constant and --sharding none"),
         (("--model", "tiny"), "Transformer2DModel"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from iptv2_diffusion.training.errors import ConfigError
 from iptv2_diffusion.training.image_options import ImageConfig
-from iptv2_diffusion.training.options import Range, option
+from iptv2_diffusion.training.options import Range, lora_rank_option, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,7 @@ class LDMConfig(ImageConfig):
     model_overrides: dict = option(  # noqa: RUF009
         {}, 'arguments of the model to change, as JSON, such as {"channels": 64}', group="model"
     )
-    lora_rank: int | None = option(
-        None,
-        "rank of a LoRA adapter that is trained instead of the weights of a saved model; none: train all weights",
-        group="model",
-        at_least=1,
-    )
+    lora_rank: int | None = lora_rank_option()
     num_classes: int | None = option(
         None,
         "number of classes; none: count them in the data; a larger number leaves room for more classes",
@@ -213,8 +208,6 @@ class LDMConfig(ImageConfig):
                 raise ConfigError(
                     f"{name} is {value}, but it does not work with lora_rank {self.lora_rank}; leave one out"
                 )
-        if self.lora_rank and (self.ema == "power" or self.sharding != "none"):
-            raise ConfigError("lora_rank needs --ema constant and --sharding none; a LoRA is too small to shard")
         if self.learned_variance and self.objective == "flow":
             raise ConfigError(
                 "learned_variance does not work with the objective flow; use epsilon or v_prediction, or leave it out"

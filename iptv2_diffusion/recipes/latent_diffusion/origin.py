@@ -10,6 +10,7 @@ from iptv2_diffusion.models.adaptation import match_classes
 from iptv2_diffusion.models.presets import find_weights
 from iptv2_diffusion.models.saved import SavedModel
 from iptv2_diffusion.objectives import FLOW, PREDICTION_TYPES, noise_schedule_of, prediction_of
+from iptv2_diffusion.training.adapters import needs_weights
 from iptv2_diffusion.training.errors import ConfigError, user_errors
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def classes_of_base(config: LDMConfig, names: list[str]) -> tuple[int | None, li
         ConfigError: there is no saved model, or a class of the data is not among its classes.
     """
     saved = find_weights(config.model)
-    if saved is None:
-        raise ConfigError("lora_rank needs saved weights; set --model to a folder, a pipeline or a Hub name")
+    needs_weights(saved)
     number = saved.config.get("num_class_embeds")
     if number is None:
         return None, [], [0]

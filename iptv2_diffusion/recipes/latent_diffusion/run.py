@@ -24,7 +24,7 @@ from iptv2_diffusion.evaluation.results import cast, replaced
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.adaptation import adapt_denoiser, match_classes
 from iptv2_diffusion.models.fusion import trainable
-from iptv2_diffusion.models.presets import count_parameters, create_model, find_weights
+from iptv2_diffusion.models.presets import create_model, find_weights
 from iptv2_diffusion.models.saved import SavedModel
 from iptv2_diffusion.objectives import DiffusionObjective, null_label
 from iptv2_diffusion.recipes.latent_diffusion.alignment import (
@@ -43,18 +43,23 @@ from iptv2_diffusion.recipes.latent_diffusion.data import (
     load_images,
     open_caches,
 )
+from iptv2_diffusion.recipes.latent_diffusion.denoiser_card import adapter_card, denoiser_card
 from iptv2_diffusion.recipes.latent_diffusion.origin import classes_of_base, noise_schedule
 from iptv2_diffusion.recipes.latent_diffusion.plan import show_plan
 from iptv2_diffusion.recipes.latent_diffusion.task import LatentDiffusionTask
 from iptv2_diffusion.training.accelerator import make_accelerator, resolve_sharding
-from iptv2_diffusion.training.adapters import adapter_state_dict, add_lora, merge_lora
+from iptv2_diffusion.training.adapters import adapter_state_dict, add_lora, merge_lora, size_of
 from iptv2_diffusion.training.errors import ConfigError, user_errors
+from iptv2_diffusion.training.logging import log_picture
 from iptv2_diffusion.training.loop import Outcome, Trainer
+from iptv2_diffusion.training.model_card import write_card
+from iptv2_diffusion.training.publishing import create_repository, upload
 from iptv2_diffusion.training.run_folder import command_to_train_longer, prepare_dry_run, this_command
 
 
 def run(config: LDMConfig) -> int:
     """Build, train, save; returns the exit code."""
+    repository = create_repository(config)
     if config.dry_run:
         sheet = {"preview_classes": 2, "preview_per_class": 2, "sample_steps": 2}
         scores = {"heldout_samples": 16, "kid_samples": min(config.kid_samples, 8), "kid_every": 1}
@@ -85,10 +90,11 @@ def run(config: LDMConfig) -> int:
         trainer.check_resume()
     weights = trainer.state.averaged_state_dict()  # on all processes, which gather a sharded model together
     if accelerator.is_main_process:
-        save_results(config, trainer, task, weights)
+        save_results(config, trainer, task, weights, repository)
     trainer.finish()
     if accelerator.is_main_process:
         print("dry run: every stage ran" if config.dry_run else next_steps(config, trainer, task))
+        upload(trainer.output_dir / ("lora" if config.lora_rank else "pipeline"), repository, step=trainer.step)
     return 0
 
 
@@ -120,12 +126,6 @@ def make_model(config: LDMConfig, codec: LatentCodec, num_classes: int | None, n
     if config.lora_rank:
         add_lora(model, config.lora_rank)
     return model
-
-
-def size_of(model: nn.Module) -> str:
-    """Describe the number of parameters, and of trainable ones if they are fewer."""
-    total, trained = count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{total / 1e6:.2f} M parameters" + (f" ({trained / 1e6:.3f} M trainable)" if trained < total else "")
 
 
 def fine_tuned(
@@ -287,23 +287,35 @@ def make_task(
 # Results
 
 
-def save_results(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask, weights: dict[str, Tensor]) -> None:
-    """Write the pipeline folder with the EMA weights, load it, and draw samples.png with it."""
-    folder = trainer.output_dir / "pipeline"
+def save_results(
+    config: LDMConfig,
+    trainer: Trainer,
+    task: LatentDiffusionTask,
+    weights: dict[str, Tensor],
+    repository: str | None = None,
+) -> None:
+    """Write the pipeline folder with the EMA weights, load it, draw samples.png with it, and write the model cards."""
+    folder, lora = trainer.output_dir / "pipeline", trainer.output_dir / "lora"
     module = trainer.state.module
     model = type(module).from_config(module.config)
     if config.lora_rank:
         add_lora(model, config.lora_rank)
     model.load_state_dict(without_alignment(weights))
     if config.lora_rank:
-        with user_errors(OSError), replaced(trainer.output_dir / "lora") as temporary:
+        with user_errors(OSError), replaced(lora) as temporary:
             IPTV2Pipeline.save_lora_weights(temporary, adapter_state_dict(model))
         merge_lora(model)
     with user_errors(OSError):
         with replaced(folder) as temporary:
             task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)
         pipeline = IPTV2Pipeline.from_pretrained(folder).to(trainer.accelerator.device)
-        task.sheet(pipeline, trainer.output_dir / "samples.png", show_progress=True)
+        sheet = task.sheet(pipeline, trainer.output_dir / "samples.png", show_progress=True)
+    log_picture(trainer.accelerator, "samples", sheet, trainer.step)
+    finished = {"step": trainer.step, "seconds": trainer.seconds}
+    pushed = None if config.lora_rank else repository
+    write_card(folder, config, denoiser_card(config, folder, pipeline, pushed), **finished)
+    if config.lora_rank:
+        write_card(lora, config, adapter_card(config, lora, pipeline, repository), **finished)
 
 
 def next_steps(config: LDMConfig, trainer: Trainer, task: LatentDiffusionTask) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from iptv2_diffusion.data.pairs import LAYOUTS
 from iptv2_diffusion.training.errors import ConfigError
-from iptv2_diffusion.training.options import TrainingConfig, option
+from iptv2_diffusion.training.options import TrainingConfig, lora_rank_option, option
 
 PHOTOGRAPHS = "~/.cache/iptv2-diffusion/photographs"  # where data/photographs/fetch.py puts them
 LOSSES = ("l1", "mse", "charbonnier", "psnr", "sobel")  # defined in `task.py`
@@ -99,6 +99,7 @@ class RestorationConfig(TrainingConfig):
     model_overrides: dict = option(  # noqa: RUF009
         {}, 'arguments of the model to change, as JSON, such as {"channels": 64}', group="model"
     )
+    lora_rank: int | None = lora_rank_option()
     backbone_from: str | None = option(
         None, "saved denoiser or restorer that gives the initial backbone weights; none: random weights", group="model"
     )
@@ -125,6 +126,11 @@ class RestorationConfig(TrainingConfig):
         self._check_degradations()
         self._check_stages()
         self._check_losses()
+        if self.lora_rank and self.backbone_from is not None:
+            raise ConfigError(
+                f"lora_rank {self.lora_rank} changes the saved restorer that model names, and backbone_from replaces "
+                "its backbone; leave one out"
+            )
 
     def resolve(self) -> RestorationConfig:
         """Replace the default `heldout`: the held-out photographs belong to the default data only."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -13,18 +14,23 @@ from iptv2_diffusion import IPTV2RestorationPipeline
 from iptv2_diffusion.evaluation.results import cast, replaced
 from iptv2_diffusion.models.exchange import load_backbone
 from iptv2_diffusion.models.fusion import trainable
-from iptv2_diffusion.models.presets import create_model
+from iptv2_diffusion.models.presets import create_model, find_weights
 from iptv2_diffusion.recipes.restoration.config import RestorationConfig
 from iptv2_diffusion.recipes.restoration.data import make_heldout, make_sources
 from iptv2_diffusion.recipes.restoration.task import RestorationTask
 from iptv2_diffusion.training.accelerator import check_batch_size, make_accelerator, resolve_sharding
+from iptv2_diffusion.training.adapters import adapter_state_dict, add_lora, merge_lora, needs_weights, size_of
 from iptv2_diffusion.training.errors import ConfigError, user_errors
+from iptv2_diffusion.training.logging import log_picture
 from iptv2_diffusion.training.loop import Outcome, Trainer
+from iptv2_diffusion.training.model_card import CardContents, last_metrics, of_adapter, write_card
+from iptv2_diffusion.training.publishing import create_repository, upload
 from iptv2_diffusion.training.run_folder import command_to_train_longer, prepare_dry_run, this_command
 
 
 def run(config: RestorationConfig) -> int:
     """Build, train, save; returns the exit code."""
+    repository = create_repository(config)
     if config.dry_run:
         config = prepare_dry_run(config, heldout_images=1, heldout_size=64)
     config = resolve_sharding(config)
@@ -32,8 +38,7 @@ def run(config: RestorationConfig) -> int:
     for stage, size in enumerate(config.patch_batch_sizes, start=1):
         check_batch_size(f"patch_batch_sizes, stage {stage}:", size, accelerator, config.gradient_accumulation_steps)
     model = make_model(config, accelerator.print)
-    parameters = sum(p.numel() for p in model.parameters())
-    accelerator.print(f"{config.model}: {parameters / 1e6:.3f} M parameters on {accelerator.device}")
+    accelerator.print(f"{config.model}: {size_of(model)} on {accelerator.device}")
     trainer = Trainer(config, accelerator, model, curves=("psnr", *(f"psnr_sigma{s:g}" for s in config.heldout_sigmas)))
     task = make_task(config, trainer)
     trainer.resume()
@@ -43,10 +48,11 @@ def run(config: RestorationConfig) -> int:
     if config.dry_run:
         trainer.check_resume()
     if accelerator.is_main_process:
-        save_pipeline(config, trainer)
+        save_pipeline(config, trainer, task, repository)
     trainer.finish()
     if accelerator.is_main_process:
         print("dry run: every stage ran" if config.dry_run else next_steps(config, trainer))
+        upload(trainer.output_dir / ("lora" if config.lora_rank else "pipeline"), repository, step=trainer.step)
     return 0
 
 
@@ -57,6 +63,8 @@ def make_model(config: RestorationConfig, say: Callable[[str], None] = print) ->
         overrides["num_tasks"] = len(config.tasks)
     set_seed(config.seed)
     with user_errors(OSError, ValueError):
+        if config.lora_rank:
+            needs_weights(find_weights(config.model))
         model = trainable(create_model(config.model, **overrides))
         if config.backbone_from is not None:
             say(load_backbone(model, create_model(config.backbone_from)))
@@ -69,6 +77,8 @@ def make_model(config: RestorationConfig, say: Callable[[str], None] = print) ->
             "this model takes a noise level, but the data has none; add --model_overrides "
             "'{\"sigma_conditioning\": null}'"
         )
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
     return model
 
 
@@ -89,16 +99,62 @@ def make_task(config: RestorationConfig, trainer: Trainer) -> RestorationTask:
     return RestorationTask(config, accelerator, model=trainer.state.module, sources=sources, heldout=heldout)
 
 
-def save_pipeline(config: RestorationConfig, trainer: Trainer) -> None:
-    """Write the fused restorer with the EMA weights, and the run's configuration, to output_dir/pipeline."""
+def save_pipeline(
+    config: RestorationConfig, trainer: Trainer, task: RestorationTask, repository: str | None = None
+) -> None:
+    """Write the fused restorer with the EMA weights, the run's configuration and a model card to output_dir/pipeline."""
+    folder, lora = trainer.output_dir / "pipeline", trainer.output_dir / "lora"
     module = trainer.state.module
     model = type(module).from_config(module.config)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
     model.load_state_dict(trainer.state.averaged_state_dict())
+    if config.lora_rank:
+        with user_errors(OSError), replaced(lora) as temporary:
+            IPTV2RestorationPipeline.save_lora_weights(temporary, adapter_state_dict(model))
+        merge_lora(model)
     model = cast(model.fuse(), config.save_dtype)
     sigma_range = None if model.config.sigma_conditioning is None else config.noise
-    with user_errors(OSError), replaced(trainer.output_dir / "pipeline") as temporary:
+    with user_errors(OSError), replaced(folder) as temporary:
         IPTV2RestorationPipeline(model, sigma_range).save_pretrained(temporary)
         shutil.copy(trainer.output_dir / "config.yaml", temporary / "training_config.yaml")
+    with trainer.state.averaged() as averaged:
+        picture = task.picture(averaged, trainer.output_dir / "restored.png")
+    log_picture(trainer.accelerator, "restored", picture, trainer.step)
+    finished = {"step": trainer.step, "seconds": trainer.seconds}
+    card = restorer_card(config, folder, picture, None if config.lora_rank else repository)
+    write_card(folder, config, card, **finished)
+    if config.lora_rank:
+        adapted = restorer_card(config, lora, picture, repository)
+        load = usage(config.model, f"pipe.load_lora_weights({str(repository or lora)!r})")
+        write_card(lora, config, of_adapter(adapted, config.lora_rank, config.model, load), **finished)
+
+
+def restorer_card(
+    config: RestorationConfig, folder: Path, picture: Path | None, repository: str | None
+) -> CardContents:
+    """What the model card says."""
+    kinds = config.tasks or (", ".join(config.degradations),)
+    removed = "pairs of degraded and clean images" if config.layout != "clean" else " or ".join(kinds)
+    return CardContents(
+        repository=repository,
+        summary=f"A restorer of {'colour' if config.channels == 3 else 'gray'} images of any size. It was trained on "
+        f"{removed}. The saved model is fused, in {config.save_dtype}.",
+        task="image-to-image",
+        tags=("image-restoration",),
+        usage=usage(str(repository or folder)),
+        metrics=last_metrics(folder.parent, "psnr.*"),
+        picture=picture,
+        caption="Held-out images: degraded, restored, clean.",
+        base_model=config.model,
+    )
+
+
+def usage(name: str, *load: str) -> str:
+    """Python code that restores an image by the pipeline of this name; `load` are further lines."""
+    pipeline = f"pipe = IPTV2RestorationPipeline.from_pretrained({name!r})"
+    restore = 'image = pipe("photo.png").images[0]'
+    return "\n".join(["from iptv2_diffusion import IPTV2RestorationPipeline", "", pipeline, *load, restore])
 
 
 def next_steps(config: RestorationConfig, trainer: Trainer) -> str:
@@ -106,7 +162,7 @@ def next_steps(config: RestorationConfig, trainer: Trainer) -> str:
     folder, quoted = trainer.output_dir, shlex.quote(str(trainer.output_dir / "pipeline"))
     return f"""
 trained {trainer.step} steps in {trainer.seconds / 60:.1f} minutes; in {folder}/:
-  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/
+  loss_curve.png  metrics.jsonl  config.yaml  previews/  checkpoint-*/  pipeline/{"  lora/" if config.lora_rank else ""}
 
 What to try next
   restore images:    iptv2-restore photo.png -o restored --model {quoted}

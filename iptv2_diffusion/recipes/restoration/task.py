@@ -131,20 +131,23 @@ class RestorationTask(TrainingTask):
             figures["psnr"] = sum(figures.values()) / len(figures)
         return figures
 
-    @torch.no_grad()
     def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path | None:
-        """Write previews/step-*.png: the first held-out crop of each kind, degraded, restored and clean."""
+        """Write previews/step-*.png; see `picture`."""
+        return self.picture(model, Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png")
+
+    @torch.no_grad()
+    def picture(self, model: nn.Module, path: Path) -> Path | None:
+        """Write the first held-out crop of each kind, degraded, restored and clean; return None without such crops."""
         if not self.heldout:
             return None
         rows = []
         for batch in self.heldout.values():
             first = batch.map(lambda value: value[:1].to(self.accelerator.device))
             rows += [first.degraded, self.predict(model, first), first.clean]
-        path = Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.cat(rows).float()
         if not pixels.isfinite().all():  # they would be black squares
-            self.accelerator.print(f"no preview at step {step}: the model returns NaN or infinity")
+            self.accelerator.print(f"no {path.name}: the model returns NaN or infinity")
             return None
         save_image(pixels.clamp(0, 1), path, nrow=3)
         return path
