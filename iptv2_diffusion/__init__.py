@@ -30,12 +30,16 @@ if TYPE_CHECKING:
     from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
     from iptv2_diffusion.objectives import DiffusionObjective
     from iptv2_diffusion.pipelines.pipeline_iptv2 import IPTV2Pipeline
+    from iptv2_diffusion.pipelines.pipeline_iptv2_img2img import IPTV2Img2ImgPipeline
+    from iptv2_diffusion.pipelines.pipeline_iptv2_inpaint import IPTV2InpaintPipeline
     from iptv2_diffusion.pipelines.pipeline_iptv2_restoration import IPTV2RestorationPipeline
 
 # Public name -> module that defines it
 _LAZY_NAMES = {
     "PRESETS": "iptv2_diffusion.models.presets",
     "DiffusionObjective": "iptv2_diffusion.objectives",
+    "IPTV2Img2ImgPipeline": "iptv2_diffusion.pipelines.pipeline_iptv2_img2img",
+    "IPTV2InpaintPipeline": "iptv2_diffusion.pipelines.pipeline_iptv2_inpaint",
     "IPTV2Pipeline": "iptv2_diffusion.pipelines.pipeline_iptv2",
     "IPTV2RestorationModel": "iptv2_diffusion.models.restoration_iptv2",
     "IPTV2RestorationPipeline": "iptv2_diffusion.pipelines.pipeline_iptv2_restoration",
@@ -49,6 +53,8 @@ _LAZY_NAMES = {
 __all__ = [
     "PRESETS",
     "DiffusionObjective",
+    "IPTV2Img2ImgPipeline",
+    "IPTV2InpaintPipeline",
     "IPTV2Pipeline",
     "IPTV2RestorationModel",
     "IPTV2RestorationPipeline",
@@ -59,7 +65,8 @@ __all__ = [
     "create_model",
 ]
 
-_PIPELINES = [name for name, module in _LAZY_NAMES.items() if module.startswith("iptv2_diffusion.pipelines.")]
+# What diffusers' loaders look up as attributes of diffusers: pipelines, and models that lie alone in a folder
+_SAVED_CLASSES = [name for name in _LAZY_NAMES if name.startswith("IPTV2")]
 
 try:
     __version__ = version("iptv2-diffusion")
@@ -79,13 +86,13 @@ def __dir__() -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plain DiffusionPipeline.from_pretrained
+# Plain DiffusionPipeline.from_pretrained and AutoModel.from_pretrained
 
 
 def _register_with_diffusers() -> None:
-    """Register our pipelines with diffusers, so that plain ``DiffusionPipeline.from_pretrained`` can load them.
+    """Register our classes with diffusers, so that its ``DiffusionPipeline`` and ``AutoModel`` can load them.
 
-    diffusers must be imported already. It has no registration hook: it looks up a pipeline's class as an attribute of
+    diffusers must be imported already. It has no registration hook: it looks up a class as an attribute of
     ``diffusers``, and it loads a repository of the Hub only if the module of each component is an attribute of
     ``diffusers.pipelines``. This function sets both attributes unless diffusers has them.
     ``IPTV2Pipeline.from_pretrained(folder)`` needs neither.
@@ -93,13 +100,13 @@ def _register_with_diffusers() -> None:
     diffusers, pipelines = sys.modules["diffusers"], importlib.import_module("diffusers.pipelines")
     if not hasattr(pipelines, __name__):
         setattr(pipelines, __name__, sys.modules[__name__])
-    if not set(_PIPELINES) & set(dir(diffusers)):
-        vars(diffusers).setdefault("__getattr__", _pipeline_class)
+    if not set(_SAVED_CLASSES) & set(dir(diffusers)):
+        vars(diffusers).setdefault("__getattr__", _saved_class)
 
 
-def _pipeline_class(name: str) -> Any:
-    """Return one of our pipelines as ``diffusers.<name>`` (PEP 562), imported at its first use (it takes seconds)."""
-    if name not in _PIPELINES:
+def _saved_class(name: str) -> Any:
+    """Return one of our classes as ``diffusers.<name>`` (PEP 562), imported at its first use (it takes seconds)."""
+    if name not in _SAVED_CLASSES:
         raise AttributeError(f"module 'diffusers' has no attribute {name!r}")
     return getattr(sys.modules[__name__], name)
 

@@ -3,20 +3,18 @@
 One step, for all labels in one batch:
 
     (cond, uncond) = transformer([x_t, x_t], t, [label, null label])     one forward for the pair
-    guided         = uncond + guidance_scale * (cond - uncond)           on all latent channels; or a diffusers guider
+    guided         = uncond + guidance_scale * (cond - uncond)           on all latent channels; see guidance.py
     x_{t-1}        = scheduler.step(guided, t, x_t)
 
 The latents and the scheduler's arithmetic stay in float32 for every precision of the transformer. The scheduler owns
 the noise schedule. The LatentCodec owns the size and the units of the latents.
 """
 
-import difflib
 import inspect
 import logging
 import math
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, SupportsIndex, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -34,7 +32,6 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
@@ -45,10 +42,13 @@ from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.loading import align_weights, check_complete
 from iptv2_diffusion.models.transformer_iptv2 import IPTV2Transformer2DModel
 from iptv2_diffusion.non_finite import NonFiniteImageError
-from iptv2_diffusion.objectives import is_of_flow, noise_schedule_of, prediction_of
+from iptv2_diffusion.objectives import is_of_flow, noise_schedule_of, null_label, prediction_of
 
+from .class_labels import ClassLabelsMixin, Label
+from .guidance import GuidanceMixin
 from .lora_loading import IPTV2LoraLoaderMixin
-from .scheduler_fit import check_scheduler
+from .scheduler_fit import check_scheduler, sampling_timesteps
+from .starts import Start
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,6 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEARNED_VARIANCES = ("learned", "learned_range")
 # Schedulers that use a variance predicted by the model
 VARIANCE_SCHEDULERS = (DDPMScheduler, DDPMParallelScheduler)
-
-Label = int | str
 
 EXAMPLE_DOC_STRING = """
         Examples:
@@ -74,7 +72,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
+class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2LoraLoaderMixin):
     """Pipeline for class-conditional or unconditional image generation.
 
     Args:
@@ -91,13 +89,16 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
             the scheduler.
         noise_schedule: fields of the scheduler's config that determine the noise at each training timestep
             (num_train_timesteps, beta_start ...); None for those of the scheduler.
+        guidance_model: weaker denoiser that replaces the null label in the guidance (AutoGuidance, arXiv 2406.02507):
+            a smaller model, or one that was trained for less time, with the same target and on the same latents.
 
     Raises:
         ValueError: the components do not fit each other, a class id is below 0, or weights are missing.
     """
 
     __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "transformer->guidance_model->vae"
+    _optional_components = ["guidance_model"]
     _callback_tensor_inputs = ["latents", "class_labels", "model_output"]
 
     def __init__(
@@ -110,13 +111,14 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         flow_matching: Optional[bool] = None,  # noqa: UP045
         prediction_type: Optional[str] = None,  # noqa: UP045
         noise_schedule: Optional[dict] = None,  # noqa: UP045
+        guidance_model: Union[IPTV2Transformer2DModel, DiTTransformer2DModel, None] = None,  # noqa: UP007
     ):
         super().__init__()
-        for component in (transformer, vae):
+        for component in (transformer, vae, guidance_model):
             if component is not None:
                 check_complete(component)  # diffusers' own classes leave missing weights uninitialised
                 align_weights(component)  # they do not align weights either; a saved pipeline must give the same image
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, guidance_model=guidance_model)
         # JSON turns integer keys into strings
         id2label = {int(key): str(name) for key, name in id2label.items()} if id2label else None
         if scheduler is not None:
@@ -174,25 +176,6 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         return codec
 
     @property
-    def num_classes(self) -> int | None:
-        """Number of classes, which is also the id of the null label; None for an unconditional transformer."""
-        config = self.transformer.config
-        return config["num_class_embeds"] if "num_class_embeds" in config else config.get("num_embeds_ada_norm")
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        return self.config.get("id2label") or {}
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Class ids by name, including synonyms. If two classes share a name, it means the lower id."""
-        labels: dict[str, int] = {}
-        for key, name in sorted(self.id2label.items()):
-            for synonym in (name, *name.split(",")):
-                labels.setdefault(synonym.strip(), key)
-        return labels
-
-    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -214,30 +197,6 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         self._vae_tiling = None
 
     # --- inputs ------------------------------------------------------------------------------------------------------
-
-    def get_label_ids(self, labels: Label | Sequence[Label] | Tensor | np.ndarray) -> list[int]:
-        """Return the class ids of labels, which are names or ids."""
-        if isinstance(labels, (Tensor, np.ndarray)):
-            labels = labels.flatten().tolist()
-        elif isinstance(labels, str) or not isinstance(labels, Sequence):
-            labels = [labels]
-        return [self._label_id(label) for label in labels]
-
-    def _label_id(self, label: Label) -> int:
-        if isinstance(label, str):
-            names = self.labels
-            if label in names:
-                return names[label]
-            if not names:
-                raise ValueError(f"class name {label!r}: this pipeline has no class names (id2label); give a class id")
-            near = difflib.get_close_matches(label.lower(), names, n=3, cutoff=0.5) or sorted(names)[:5]
-            raise ValueError(f"unknown class name {label!r}; the nearest of {len(names)} names: {', '.join(near)}")
-        if not isinstance(label, SupportsIndex):
-            raise TypeError(f"class label {label!r} is neither a class name nor a whole number")
-        index = operator.index(label)
-        if not 0 <= index < self.num_classes:
-            raise ValueError(f"class label {index} is out of range; the model has classes 0 to {self.num_classes - 1}")
-        return index
 
     def check_inputs(
         self,
@@ -273,17 +232,6 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}; not {unknown}")
-
-    def _prepare_labels(self, class_labels: Any, num_images_per_label: int, device: torch.device) -> Tensor | None:
-        """Return the labels (B,) int64, null labels if none are given; None for an unconditional model."""
-        if self.num_classes is None:
-            if class_labels is not None:
-                raise ValueError("this model is unconditional: leave class_labels out and set num_images_per_label")
-            return None
-        ids = [self.num_classes] if class_labels is None else self.get_label_ids(class_labels)
-        if not ids:
-            raise ValueError("class_labels is empty; give at least one class, or None for the model's null label")
-        return torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
 
     def prepare_latents(
         self,
@@ -347,45 +295,14 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
     def _learns_variance(self) -> bool:
         return self.transformer.config.out_channels == 2 * self.transformer.config.in_channels
 
-    def _prepare_guider(
-        self,
-        guider: BaseGuidance | None,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        guidance_rescale: float,
-        guidable: bool,
-    ) -> BaseGuidance | None:
-        """Return the guider of a call; None if there is no label to guide towards."""
-        self._guidance_scale = getattr(guider, "guidance_scale", guidance_scale)
-        if not guidable:
-            return None
-        if guider is not None:
-            if guider._input_predictions != ["pred_cond", "pred_uncond"] or (
-                type(guider).prepare_models is not BaseGuidance.prepare_models
-            ):
-                raise ValueError(
-                    f"{type(guider).__name__} needs more than a conditional and an unconditional prediction; use "
-                    "ClassifierFreeGuidance, AdaptiveProjectedGuidance or another guider of such a pair"
-                )
-            return guider
-        start, stop = guidance_interval
-        guider_log = logging.getLogger("diffusers.guiders.guider_utils")
-        level = guider_log.level
-        guider_log.setLevel(logging.ERROR)  # each new guider warns that guiders are experimental
-        try:
-            return ClassifierFreeGuidance(
-                guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, start=start, stop=stop
-            )
-        finally:
-            guider_log.setLevel(level)
-
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def _denoise(self, latents: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Return the transformer's output (B, C or 2C, h, w) in float32."""
+    def _denoise(self, model: ModelMixin, latents: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Return the output of a denoiser (B, C or 2C, h, w) in float32."""
         timestep = timestep.to(latents.device).expand(latents.shape[0])
-        latents = latents.to(self.transformer.dtype)
-        return self.transformer(latents, timestep=timestep, class_labels=class_labels, return_dict=False)[0].float()
+        class_labels = None if null_label(model) is None else class_labels
+        latents = latents.to(model.dtype)
+        return model(latents, timestep=timestep, class_labels=class_labels, return_dict=False)[0].float()
 
     def _predict(
         self, latents: Tensor, timestep: Tensor, class_labels: Tensor | None, guider: BaseGuidance | None
@@ -393,13 +310,19 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         """Return the guided prediction (B, C, h, w) and the unguided variance channels (B, C or 0, h, w)."""
         channels = latents.shape[1]
         if guider is None:
-            output = self._denoise(latents, timestep, class_labels)
+            output = self._denoise(self.transformer, latents, timestep, class_labels)
             return output[:, :channels], output[:, channels:]
-        null_labels = torch.full_like(class_labels, self.num_classes)
+        weak = self.guidance_model
+        other_labels = class_labels if weak is not None else torch.full_like(class_labels, self.num_classes)
         # One batch or two, as guidance acts at this step or not; some guiders also reset here what they keep over steps
-        batches = guider.prepare_inputs({"class_labels": (class_labels, null_labels)})
-        labels = torch.cat([batch.class_labels for batch in batches])
-        outputs = self._denoise(torch.cat([latents] * len(batches)), timestep, labels).chunk(len(batches))
+        batches = guider.prepare_inputs({"class_labels": (class_labels, other_labels)})
+        if weak is None:
+            labels = torch.cat([batch.class_labels for batch in batches])
+            repeated = torch.cat([latents] * len(batches))
+            outputs = self._denoise(self.transformer, repeated, timestep, labels).chunk(len(batches))
+        else:
+            models = (self.transformer, weak)[: len(batches)]
+            outputs = [self._denoise(model, latents, timestep, class_labels) for model in models]
         for batch, output in zip(batches, outputs, strict=True):
             batch.noise_pred = output[:, :channels]
         return guider(batches).pred, outputs[0][:, channels:]
@@ -412,13 +335,14 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         class_labels: Tensor | None,
         guider: BaseGuidance | None,
         scheduler: SchedulerMixin,
+        timesteps: Tensor,
+        start: Start,
         step_options: dict[str, Any],
         callback: Callable[..., dict] | None,
         callback_tensor_inputs: Sequence[str],
     ) -> Tensor:
-        """Denoise noise of unit variance to latents (B, C, h, w). `step_options` are filtered by the scheduler."""
-        # flow-matching schedulers have neither of these two
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        """Denoise the latents of the first timestep to latents (B, C, h, w). The scheduler filters `step_options`."""
+        # flow-matching schedulers do not have this method
         scale_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
         takes = inspect.signature(scheduler.step).parameters
         step_options = {name: value for name, value in step_options.items() if name in takes}
@@ -426,12 +350,12 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
             isinstance(scheduler, VARIANCE_SCHEDULERS) and scheduler.config.variance_type in LEARNED_VARIANCES
         )
 
-        self._num_timesteps = len(scheduler.timesteps)
+        self._num_timesteps = len(timesteps)
         self._interrupt = False
         # The first step after which an image was not finite, read at the end: a look at every step waits for the device
         self._spoilt = torch.full((len(latents),), -1, device=latents.device)
         with self.progress_bar(total=self._num_timesteps) as progress:
-            for step, timestep in enumerate(scheduler.timesteps):
+            for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
                 if guider is not None:
@@ -441,6 +365,7 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
                 if step_takes_variance:
                     model_output = torch.cat([model_output, variance], dim=1)
                 latents = scheduler.step(model_output, timestep, latents, **step_options, return_dict=False)[0]
+                latents = start.after_step(latents, step)
 
                 if callback is not None:
                     known = {"latents": latents, "class_labels": class_labels, "model_output": model_output}
@@ -454,13 +379,14 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         return latents
 
     def _decode(
-        self, latents: Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None
+        self, latents: Tensor, output_type: str, generator: torch.Generator | list[torch.Generator] | None, start: Start
     ) -> Any:
         """Decode latents to images of the output type."""
         if output_type == "latent":
             result = latents
         else:
             result = self.codec.decode(latents, generator if isinstance(generator, torch.Generator) else None)
+            result = start.finish(result)
         spoilt = (~result.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
         if output_type != "latent":
             result = self.image_processor.postprocess(result.nan_to_num(0.0) if spoilt else result, output_type)
@@ -488,6 +414,8 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = 4.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
@@ -508,7 +436,10 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
                 a conditional model (an image of any class, without guidance).
             height, width: size in pixels, multiples of the VAE's compression factor; by default the training size.
             num_inference_steps: number of denoising steps.
-            guidance_scale: classifier-free guidance scale. 1 turns guidance off and halves the time.
+            timesteps: timesteps to sample instead, from noise to image, for a scheduler that takes them.
+            sigmas: noise levels to sample instead, from noise to image, for a scheduler that takes them.
+            guidance_scale: guidance scale w: uncond + w (cond - uncond), where uncond is the prediction for the null
+                label, or that of the guidance model. 1 turns guidance off and halves the time.
             guidance_interval: (start, stop), the part of the sampling with guidance, as fractions of the steps.
             guidance_rescale: 0 to 1, how strongly the guided prediction is rescaled to the standard deviation of the
                 conditional one (Lin et al. 2023, arXiv 2305.08891, §3.4).
@@ -532,22 +463,66 @@ class IPTV2Pipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
 
         Examples:
         """
-        tensors = callback_on_step_end_tensor_inputs
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            tensors = callback_on_step_end.tensor_inputs
-        guidance = (guidance_scale, guidance_interval, guidance_rescale)
-        self.check_inputs(num_inference_steps, *guidance, num_images_per_label, eta, output_type, tensors)
+        options = dict(locals())
+        del options["self"]
+        return self._generate(Start(), **options)
 
+    def _generate(
+        self,
+        start: Start,
+        *,
+        class_labels: Any,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        guidance_rescale: float,
+        guider: BaseGuidance | None,
+        num_images_per_label: int,
+        eta: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        latents: Tensor | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images from a start; see `__call__` for the other arguments."""
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            guidance_rescale,
+            num_images_per_label,
+            eta,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
         device = self._execution_device
         guidable = class_labels is not None
-        class_labels = self._prepare_labels(class_labels, num_images_per_label, device)
-        batch = num_images_per_label if class_labels is None else len(class_labels)
-        latents = self.prepare_latents(batch, height, width, generator, latents, device)
-        guider = self._prepare_guider(guider, *guidance, guidable)
+        class_labels = self._prepare_labels(class_labels, num_images_per_label, device, start.count)
+        batch = start.count * num_images_per_label if class_labels is None else len(class_labels)
+        noise = self.prepare_latents(batch, height, width, generator, latents, device)
+        guidance = (guidance_scale, guidance_interval, guidance_rescale)
         scheduler = self._prepare_scheduler()
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        step_options = {"generator": generator, "eta": eta}
-        latents = self._sample(latents, class_labels, guider, scheduler, step_options, callback_on_step_end, tensors)
-        images = self._decode(latents, output_type, generator)
+        steps = sampling_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
+        steps = start.timesteps(scheduler, steps)
+        latents = self._sample(
+            start.latents(scheduler, noise, steps),
+            class_labels,
+            self._prepare_guider(guider, *guidance, guidable=guidable),
+            scheduler,
+            steps,
+            start,
+            {"generator": generator, "eta": eta},
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        images = self._decode(latents, output_type, generator, start)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -6,7 +6,9 @@ call. tests/pipelines/test_scheduler_fit.py tests this with every scheduler clas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from diffusers import DDPMScheduler, SchedulerMixin
 
 from iptv2_diffusion.objectives import FLOW, SCHEDULE_FIELDS, is_of_flow, noise_schedule_of
 
-__all__ = ["check_scheduler"]
+__all__ = ["check_scheduler", "sampling_timesteps"]
 
 # Classes that sample noise, v- or sample prediction on a DDPM's noise schedule
 NOISE_CLASSES = (
@@ -169,3 +171,30 @@ def _right_call(name: str, prediction: str, schedule: Mapping[str, Any] | None) 
 
 def _arguments(options: Mapping[str, Any] | None) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in (options or {}).items())
+
+
+def sampling_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    device: torch.device,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """Set a scheduler's timesteps, from their number or from given timesteps or noise levels, and return them.
+
+    Raises:
+        ValueError: both are given, they do not fall, or the scheduler does not take them.
+    """
+    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+        falling = values is None or all(high > low for high, low in pairwise(values))
+        if values is not None and (len(values) == 0 or not falling):
+            raise ValueError(f"{name} is {list(values)[:5]}; give numbers that fall, from noise to image")
+        if values is not None and name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{type(scheduler).__name__} takes no {name}; leave them out, or use another scheduler")
+    if timesteps is None and sigmas is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return scheduler.timesteps
+    # late: that module imports text encoders, which takes a second
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+
+    return retrieve_timesteps(scheduler, device=device, timesteps=timesteps, sigmas=sigmas)[0]

@@ -1,6 +1,8 @@
-"""Draw images of chosen classes with a pipeline.
+"""Draw images of chosen classes with a pipeline, from noise or from an image.
 
     iptv2-generate food_drink flags -n 8 --grid sheet.png
+    iptv2-generate flags --image cat.png --strength 0.6
+    iptv2-generate smileys_emotion --image face.png --mask mask.png
     iptv2-generate --list-classes
 
 Every image is written to OUT/CLASS-SEED.png and depends only on its class and its seed. OUT is a new folder, or a
@@ -46,6 +48,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--grid", type=user_path, metavar="FILE", help="also write all images as one sheet, one row per class")
     add("--pipeline", default=DEFAULT_PIPELINE, help=f"folder or Hub name of an IPTV2Pipeline [{DEFAULT_PIPELINE}]")
     add("--lora", metavar="ADAPTER", help="file, folder or Hub name of a LoRA adapter for the pipeline")
+    add("--image", type=user_path, metavar="FILE", help="image to change instead of noise; it is resized to the output")
+    add(
+        "--strength",
+        type=float,
+        help="how far --image is changed, from 0 (not at all) to 1 (drawn anew) [0.8; with --mask 1]",
+    )
+    add(
+        "--mask", type=user_path, metavar="FILE", help="image that is white where --image is drawn anew; the rest stays"
+    )
+    add(
+        "--guidance-model",
+        metavar="NAME",
+        help="folder or Hub name of a weaker denoiser that replaces the null label in the guidance (AutoGuidance)",
+    )
     add(
         "--seed",
         type=int,
@@ -64,6 +80,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"-n is {arguments.number}; it must be at least 1")
     if not 0 <= arguments.seed <= 2**63 - arguments.number:
         parser.error(f"--seed is {arguments.seed}; it must lie in [0, 2**63 - {arguments.number}]")
+    for name in ("mask", "strength"):
+        if getattr(arguments, name) is not None and arguments.image is None:
+            parser.error(f"--{name} needs the image to change: give --image FILE")
     return arguments
 
 
@@ -76,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors(ValueError):
         words = [int(word) if word.isdecimal() else word for word in arguments.classes]
         labels: list[int | None] = [*dict.fromkeys(pipeline.get_label_ids(words))] if words else [None]
-    written = draw(pipeline, labels, arguments)
+    pipeline, given = from_image(pipeline, arguments)
+    written = draw(pipeline, labels, arguments, given)
     if arguments.json:
         print(json.dumps(written, indent=2))
     else:
@@ -102,9 +122,41 @@ def load(arguments: argparse.Namespace) -> IPTV2Pipeline:
         with loading(arguments.lora):
             pipeline.load_lora_weights(str(user_path(arguments.lora)))
             pipeline.fuse_lora()
+    if arguments.guidance_model is not None:
+        with loading(arguments.guidance_model):
+            pipeline.load_guidance_model(arguments.guidance_model)
     with user_errors(RuntimeError, AssertionError):  # torch's error about the device
         pipeline.to(find_device(arguments.device))
     return pipeline
+
+
+def from_image(pipeline: IPTV2Pipeline, arguments: argparse.Namespace) -> tuple[IPTV2Pipeline, dict[str, Any]]:
+    """Return the pipeline for `--image` and `--mask`, and its arguments for them; the same pipeline without them."""
+    if arguments.image is None:
+        return pipeline, {}
+    from iptv2_diffusion import IPTV2Img2ImgPipeline, IPTV2InpaintPipeline
+
+    given: dict[str, Any] = {"image": read_picture(arguments.image)}
+    if arguments.mask is not None:
+        given["mask_image"] = read_picture(arguments.mask)
+    if arguments.strength is not None:
+        given["strength"] = arguments.strength
+    sample_size = pipeline.transformer.config.sample_size
+    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    height, width = pipeline.codec.image_size(*sides)
+    given |= {"height": arguments.height or height, "width": arguments.width or width}
+    return (IPTV2Img2ImgPipeline if arguments.mask is None else IPTV2InpaintPipeline).from_pipe(pipeline), given
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read an image file as 8-bit RGB."""
+    from iptv2_diffusion.data.image_files import ImageFileError, as_rgb, read_image_file
+
+    try:
+        with user_errors(OSError):
+            return as_rgb(read_image_file(path).pixels)
+    except ImageFileError as error:
+        raise UserError(f"{printable(path)}: {error}") from error
 
 
 def list_classes(pipeline: IPTV2Pipeline, *, as_json: bool) -> int:
@@ -119,8 +171,13 @@ def list_classes(pipeline: IPTV2Pipeline, *, as_json: bool) -> int:
     return 0
 
 
-def draw(pipeline: IPTV2Pipeline, labels: list[int | None], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Draw and write the images, each batch as soon as it is drawn; returns file, class and seed of each image."""
+def draw(
+    pipeline: IPTV2Pipeline, labels: list[int | None], arguments: argparse.Namespace, given: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Draw and write the images, each batch as soon as it is drawn; returns file, class and seed of each image.
+
+    `given` are further arguments of the pipeline.
+    """
     from tqdm import tqdm
 
     from iptv2_diffusion.data.own_folder import OwnFolder
@@ -140,7 +197,7 @@ def draw(pipeline: IPTV2Pipeline, labels: list[int | None], arguments: argparse.
     with tqdm(total=len(batches) * max(arguments.steps, 1), leave=False, file=sys.stderr) as bar:
         for label, batch in batches:
             bar.set_description(printable(names[label]))
-            pictures = draw_batch(pipeline, label, batch, arguments, bar)
+            pictures = draw_batch(pipeline, label, batch, arguments, given, bar)
             with user_errors(OSError, ValueError):
                 for seed, picture in zip(batch, pictures, strict=True):
                     name = f"{stems[label]}-{seed}.png"
@@ -176,7 +233,12 @@ def file_stems(names: dict[int | None, str]) -> dict[int | None, str]:
 
 
 def draw_batch(
-    pipeline: IPTV2Pipeline, label: int | None, seeds: range, arguments: argparse.Namespace, bar: Any
+    pipeline: IPTV2Pipeline,
+    label: int | None,
+    seeds: range,
+    arguments: argparse.Namespace,
+    given: dict[str, Any],
+    bar: Any,
 ) -> list[Image.Image]:
     """Draw the images of a class and of these seeds."""
     import torch
@@ -191,8 +253,7 @@ def draw_batch(
             num_images_per_label=len(seeds),
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance_scale,
-            height=arguments.height,
-            width=arguments.width,
+            **{"height": arguments.height, "width": arguments.width, **given},
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             callback_on_step_end=count_step,
         ).images

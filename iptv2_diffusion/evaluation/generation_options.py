@@ -36,6 +36,12 @@ class GenerationConfig(Config):
     seed: int = option(0, "seed; image i depends only on (seed, i)", group="images")
     num_inference_steps: int = option(250, "number of denoising steps", group="sampler", at_least=1)
     guidance_scale: float = option(1.0, "classifier-free guidance scale; 1: no guidance", group="sampler")
+    guidance_model: str | None = option(
+        None,
+        "folder or Hub name of a weaker denoiser that replaces the null label in the guidance (AutoGuidance)",
+        group="sampler",
+        free=True,
+    )
     guidance_interval: tuple[float, float] = option(
         (0.0, 1.0),
         "part of the sampling during which guidance acts, as two fractions of the steps",

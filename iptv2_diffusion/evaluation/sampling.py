@@ -27,7 +27,7 @@ from iptv2_diffusion.data.draws import derive_seed, generator_for
 from iptv2_diffusion.evaluation.generation_options import CPU_GROUP_SIZE, LABEL_WORDS, GenerationConfig
 from iptv2_diffusion.evaluation.sample_folder import SampleFolder
 from iptv2_diffusion.files import file_sha256, shipped
-from iptv2_diffusion.models.presets import count_macs, count_parameters
+from iptv2_diffusion.models.presets import count_macs, count_parameters, find_weights
 from iptv2_diffusion.non_finite import NonFiniteImageError
 from iptv2_diffusion.training.accelerator import PROCESS_TIMEOUT, set_threads
 from iptv2_diffusion.training.errors import ConfigError, LocalError, UserError, loading, user_errors
@@ -79,23 +79,36 @@ def load_pipeline(config: GenerationConfig, device: torch.device) -> tuple[Any, 
         raise ConfigError(f"{config.pipeline} is a {type(pipeline).__name__}; give an IPTV2Pipeline or a DiTPipeline")
     if config.scheduler != "saved":
         pipeline.scheduler = change_scheduler(pipeline, config.scheduler)
+    if config.guidance_model is not None:
+        with loading(config.guidance_model):
+            pipeline.load_guidance_model(config.guidance_model)
     pipeline.to(device).set_progress_bar_config(disable=True)
-    if hasattr(pipeline.transformer, "fuse"):
-        pipeline.transformer = pipeline.transformer.fuse()
-    pipeline.transformer.eval()
-    if config.mixed_precision != "no":
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-        pipeline.transformer.forward = torch.autocast(device.type, dtype)(pipeline.transformer.forward)
-    files = sorted(p for kind in ("*.json", "*.safetensors") for p in Path(folder).rglob(kind))
+    for name in ("transformer", "guidance_model"):
+        model = getattr(pipeline, name)
+        if model is None:
+            continue
+        model = model.fuse().eval() if hasattr(model, "fuse") else model.eval()
+        if config.mixed_precision != "no":
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+            model.forward = torch.autocast(device.type, dtype)(model.forward)
+        setattr(pipeline, name, model)
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if k not in ("_use_default_values",)}
+    guide = None if config.guidance_model is None else find_weights(config.guidance_model)
     return pipeline, {
-        "files": {path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
+        "files": hashes(Path(folder), "*.json", "*.safetensors"),
+        **({} if guide is None else {"guidance_files": hashes(guide.folder, "*.json", "*.safetensors")}),
         "scheduler_class": type(pipeline.scheduler).__name__,
         "scheduler_config": json.loads(json.dumps(scheduler, default=str)),
         "num_classes": pipeline.num_classes,
         "parameters": count_parameters(pipeline.transformer),
         "gmacs": count_macs(pipeline.transformer) / 1e9,
     }
+
+
+def hashes(folder: Path, *kinds: str) -> dict[str, str]:
+    """Return the SHA-256 of a folder's files of some kinds, such as "*.json", by relative name."""
+    files = sorted(path for kind in kinds for path in folder.rglob(kind))
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def change_scheduler(pipeline: Any, name: str) -> Any:

@@ -77,7 +77,7 @@ def _component(pipeline: Path) -> str:
     """Return the name of the trainable component of a pipeline."""
     index = _read_json(pipeline / "model_index.json")
     for name, kind in index.items():
-        if isinstance(kind, list) and len(kind) == 2 and kind[1] in _TRAINED:
+        if name != "guidance_model" and isinstance(kind, list) and len(kind) == 2 and kind[1] in _TRAINED:
             return name
     raise ValueError(f"{pipeline} is a {index.get('_class_name')}; none of its parts is one of {', '.join(_TRAINED)}")
 

@@ -79,9 +79,47 @@ def test_an_adapter_changes_the_pictures(draw, pipeline):
     assert abs(pixels("generated/bee-0.png") - pixels("adapted/bee-0.png")).max() > 1
 
 
+def test_from_an_image_and_a_mask(draw, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(picture).save("picture.png")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, :8] = 255
+    Image.fromarray(mask).save("mask.png")
+    assert draw("bee", "-n", 2, "--image", "picture.png", "--strength", 0, "-o", "same") == 0
+    assert np.array_equal(pixels("same/bee-0.png"), pixels("same/bee-1.png"))  # the VAE's round trip
+    assert draw("bee", "-n", 1, "--image", "picture.png", "-o", "changed") == 0
+    assert abs(pixels("changed/bee-0.png") - pixels("same/bee-0.png")).max() > 1
+    assert draw("bee", "-n", 2, "--image", "picture.png", "--mask", "mask.png", "-o", "inpainted") == 0
+    drawn = pixels("inpainted/bee-1.png")
+    assert np.array_equal(drawn[:, 8:], picture[:, 8:])
+    assert not np.array_equal(drawn[:, :8], picture[:, :8])
+    assert draw("bee", "-n", 1, "--image", "picture.png", "--height", 24, "--width", 32, "-o", "wide") == 0
+    assert Image.open("wide/bee-0.png").size == (32, 24)
+
+
+def test_a_guidance_model(draw, pipeline, tmp_path):
+    torch.manual_seed(1)
+    create_model("tiny", num_class_embeds=3).save_pretrained(tmp_path / "weak")
+    assert draw("bee", "-n", 1) == 0
+    assert draw("bee", "-n", 1, "-o", "guided", "--guidance-model", tmp_path / "weak") == 0
+    assert abs(pixels("generated/bee-0.png") - pixels("guided/bee-0.png")).max() > 1
+    create_model("tiny", num_class_embeds=5).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"cannot load .*other: the guidance model has 5 classes, the transformer 3"):
+        draw("bee", "--guidance-model", tmp_path / "other")
+
+
+@pytest.mark.parametrize("option", ["--mask", "--strength"])
+def test_a_mask_and_a_strength_need_an_image(draw, capsys, option):
+    with pytest.raises(SystemExit):
+        draw("bee", option, "0.5")
+    assert f"{option} needs the image to change: give --image FILE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["bee", "--image", "absent.png"], "absent.png"),
+        (["bee", "--image", "foreign/notes.txt"], "notes.txt"),
         (["bea"], "unknown class name 'bea'; the nearest of 3 names: "),
         (["3"], "class label 3 is out of range; the model has classes 0 to 2"),
         (["bee", "--height", "17"], "17"),

@@ -105,6 +105,22 @@ class TestWhatAnImageDependsOn:
             assert np.abs(np.asarray(image).astype(int) - ours[index]).max() <= 1
         assert len(np.unique(ours, axis=0)) == COUNT
 
+    def test_its_guidance_model(self, run, reference, pipelines, tmp_path):
+        weak = pipelines["unconditional"]
+        folder = run("guided", "--guidance_model", weak, "--num_samples", 3)
+        pipeline = IPTV2Pipeline.from_pretrained(pipelines["iptv2"])
+        pipeline.load_guidance_model(weak)
+        options = {"num_inference_steps": STEPS, "guidance_scale": 1.5, "generator": generator_for(0, "image", 1)}
+        image = np.asarray(pipeline(1, **options).images[0]).astype(int)
+        assert np.abs(image - pixels(folder)[1]).max() <= 1
+        assert np.abs(image - pixels(reference)[1]).max() > 1
+        with pytest.raises(ConfigError, match="guidance_files"):  # other images: not into the same folder
+            run("guided", "--num_samples", 3)
+        with pytest.raises(UserError, match=r"cannot load absent: no such folder here.*guidance model 'absent'"):
+            run("other", "--guidance_model", "absent")
+        with pytest.raises(UserError, match="the guidance model predicts epsilon, the transformer flow"):
+            run("other", "--guidance_model", pipelines["dit"])
+
     @pytest.mark.parametrize("batch_size", [1, 5])
     def test_not_the_batch_size_to_the_last_byte(self, batch_size, run, reference):
         assert images(run("other", "--batch_size", batch_size)) == images(reference)

@@ -524,7 +524,7 @@ class TestComponents:
             bare("cat", output_type="latent", height=32, **options)
 
     def test_offload_order_names_the_models(self):
-        pipe = make_pipeline()
+        pipe = make_pipeline(guidance_model=make_transformer())
         assert set(pipe.model_cpu_offload_seq.split("->")) == {
             name for name, component in pipe.components.items() if isinstance(component, nn.Module)
         }

@@ -102,7 +102,7 @@ def make_task(config: RestorationConfig, trainer: Trainer) -> RestorationTask:
 def save_pipeline(
     config: RestorationConfig, trainer: Trainer, task: RestorationTask, repository: str | None = None
 ) -> None:
-    """Write the fused restorer with the EMA weights, the run's configuration and a model card to output_dir/pipeline."""
+    """Write the fused restorer with the EMA weights, the configuration and a model card to output_dir/pipeline."""
     folder, lora = trainer.output_dir / "pipeline", trainer.output_dir / "lora"
     module = trainer.state.module
     model = type(module).from_config(module.config)
