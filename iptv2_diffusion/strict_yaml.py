@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from iptv2_diffusion.messages import one_line
+
 __all__ = ["StrictSyntaxError", "read_json", "read_yaml", "read_yaml_texts"]
 
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
@@ -87,13 +89,11 @@ def read_yaml(text: str) -> Any:
             raise StrictSyntaxError(f"it repeats anchors to more than {MOST_VALUES} values; write them out")
         return value
     except yaml.YAMLError as error:
-        raise StrictSyntaxError(" ".join(str(error).split())) from error
+        raise StrictSyntaxError(one_line(error)) from error
     except StrictSyntaxError:
         raise
     except (ValueError, TypeError, RecursionError, AttributeError, KeyError) as error:  # from yaml's constructors
-        raise StrictSyntaxError(
-            f"it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
-        ) from error
+        raise StrictSyntaxError(f"it cannot be read ({one_line(error)})") from error
 
 
 def read_yaml_texts(text: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iptv2_diffusion.files import printable, user_path
+from iptv2_diffusion.messages import one_line
 
 from .command_line import CommandError, run_command
 
@@ -102,13 +103,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if "GLOBAL" in reason or "nsupported" in reason:
             name = reason.partition("GLOBAL ")[2].split(" ")[0] or "code"
             raise CommandError(f"{shown} holds {name} beside the weights, which is not loaded for safety") from error
         raise CommandError(f"{shown} is no checkpoint of torch: {reason[:200]}") from error
     except (RuntimeError, ValueError, OSError, EOFError, KeyError) as error:  # of torch, for a bad file
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise CommandError(f"{shown} is no whole checkpoint of torch ({reason}); download it again") from error
     if not isinstance(content, dict):
         raise CommandError(f"{shown} holds {type(content).__name__}, not a dictionary of weights")
@@ -140,9 +141,7 @@ def convert(arguments: argparse.Namespace, weights: dict[str, Tensor], resolutio
         vae = load_vae(arguments.vae, arguments.vae_subfolder)
     except Exception as error:  # of diffusers and its libraries, about whatever the folder holds
         local = "" if Path(arguments.vae).exists() else "no such folder, and from the Hub: "
-        raise CommandError(
-            f"cannot load the VAE {arguments.vae}: {local}{' '.join(str(error).split())[:500]}"
-        ) from error
+        raise CommandError(f"cannot load the VAE {arguments.vae}: {local}{one_line(error, 500)}") from error
     try:
         sample_size, _ = LatentCodec(vae).latent_size(resolution, resolution)
         model = convert_udit(
@@ -155,7 +154,7 @@ def convert(arguments: argparse.Namespace, weights: dict[str, Tensor], resolutio
         id2label = names if model.config.num_class_embeds == len(names) else None
         return IPTV2Pipeline(model, vae, scheduler, id2label=id2label)
     except ValueError as error:
-        raise CommandError(" ".join(str(error).split()).replace("choose kernels:", "choose --kernels")) from error
+        raise CommandError(one_line(error).replace("choose kernels:", "choose --kernels")) from error
 
 
 def write(pipeline: IPTV2Pipeline, out: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iptv2_diffusion.files import printable, shipped, user_path
+from iptv2_diffusion.messages import one_line
 
 from .command_line import CommandError, run_command
 
@@ -109,7 +110,7 @@ def class_of(folder: Path, name: str) -> str | None:
     try:
         return json.loads((folder / name).read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
-        reason = f"cannot be read as JSON: {' '.join(str(error).split())[:160]}"
+        reason = f"cannot be read as JSON: {one_line(error, 160)}"
         if not (folder / name).is_file():
             reason = f"has no {name}; give the folder of a pipeline or of a model"
         raise CommandError(f"{printable(folder)} {reason}") from error
@@ -128,7 +129,7 @@ def load(folder: Path) -> nn.Module:
     try:
         return ours[name].from_pretrained(folder) if name in ours else load_vae(str(folder), None)
     except Exception as error:  # of diffusers and its libraries, about whatever the folder holds
-        raise CommandError(f"cannot load {printable(folder)}: {' '.join(str(error).split())[:500]}") from error
+        raise CommandError(f"cannot load {printable(folder)}: {one_line(error, 500)}") from error
 
 
 def write_onnx(model: nn.Module, arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, from_pillow, read_image_file
+from iptv2_diffusion.messages import one_line
 
 __all__ = ["Picture", "from_array", "read_pictures", "to_output", "to_pil"]
 
@@ -43,7 +44,7 @@ def read_file_picture(path: Path, limits: Limits) -> Picture:
     try:
         return next(from_array(read_image_file(path, limits).pixels))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
 
 

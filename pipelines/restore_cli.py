@@ -30,6 +30,7 @@ from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, ImageFile, Limits, 
 from iptv2_diffusion.data.image_folders import image_files
 from iptv2_diffusion.data.own_folder import ForeignFolderError, OwnFolder
 from iptv2_diffusion.files import DISK_ERRORS, atomic, printable, shipped, user_path
+from iptv2_diffusion.messages import one_line
 
 from .command_line import CommandError, run_command
 from .devices import find_device
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         jobs = plan(arguments.inputs, arguments.output)
     except OSError as error:
-        raise CommandError(f"cannot list the inputs: {' '.join(str(error).split())[:240]}") from error
+        raise CommandError(f"cannot list the inputs: {one_line(error, 240)}") from error
     folder = claim(arguments.output)
     todo = [(source, name) for source, name in jobs if not is_done(folder, name)]
     if len(todo) < len(jobs):
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
                     "same command goes on from here"
                 ) from error
             failed += 1
-            reason = " ".join(str(error).split())[:240] or "out of memory"
+            reason = one_line(error, 240, "out of memory")
             print(f"{what} failed: {printable(reason)}", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(todo)} failed", file=sys.stderr)
@@ -103,7 +104,7 @@ def restore_to_file(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(f"cannot write to {printable(output)}: {error.strerror or error}") from error
     except (ValueError, RuntimeError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:240] or "out of memory"
+        reason = one_line(error, 240, "out of memory")
         raise CommandError(printable(reason)) from error
     print(f"{printable(source)} -> {printable(output)}")
     return 0
@@ -257,7 +258,7 @@ def load(arguments: argparse.Namespace):
         pipeline = IPTV2RestorationPipeline.from_pretrained(arguments.model)
     except Exception as error:  # diffusers and its libraries raise various types
         local = "" if Path(arguments.model).exists() else "no such folder, and from the Hub: "
-        raise CommandError(f"cannot load {arguments.model}: {local}{' '.join(str(error).split())[:500]}") from error
+        raise CommandError(f"cannot load {arguments.model}: {local}{one_line(error, 500)}") from error
     try:
         pipeline.to(arguments.device)
     except (RuntimeError, AssertionError) as error:
@@ -311,7 +312,7 @@ def read(source: Path, limits: Limits) -> ImageFile:
     try:
         picture = read_image_file(source, limits)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200].replace("max_pixels", "--max-pixels")
+        reason = one_line(error, 200).replace("max_pixels", "--max-pixels")
         raise ValueError(f"{source} cannot be read as an image: {reason}") from error
     if picture.frames > 1:
         raise ValueError(f"it holds {picture.frames} frames; save each as a picture of its own")

@@ -20,6 +20,7 @@ import datasets
 import fsspec
 
 from iptv2_diffusion.data.image_folders import METADATA, Listing, is_of_tools
+from iptv2_diffusion.messages import first_line
 
 _PIECE = re.compile(r"^(?P<file>.+\.tar)::(?P<offset>\d+)\+(?P<size>\d+)::.+$")
 
@@ -165,11 +166,6 @@ def file_of(path: str) -> Path:
     """Return the file that an image is, or is a piece of."""
     match = _PIECE.match(path)
     return Path(match["file"] if match else path)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class FetchError(OSError):

@@ -38,6 +38,7 @@ from iptv2_diffusion.data.archives import LOOKED_AT, check_end, opened_tar, read
 from iptv2_diffusion.data.draws import StepDraws, derive_seed
 from iptv2_diffusion.data.latent_cache import StoredLatents
 from iptv2_diffusion.files import atomic, printable
+from iptv2_diffusion.messages import one_line
 
 __all__ = ["FeatureFolder", "holds_features"]
 
@@ -290,7 +291,7 @@ def _parse(content: bytes, name: str) -> np.ndarray:
         dtype, shape = _header(content[:start])
         return np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
     except Exception as error:  # NumPy raises several types, depending on the contents
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = one_line(error, 120)
         raise ValueError(f"{name}: no .npy file, or a damaged one ({reason})") from error
 
 

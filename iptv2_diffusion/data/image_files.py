@@ -38,6 +38,7 @@ from iptv2_diffusion.data.image_metadata import (
     read_tiff_tags,
     turned,
 )
+from iptv2_diffusion.messages import one_line
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -152,7 +153,7 @@ def _read(file: BinaryIO, limits: Limits) -> ImageFile:
         # Pillow raises OSError for most damage, but also ValueError, SyntaxError (PNG), struct and zlib errors.
         # tifffile and torchvision raise other types. Any error of these calls means that the file is at fault.
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise ImageFileError(reason or type(error).__name__) from error
 
 

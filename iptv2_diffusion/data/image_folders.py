@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from iptv2_diffusion.files import printable
+from iptv2_diffusion.messages import one_line
 
 __all__ = ["Listing", "Meaning", "image_files", "is_of_tools", "list_folder", "split_of", "understand"]
 
@@ -216,7 +217,7 @@ def _metadata_rows(path: Path) -> list[tuple[str, Mapping[str, object]]]:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         named = [(row.get("file_name", row.get("image_file_name")), row) for row in rows]
     except Exception as error:  # errors of csv, json and pyarrow
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from error
+        raise ValueError(f"{path} cannot be read: {one_line(error, 160)}") from error
     if not all(isinstance(name, str) for name, _ in named):
         columns = ", ".join(sorted({printable(str(name)) for row in rows for name in row})[:SHOWN])
         hint = "; separate the columns by commas" if ";" in columns or "\\t" in columns else ""

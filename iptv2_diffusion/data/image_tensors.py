@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from iptv2_diffusion.data.archives import FetchError, first_line, read_bytes
+from iptv2_diffusion.data.archives import FetchError, read_bytes
 from iptv2_diffusion.data.draws import generator_for
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, as_rgb, read_image_file
+from iptv2_diffusion.messages import first_line
 
 __all__ = ["ImageTensors", "center_crop", "decode_image", "path_of", "random_crop", "to_tensor", "view_of"]
 

@@ -17,12 +17,13 @@ from typing import Any
 import datasets
 import torch
 
-from iptv2_diffusion.data.archives import check_end, first_line, kind_of_tar, list_tar, load_nested_tar
+from iptv2_diffusion.data.archives import check_end, kind_of_tar, list_tar, load_nested_tar
 from iptv2_diffusion.data.draws import generator_for
 from iptv2_diffusion.data.image_columns import LABEL_COLUMNS, standard_columns
 from iptv2_diffusion.data.image_folders import Listing, Meaning, is_of_tools, list_folder, split_of, understand
 from iptv2_diffusion.data.image_tensors import ImageTensors, decode_image
 from iptv2_diffusion.files import user_path
+from iptv2_diffusion.messages import first_line
 
 __all__ = [
     "ImageTensors",

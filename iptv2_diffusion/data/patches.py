@@ -19,6 +19,7 @@ from torch import Tensor
 
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits, read_image_file
 from iptv2_diffusion.files import atomic, write_text
+from iptv2_diffusion.messages import one_line
 
 __all__ = ["ImageStore", "PatchSampler", "read_image", "transform"]
 
@@ -40,7 +41,7 @@ def read_image(path: str | Path, channels: int = 3, limits: Limits = DEFAULT_LIM
     try:
         image = read_image_file(path, limits).pixels
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"{path} cannot be read as an image: {reason[:200] or type(error).__name__}") from error
     image = image[..., : 1 if image.shape[2] < 3 else 3]
     if channels == 1 and image.shape[2] == 3:

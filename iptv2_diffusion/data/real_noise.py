@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from iptv2_diffusion.messages import one_line
+
 __all__ = ["DND", "sidd_validation_blocks"]
 
 
@@ -81,7 +83,7 @@ def read_hdf5(path: Path, read: Callable):
         with h5py.File(path, "r") as file:
             return read(file)
     except Exception as error:  # h5py raises many types for a damaged file, such as RuntimeError and AttributeError
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise ValueError(f"{path} is not as DND's: {reason}") from error
 
 
@@ -94,7 +96,7 @@ def read_mat(path: Path, name: str) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # SciPy raises many types for a damaged file
-        raise ValueError(" ".join(str(error).split())[:160] or type(error).__name__) from error
+        raise ValueError(one_line(error, 160)) from error
 
 
 def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -111,7 +113,7 @@ def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, 
         try:
             blocks.append(read_mat(path, name))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not as SIDD's: {' '.join(str(error).split())[:160]}") from error
+            raise ValueError(f"{path} is not as SIDD's: {one_line(error, 160)}") from error
     noisy, clean = blocks
     if noisy.shape != clean.shape or noisy.ndim != 5 or {noisy.dtype, clean.dtype} != {np.dtype(np.uint8)}:
         raise ValueError(

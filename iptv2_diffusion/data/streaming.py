@@ -26,11 +26,11 @@ import datasets
 import torch
 from torch import Tensor
 
-from iptv2_diffusion.data.archives import first_line
 from iptv2_diffusion.data.draws import Order, RunDraws, StepDraws, generator_for
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, Limits
 from iptv2_diffusion.data.image_tensors import decode_image, path_of, view_of
 from iptv2_diffusion.data.latent_encoding import Encoding, LatentSource, expect_step, moments, sample_posterior
+from iptv2_diffusion.messages import first_line
 
 if TYPE_CHECKING:
     from iptv2_diffusion.latents import LatentCodec

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from iptv2_diffusion.files import file_sha256
+from iptv2_diffusion.messages import first_line
 
 __all__ = [
     "FeatureExtractor",
@@ -155,8 +156,7 @@ def inception_v3(weights_path: str | Path | None = None) -> FeatureExtractor:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path} with Inception's weights") from None
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} does not hold the weights of FID's Inception ({reason[0]})") from error
+        raise ValueError(f"{path} does not hold the weights of FID's Inception ({first_line(error)})") from error
     words = "bilinear as TensorFlow 1 (no antialias, corners of pixels) to 299, not rounded; (x - 128) / 128"
     return _InceptionV3(network, "inception-v3-compat@299", file_sha256(path), 2048, words)
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iptv2_diffusion.messages import one_line
+
 Restorer = Callable[[np.ndarray, float], np.ndarray]  # image (H, W, C) in 0–255, level -> image (H, W, C) in 0–255
 
 
@@ -131,7 +133,7 @@ def peer_from_file(name: str, path: Path) -> Restorer:
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise ValueError(f"{path} does not hold the weights of {type(network).__name__}: {reason}") from error
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
+from iptv2_diffusion.messages import one_line
+
 __all__ = [
     "AlignedLoadingMixin",
     "align_weights",
@@ -124,7 +126,7 @@ def _short_shape_errors(name: str, kind: str) -> Iterator[None]:
         )
         if found is None and "size mismatch" not in str(error):
             raise
-        detail = " ".join(str(error).split())[:160]
+        detail = one_line(error, 160)
         if found:
             detail = f"{found[1]} is {found[3].strip('()')}, not {found[2].strip('()')}"
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iptv2_diffusion.files import shipped
+from iptv2_diffusion.messages import one_line
 from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml
 
 from .loading import load_whole
@@ -99,7 +100,7 @@ def _make(model_class: type[ModelMixin], config: dict[str, Any], overrides: dict
     except ValueError:
         raise
     except Exception as error:  # torch and diffusers raise many types for bad values
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         shown = ", ".join(f"{name}={value!r}" for name, value in (given or values).items() if name[0] != "_")[:200]
         raise ValueError(f"cannot build a {model_class.__name__} with {shown}: {reason}") from error
 
@@ -138,7 +139,7 @@ def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
         joined = f"{path}, {reason}" if reason.startswith("line ") else f"{path} is neither JSON nor YAML: {reason}"
         raise ValueError(joined) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is neither JSON nor YAML: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {type(config).__name__}, not the names and values of a model's arguments")
     odd = next((key for key in config if not isinstance(key, str)), None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iptv2_diffusion.files import shipped
+from iptv2_diffusion.messages import one_line
 
 __all__ = ["SavedModel", "find_saved"]
 
@@ -91,7 +92,7 @@ def _download(name: str) -> Path:
         part = f"{_component(folder)}/" if (folder / "model_index.json").is_file() else ""
         snapshot_download(name, allow_patterns=["*.json", f"{part}*.safetensors"])
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ValueError(f"cannot load {name}: no such folder here, and from the Hub: {reason}") from error
     return folder
 

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from iptv2_diffusion.files import file_sha256, flush_to_disk
+from iptv2_diffusion.messages import one_line
 from iptv2_diffusion.training.errors import UserError, system_error
 
 if TYPE_CHECKING:
@@ -328,7 +329,7 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     if "inline_container" in str(error):  # an error of torch.save, which names only a place in its own code
         return "a file could not be written to its end"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def _free_name(path: Path) -> Path:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from iptv2_diffusion.files import DISK_ERRORS, forgiving_streams
+from iptv2_diffusion.messages import one_line
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # an operating system's error in safetensors, which is written in Rust
 
@@ -45,7 +46,7 @@ def user_errors(*kinds: type[Exception], as_error: type[UserError] = UserError) 
     except UserError:
         raise
     except expected as error:
-        message = full_disk(error) or " ".join(str(error).split()) or type(error).__name__
+        message = full_disk(error) or one_line(error)
         raise as_error(message) from error
 
 

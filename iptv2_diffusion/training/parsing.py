@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from iptv2_diffusion.files import shipped
+from iptv2_diffusion.messages import one_line
 from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml, read_yaml_texts
 from iptv2_diffusion.training.coercion import coerce, read_word, type_name
 from iptv2_diffusion.training.errors import ConfigError
@@ -77,7 +78,7 @@ def _read_yaml(path: str, hints: dict[str, Any]) -> dict[str, Any]:
         joined = f"{path}, {reason}" if reason.startswith("line ") else f"{path} is not YAML: {reason}"
         raise ConfigError(joined) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is not YAML: {one_line(error)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

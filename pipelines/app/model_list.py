@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iptv2_diffusion.files import printable
+from iptv2_diffusion.messages import one_line
 
 from ..command_line import CommandError
 from ..restore_cli import load, pipeline_class
@@ -60,7 +61,7 @@ def load_generator(folder: Path, device: str) -> Any:
     try:
         pipeline = IPTV2Pipeline.from_pretrained(folder)
     except Exception as error:  # of diffusers and its libraries, about whatever the folder holds
-        raise CommandError(f"cannot load {printable(folder)}: {' '.join(str(error).split())[:500]}") from error
+        raise CommandError(f"cannot load {printable(folder)}: {one_line(error, 500)}") from error
     try:
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:

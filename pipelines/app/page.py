@@ -9,6 +9,8 @@ from typing import Any
 
 import gradio as gr
 
+from iptv2_diffusion.messages import one_line
+
 from ..command_line import CommandError
 from ..restore_cli import DEFAULT_MODEL
 from .actions import (
@@ -35,7 +37,7 @@ MODEL_QUEUE = {"concurrency_limit": 4, "concurrency_id": "models", "show_progres
 QUEUE_SIZE = 16
 
 
-def one_line(function: Callable[..., Any]) -> Callable[..., Any]:
+def short_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """A handler whose errors become one line in the page."""
 
     @functools.wraps(function)
@@ -48,7 +50,7 @@ def one_line(function: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def one_line_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+def short_errors_of_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     """The same for a handler that yields."""
 
     @functools.wraps(function)
@@ -63,7 +65,7 @@ def one_line_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Iter
 
 def told(error: Exception) -> gr.Error:
     """The error as the page shows it."""
-    text = " ".join(str(error).split())[:300] or "out of memory; choose fewer or smaller images"
+    text = one_line(error, 300, "out of memory; choose fewer or smaller images")
     return gr.Error(text, title="This did not work", print_exception=False)
 
 
@@ -107,7 +109,7 @@ class Page:
     @property
     def choose_generator(self) -> Callable[..., Any]:
         """Class names and schedulers of the chosen model."""
-        return one_line(
+        return short_errors(
             lambda name: (self.labels_of(name), gr.update(choices=scheduler_names(self.models(name)), value=AS_SAVED))
         )
 
@@ -297,7 +299,7 @@ def restore_tab(page: Page, blocks: gr.Blocks) -> None:
             )  # fmt: skip
             status = gr.Markdown(elem_id="restore-status")
             download = gr.DownloadButton("Download PNG", interactive=False)
-    chosen = {"fn": one_line(page.choose_restorer), "inputs": [name, photograph], "outputs": [sigma, task]}
+    chosen = {"fn": short_errors(page.choose_restorer), "inputs": [name, photograph], "outputs": [sigma, task]}
     for event in (blocks.load, name.change, photograph.upload):
         event(**chosen, show_progress="hidden", api_visibility="private")
     run.click(
@@ -331,9 +333,9 @@ def compare_tab(page: Page, blocks: gr.Blocks) -> None:
     table = gr.Dataframe(headers=["model", "parameters", "MACs", "seconds"], interactive=False, buttons=[])
     chosen = {"inputs": first, "outputs": [fields[0], of_generators, of_restorers], "show_progress": "hidden"}
     for event in (blocks.load, first.change):
-        event(one_line(page.refresh_compare), **chosen, api_visibility="private")
+        event(short_errors(page.refresh_compare), **chosen, api_visibility="private")
     photograph.upload(
-        one_line(lambda path: round(min(noise_level(path, page.max_pixels)[1], 100.0), 1)), photograph, sigma
+        short_errors(lambda path: round(min(noise_level(path, page.max_pixels)[1], 100.0), 1)), photograph, sigma
     )
     run.click(
         with_request(page.compare),
@@ -347,7 +349,7 @@ def compare_tab(page: Page, blocks: gr.Blocks) -> None:
 
 def with_request(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     """A handler that yields, is given Gradio's request after the fields, and whose errors are one line."""
-    steps = one_line_steps(function)
+    steps = short_errors_of_steps(function)
 
     def handler(request: gr.Request, *values: Any) -> Iterator[Any]:
         yield from steps(*values, request)
