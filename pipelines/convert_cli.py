@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iptv2_diffusion.completion import complete
 from iptv2_diffusion.files import printable, user_path
 from iptv2_diffusion.messages import one_line
 
@@ -83,6 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     udit.add_argument(
         "--fuse", action="store_true", help="write the deployed form, which is smaller and cannot be trained"
     )
+    complete(parser)
     arguments = parser.parse_args(argv)
     if arguments.resolution is not None and arguments.resolution < 1:
         parser.error(f"--resolution is {arguments.resolution}; it must be at least 1")

@@ -22,10 +22,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from iptv2_diffusion.completion import complete
 from iptv2_diffusion.data.image_files import DEFAULT_LIMITS, ImageFile, Limits, read_image_file
 from iptv2_diffusion.data.image_folders import image_files
 from iptv2_diffusion.data.own_folder import ForeignFolderError, OwnFolder
@@ -41,7 +43,7 @@ FLOAT_SUFFIXES = {".tif", ".tiff"}
 DEFAULT_MODEL = "assets/iptv2-denoise-color"
 KIND = "restored pictures"
 JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
-SAVE_OPTIONS = {".jpg": JPEG_OPTIONS, ".jpeg": JPEG_OPTIONS, ".webp": {"lossless": True}}
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {".jpg": JPEG_OPTIONS, ".jpeg": JPEG_OPTIONS, ".webp": {"lossless": True}}
 
 
 def run() -> None:
@@ -62,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
     todo = [(source, name) for source, name in jobs if not is_done(folder, name)]
     if len(todo) < len(jobs):
         there = f"{len(jobs) - len(todo)} of {len(jobs)} are in {printable(arguments.output)} already"
-        print(f"{there}; delete them, or choose another --output, to restore them again")
+        where = sys.stderr if arguments.json else sys.stdout
+        print(f"{there}; delete them, or choose another --output, to restore them again", file=where)
     if not todo:
         return 0
     pipeline = load(arguments)
@@ -70,8 +73,8 @@ def main(argv: Sequence[str]) -> int:
     for number, (source, name) in enumerate(todo, start=1):
         what = f"[{number}/{len(todo)}] {printable(source)}"
         try:
-            restore(pipeline, source, name, folder.writing, arguments)
-            print(f"{what} -> {printable(arguments.output / name)}")
+            sigma = restore(pipeline, source, name, folder.writing, arguments)
+            report(arguments, what, source, arguments.output / name, sigma)
         except (ValueError, RuntimeError, MemoryError, OSError) as error:  # of one image, such as out of memory
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # affects all further images
                 written = f"{number - 1 - failed} of {len(todo)} are written, whole"
@@ -100,14 +103,20 @@ def restore_to_file(arguments: argparse.Namespace) -> int:
         raise CommandError(f"{printable(output)} exists already; delete it, or choose another --output")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        restore(load(arguments), source, output.name, lambda name: atomic(output.parent / name), arguments)
+        sigma = restore(load(arguments), source, output.name, lambda name: atomic(output.parent / name), arguments)
     except OSError as error:
         raise CommandError(f"cannot write to {printable(output)}: {error.strerror or error}") from error
     except (ValueError, RuntimeError, MemoryError) as error:
         reason = one_line(error, 240, "out of memory")
         raise CommandError(printable(reason)) from error
-    print(f"{printable(source)} -> {printable(output)}")
+    report(arguments, printable(source), source, output, sigma)
     return 0
+
+
+def report(arguments: argparse.Namespace, what: str, source: Path, output: Path, sigma: float | None) -> None:
+    """Print what was written; with --json one object per line, whose sigma is null for a model without noise level."""
+    row = {"input": str(source), "output": str(output), "sigma": sigma}
+    print(json.dumps(row) if arguments.json else f"{what} -> {printable(output)}", flush=True)
 
 
 def claim(output: Path) -> OwnFolder:
@@ -185,6 +194,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", default="auto", help="device to run on: cpu, cuda, mps, or auto for the GPU if there is one [auto]"
     )
+    parser.add_argument("--json", action="store_true", help="print each result as a JSON object on a line of its own")
+    complete(parser)
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.strength <= 1:
         parser.error(f"--strength is {arguments.strength:g}; it must lie in [0, 1]")
@@ -286,8 +297,8 @@ def restore(
     name: str,
     writing: Callable[[str], AbstractContextManager[Path]],
     arguments: argparse.Namespace,
-) -> None:
-    """Restore an image and write it through `writing`, which gives it its final name at once."""
+) -> float | None:
+    """Restore an image and write it through `writing`, which gives it its final name at once; return its σ."""
     options = {
         option: getattr(arguments, option)
         for option in ("sigma", "task", "strength", "tile", "overlap", "memory", "self_ensemble")
@@ -300,11 +311,12 @@ def restore(
     if kind == "float32" and suffix not in FLOAT_SUFFIXES:
         raise ValueError(f"{name} cannot hold floats; only {' '.join(sorted(FLOAT_SUFFIXES))} can, or add --bits 8")
     output_type = "pil" if kind == "uint8" else "np"
-    result = pipeline(picture.pixels, output_type=output_type, clip=kind != "float32", **options).images[0]
+    result = pipeline(picture.pixels, output_type=output_type, clip=kind != "float32", **options)
     with writing(name) as temporary:
-        write(result, kind, temporary, picture)
+        write(result.images[0], kind, temporary, picture)
     for note in picture.metadata.notes:
         warnings.warn(f"{printable(source)}: {note}", stacklevel=1)
+    return result.sigmas[0] if result.sigmas else None
 
 
 def read(source: Path, limits: Limits) -> ImageFile:
@@ -343,12 +355,12 @@ def write_as(result: Image.Image | np.ndarray, kind: str, path: Path, metadata: 
     """Write (H, W, C) on [0, 1]: 8 bits per channel with Pillow, 16 bits and floats with `sixteen_bit.py`."""
     from iptv2_diffusion.data.sixteen_bit import write_16_bit, write_float_tiff
 
-    if kind == "float32":
-        write_float_tiff(result, path, **metadata)
-    elif kind == "uint16":
-        write_16_bit((result.astype("float64") * 65535).round().astype("uint16"), path, **metadata)
-    else:
+    if isinstance(result, Image.Image):
         write_pil(result, path, metadata)
+    elif kind == "float32":
+        write_float_tiff(result, path, **metadata)
+    else:
+        write_16_bit((result.astype("float64") * 65535).round().astype("uint16"), path, **metadata)
 
 
 def write_pil(image: Image.Image, path: Path, metadata: dict[str, bytes]) -> None:

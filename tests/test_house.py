@@ -14,6 +14,7 @@ OURS = ("iptv2_diffusion", "train", "eval")
 FOUNDATION = [
     f"iptv2_diffusion.{name}"
     for name in (
+        "completion",
         "files",
         "imagenet_classes",
         "kernels",
@@ -29,6 +30,7 @@ FOUNDATION = [
 ]
 TRAINING = [*FOUNDATION, "iptv2_diffusion.data", "iptv2_diffusion.training"]
 BELOW = {
+    "iptv2_diffusion.completion": [],
     "iptv2_diffusion.files": [],
     "iptv2_diffusion.imagenet_classes": [],
     "iptv2_diffusion.kernels": [],
@@ -57,6 +59,7 @@ BELOW = {
     "iptv2_diffusion.integrations": ["iptv2_diffusion.models", "iptv2_diffusion.pipelines"],
     "iptv2_diffusion.recipes": [*TRAINING, "iptv2_diffusion.evaluation"],
     "iptv2_diffusion.pipelines": [
+        "iptv2_diffusion.completion",
         "iptv2_diffusion.imagenet_classes",
         "iptv2_diffusion.models",
         "iptv2_diffusion.latents",

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iptv2_diffusion.completion import complete
 from iptv2_diffusion.files import atomic, printable, shipped, user_path
 from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
 
@@ -75,6 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="device to run on: cpu, cuda, mps, or auto for the GPU if there is one [auto]")
     add("--list-classes", action="store_true", help="print the classes of the pipeline and stop")
     add("--json", action="store_true", help="print the result as JSON")
+    complete(parser)
     arguments = parser.parse_args(argv)
     if arguments.number < 1:
         parser.error(f"-n is {arguments.number}; it must be at least 1")
@@ -256,7 +258,8 @@ def draw_batch(
             **{"height": arguments.height, "width": arguments.width, **given},
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             callback_on_step_end=count_step,
-        ).images
+            return_dict=False,
+        )[0]
 
 
 def name_of(pipeline: IPTV2Pipeline, label: int | None) -> str:

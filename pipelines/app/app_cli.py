@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 
+from iptv2_diffusion.completion import complete
 from iptv2_diffusion.files import printable, shipped
 
 from ..command_line import CommandError, run_command
@@ -50,6 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--max-pixels", type=int, default=16_000_000, help="largest number of pixels of a photograph [16000000]"
     )
     parser.add_argument("--max-megabytes", type=int, default=100, help="largest file to upload, in MB [100]")
+    complete(parser)
     arguments = parser.parse_args(argv)
     for option in ("max_pixels", "max_megabytes"):
         if getattr(arguments, option) < 1:

@@ -1,5 +1,6 @@
 """iptv2-restore: files and folders, resumption, inputs left alone, metadata kept."""
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def test_a_picture_is_restored_to_a_file_of_another_name(model, pictures, tmp_pa
         main(command)
     with pytest.raises(CommandError, match="exists already"):
         main([str(pictures / "a.png"), "-o", str(pictures / "a.png")])
+
+
+def test_a_program_reads_the_results_as_json(model, pictures, tmp_path, capsys):
+    command = [str(pictures), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "25", "--json"]
+    assert main(command) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["output"] for row in rows] == [str(tmp_path / "out" / name) for name in ("a.png", "sub/b.jpg")]
+    assert {row["sigma"] for row in rows} == {25.0}
+    assert main(command) == 0  # a note about what is there goes to stderr
+    assert capsys.readouterr().out == ""
 
 
 def test_no_option_is_needed(pictures, monkeypatch, tmp_path):
