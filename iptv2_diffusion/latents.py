@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ class LatentCodec:
 
     __module__ = "iptv2_diffusion"  # the public name, so that the file can move
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: ModelMixin):
         config = getattr(vae, "config", None)
         if config is None or "latent_channels" not in config or not hasattr(vae, "decode"):
             raise TypeError(
@@ -248,7 +249,7 @@ class LatentCodec:
         weight = _fade(tile_h, self._overlap, out_unit, x.device)[:, None] * _fade(
             tile_w, self._overlap, out_unit, x.device
         )
-        total = norm = None
+        total: Tensor | None = None
         for top in _tile_starts(height, tile_h, self._overlap):
             for left in _tile_starts(width, tile_w, self._overlap):
                 rows = slice(top * in_unit, (top + tile_h) * in_unit)
@@ -261,6 +262,7 @@ class LatentCodec:
                 columns = slice(left * out_unit, (left + tile_w) * out_unit)
                 total[..., rows, columns] += weight * tile
                 norm[rows, columns] += weight
+        assert total is not None  # there is at least one tile
         return total / norm
 
     # --- identity ----------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ class LatentCodec:
         return digest.hexdigest()[:16]
 
 
-def _spatial_compression(vae: nn.Module) -> int:
+def _spatial_compression(vae: ModelMixin) -> int:
     """Return the number of pixels per latent position in each direction."""
     ratio = getattr(vae, "spatial_compression_ratio", None)
     if ratio is not None:

@@ -30,7 +30,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
 from iptv2_diffusion.variational_bound import discretized_gaussian_nll, gaussian_kl, posterior_tables
@@ -344,7 +344,7 @@ class DiffusionObjective:
         return torch.where(first, nll, kl).mean(dim=(1, 2, 3)) / math.log(2.0)
 
 
-def null_label(model: nn.Module) -> int | None:
+def null_label(model: ModelMixin) -> int | None:
     """Return the index of the null label, which equals the number of classes; None for an unconditional model."""
     if "num_embeds_ada_norm" in model.config:
         return model.config.num_embeds_ada_norm

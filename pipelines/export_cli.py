@@ -15,8 +15,9 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from iptv2_diffusion.completion import complete
 from iptv2_diffusion.files import printable, shipped, user_path
 from iptv2_diffusion.messages import one_line
 
@@ -24,6 +25,8 @@ from .command_line import CommandError, run_command
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
 
 # Class of a pipeline -> part -> subfolder
 PARTS = {
@@ -74,6 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--sigma", type=float, help="with spandrel: noise level, 0-255 scale [estimated for each image or tile]"
     )
     parser.add_argument("--task", type=int, help="with spandrel: number of the task, for a model that has several")
+    complete(parser)
     arguments = parser.parse_args(argv)
     if arguments.format is None:
         formats = [name for name, suffix in SUFFIXES.items() if arguments.output.suffix == suffix]
@@ -97,7 +101,7 @@ def model_folder(folder: Path, part: str | None) -> Path:
         if part is not None:
             raise CommandError(f"{printable(folder)} is no pipeline, and has no part {part}; leave --part out")
         return folder
-    parts = PARTS.get(class_of(folder, "model_index.json"))
+    parts = PARTS.get(class_of(folder, "model_index.json") or "")
     if parts is None:
         raise CommandError(f"{printable(folder)} is no pipeline of IPT-V2")
     if part is not None and part not in parts:
@@ -116,7 +120,7 @@ def class_of(folder: Path, name: str) -> str | None:
         raise CommandError(f"{printable(folder)} {reason}") from error
 
 
-def load(folder: Path) -> nn.Module:
+def load(folder: Path) -> Any:
     """The model of a folder."""
     name = class_of(folder, "config.json")
     from iptv2_diffusion.models.loading import load_vae  # late: torch and diffusers take seconds
@@ -159,7 +163,7 @@ def write_onnx(model: nn.Module, arguments: argparse.Namespace) -> None:
         raise CommandError(f"cannot write to {printable(arguments.output)}: {error.strerror or error}") from error
 
 
-def write_spandrel(model: nn.Module, arguments: argparse.Namespace) -> None:
+def write_spandrel(model: IPTV2RestorationModel, arguments: argparse.Namespace) -> None:
     """Write a restorer as one safetensors file."""
     from .single_file import save_single_file
 

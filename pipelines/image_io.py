@@ -68,9 +68,11 @@ def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
     shape = tuple(image.shape)
     if image.ndim != 3 or not min(shape):
         raise ValueError(f"an image of shape {shape} cannot be restored; give (H, W, C) arrays or (C, H, W) tensors")
-    if not last:
+    if isinstance(image, np.ndarray):
+        array = np.asarray(image)
+    else:
         image = image.detach().float() if image.is_floating_point() else image.detach()  # NumPy has no bfloat16
-    array = np.asarray(image) if last else image.cpu().permute(1, 2, 0).numpy()
+        array = image.cpu().permute(1, 2, 0).numpy()
     channels = array.shape[2]
     if channels not in (1, 2, 3, 4):
         order = "(H, W, C)" if last else "(C, H, W)"

@@ -312,8 +312,11 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
         if guider is None:
             output = self._denoise(self.transformer, latents, timestep, class_labels)
             return output[:, :channels], output[:, channels:]
-        weak = self.guidance_model
-        other_labels = class_labels if weak is not None else torch.full_like(class_labels, self.num_classes)
+        weak, other_labels = self.guidance_model, class_labels
+        if weak is None:
+            assert class_labels is not None  # guidance without classes needs a second model
+            assert self.num_classes is not None
+            other_labels = torch.full_like(class_labels, self.num_classes)
         # One batch or two, as guidance acts at this step or not; some guiders also reset here what they keep over steps
         batches = guider.prepare_inputs({"class_labels": (class_labels, other_labels)})
         if weak is None:

@@ -122,7 +122,8 @@ class IPTV2RestorationPipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
                 result = torch.lerp(picture.pixels, result, strength)
                 restored.append(Picture(cut(result) if clip else result, picture.alpha))
         images = to_output(restored, output_type)
-        levels = None if sigma is None and self.model.config.sigma_conditioning is None else sigmas
+        blind = sigma is None and self.model.config.sigma_conditioning is None
+        levels = None if blind else [level for level in sigmas if level is not None]
         return RestorationPipelineOutput(images=images, sigmas=levels) if return_dict else (images, levels)
 
     def refuse_non_finite(self, result: Tensor, index: int, count: int, plan: tuple[int, list[int], list[int]]) -> None:

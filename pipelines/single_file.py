@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from iptv2_diffusion.files import atomic
 from iptv2_diffusion.models.backbone import fit_window
@@ -23,7 +23,9 @@ __all__ = ["DESCRIPTION", "build_restorer", "infer_config", "save_single_file"]
 DESCRIPTION = "iptv2_restorer"  # name of the tensor
 
 
-def save_single_file(model: nn.Module, path: Path, sigma: float | None = None, task: int | None = None) -> None:
+def save_single_file(
+    model: IPTV2RestorationModel, path: Path, sigma: float | None = None, task: int | None = None
+) -> None:
     """Write a fused restorer as one safetensors file, completely or not at all.
 
     Args:

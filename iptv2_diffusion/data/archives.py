@@ -185,6 +185,7 @@ def fetch(url: str) -> bytes:
                 told = first_line(error)
                 raise FetchError(f"{url} could not be fetched ({told}); start the same command again") from error
             time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def read_bytes(path: str, limit: int | None = None) -> bytes:

@@ -36,7 +36,10 @@ __all__ = [
 class Degradation(ABC):
     """Interface of all degradations."""
 
-    margin: int
+    @property
+    @abstractmethod
+    def margin(self) -> int:
+        """Number of pixels that the output is smaller than the input on each side."""
 
     @abstractmethod
     def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]: ...

@@ -135,7 +135,8 @@ class StepDraws:
 
     def __getitem__(self, part: slice) -> StepDraws:
         """Return the draws of a slice of the batch."""
-        return StepDraws(*(None if value is None else value[part] for value in vars(self).values()))
+        parts: list[Any] = [None if value is None else value[part] for value in vars(self).values()]
+        return StepDraws(*parts)
 
 
 def draw_step(

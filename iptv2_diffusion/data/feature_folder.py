@@ -101,7 +101,8 @@ class FeatureFolder(StoredLatents):
         count = len(self._index.names)
         self._chosen = torch.arange(count)
         self.class_labels = self._index.labels if labelled else torch.zeros(count, dtype=torch.long)
-        self.latent_shape = tuple(self._read(0).shape)
+        channels, height, width = self._read(0).shape
+        self.latent_shape = (channels, height, width)
 
     def select(self, items: Sequence[int]) -> FeatureFolder:
         """Return the latents of these items only."""
@@ -252,7 +253,7 @@ def _files(
     end = path.stat().st_size
     with opened_tar(path) as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile would keep a kilobyte for each of millions of files
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a kilobyte for each of millions of files
             place = _place(member.name) if member.isfile() else None
             if place is None:
                 continue

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -301,7 +301,7 @@ def _read_tiff(file: BinaryIO, limits: Limits) -> ImageFile:
     return ImageFile(pixels, metadata, frames)
 
 
-def _loaded_unturned(image: Image.Image) -> Image.Image:
+def _loaded_unturned(image: Any) -> Image.Image:
     """Read a TIFF's pixels as stored. Pillow would rotate them, and would fail at a tag that it cannot write again."""
     exif = image.getexif()
     for tag in list(exif):

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from iptv2_diffusion.files import printable
 from iptv2_diffusion.messages import one_line
@@ -291,10 +292,10 @@ def understand(
     if from_metadata is not None:
         return from_metadata
     depth = 0 if folder is None else 1
-    inner = {path: path.parts[depth:] for path in files}
-    loose = [path for path, parts in inner.items() if len(parts) == 1]
+    below = {path: path.parts[depth:] for path in files}
+    loose = [path for path, parts in below.items() if len(parts) == 1]
     if not loose:
-        classes = {path: parts[0] for path, parts in inner.items()}
+        classes = {path: parts[0] for path, parts in below.items()}
         files, classes = _readable_classes(listing, files, classes, is_readable)
         names = sorted(set(classes.values()))
         shown = ", ".join(map(printable, names[:8])) + (", …" if len(names) > 8 else "")
@@ -332,7 +333,7 @@ def _labels_of_metadata(
     for path in files:
         if path not in kept:
             listing.left_out[f"without a label in {file}", path.suffix.lower()] += 1
-    values = list(kept.values())
+    values: list[Any] = list(kept.values())
     odd = next((value for value in values if not _is_label(value)), None)
     if odd is None and all(isinstance(value, str) and _FRACTION.fullmatch(value) for value in values):
         odd = values[0]

@@ -102,7 +102,7 @@ def read_tiff_tags(page: tifffile.TiffPage) -> Metadata:
             continue
         if tag.code == ORIENTATION:
             result.orientation = orientation_of(value)
-        elif tag.code == _ICC_PROFILE and page.photometric.name not in _CONVERTED_TIFFS:
+        elif tag.code == _ICC_PROFILE and getattr(page.photometric, "name", "") not in _CONVERTED_TIFFS:
             result.icc_profile = bytes(value) if isinstance(value, bytes) else None
         elif tag.dtype == _ASCII and isinstance(value, str):
             texts[tag.code] = value

@@ -119,9 +119,10 @@ class ImageTensors(torch.utils.data.Dataset):
         strict: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        if len(self.size) != 2 or min(self.size) < 1:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if len(sides) != 2 or min(sides) < 1:
             raise ValueError(f"size is {size}; use one positive number or (height, width)")
+        self.size = (sides[0], sides[1])
         self.dataset, self.strict, self.limits = dataset, strict, limits
         self._valid: list[int] | None = None
         # Labels are read once, because a row access would also read the image's bytes.

@@ -10,7 +10,7 @@ import glob
 import os
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from iptv2_diffusion.data.archives import check_end, kind_of_tar, list_tar, load_nested_tar
 from iptv2_diffusion.data.draws import generator_for
 from iptv2_diffusion.data.image_columns import LABEL_COLUMNS, standard_columns
-from iptv2_diffusion.data.image_folders import Listing, Meaning, is_of_tools, list_folder, split_of, understand
+from iptv2_diffusion.data.image_folders import Listing, is_of_tools, list_folder, split_of, understand
 from iptv2_diffusion.data.image_tensors import ImageTensors, decode_image
 from iptv2_diffusion.files import user_path
 from iptv2_diffusion.messages import first_line
@@ -281,20 +281,20 @@ def _load_listing(listing: Listing, split: str, where: str, label_column: str | 
     info = datasets.DatasetInfo(description=meaning.text)
     if meaning.labels is not None and label_column != "ignore":
         column = "label" if label_column is None or meaning.from_folders else label_column
-        columns[column], features[column] = _label_column(meaning)
+        columns[column], features[column] = _label_column(meaning.labels, meaning.from_folders)
     info.features = datasets.Features(features)
     return _cut(datasets.Dataset.from_dict(columns, features=info.features, info=info), part)
 
 
-def _label_column(meaning: Meaning) -> tuple[list[int] | list[str], Any]:
+def _label_column(labels: Sequence[str | int], from_folders: bool) -> tuple[list[Any], Any]:
     """Return the values and the feature of the labels: folder names in sorted order, integers, or strings."""
-    if meaning.from_folders:
-        names = sorted(set(meaning.labels))
+    if from_folders:
+        names = sorted(map(str, set(labels)))
         numbers = {label: number for number, label in enumerate(names)}
-        return [numbers[label] for label in meaning.labels], datasets.ClassLabel(names=names)
-    if all(isinstance(label, int) and not isinstance(label, bool) for label in meaning.labels):
-        return meaning.labels, datasets.Value("int64")
-    return [str(label) for label in meaning.labels], datasets.Value("string")
+        return [numbers[str(label)] for label in labels], datasets.ClassLabel(names=names)
+    if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
+        return list(labels), datasets.Value("int64")
+    return [str(label) for label in labels], datasets.Value("string")
 
 
 def _is_readable(path: str) -> bool:

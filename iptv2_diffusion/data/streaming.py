@@ -98,6 +98,7 @@ class Lane:
     ) -> None:
         self._dataset, self._number, self._lanes, self._seed = dataset, number, lanes, seed
         self.block_size = block_size
+        self._next: int
         self._next, state = start or (0, {"epoch": 0, "shard": 0, "state": None})
         self.states: dict[int, dict[str, Any]] = {self._next: dict(state)}  # start of each block
         self._records = self._read(**state)

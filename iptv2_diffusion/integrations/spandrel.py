@@ -49,7 +49,7 @@ class IPTV2RestorerArchitecture(Architecture[IPTV2RestorationModel]):
             )
 
         def restore(model: IPTV2RestorationModel, image: Tensor) -> Tensor:
-            level = None
+            level: Tensor | float | None = None
             if model.config.sigma_conditioning is not None:
                 level = sigma
                 if level is None:

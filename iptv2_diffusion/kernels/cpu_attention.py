@@ -46,9 +46,9 @@ def focal_attention_cpu(
         q, k, v = partition_windows(qkv, num_heads, window, shifted=False)
         out = window_merge(channel_attention(q, k, v, affine[0], temperature[0]), window, height, width)
     else:
-        q, k, v, *inner = partition_windows(qkv, num_heads, window, shifted=True)
+        q, k, v, *shifted = partition_windows(qkv, num_heads, window, shifted=True)
         out = window_merge(channel_attention(q, k, v, affine[0], temperature[0]), window, height, width)
-        inner = channel_attention(*inner, affine[1], temperature[1])
+        inner = channel_attention(shifted[0], shifted[1], shifted[2], affine[1], temperature[1])
         out = merge_branches(out, window_merge(inner, window, height - window, width - window), merge_logits, window)
     return out[:, :map_height, :map_width]
 

@@ -38,7 +38,8 @@ def window_views(qkv: Tensor, num_heads: int, window: int) -> tuple[Tensor, Tens
     """Return the windows of `window_partition` as views (B, H/w, W/w, h, w, w, d) of the map."""
     batch, height, width, channels = qkv.shape
     shape = (batch, height // window, window, width // window, window, 3, num_heads, channels // (3 * num_heads))
-    return qkv.view(shape).permute(5, 0, 1, 3, 6, 2, 4, 7).unbind(0)
+    q, k, v = qkv.view(shape).permute(5, 0, 1, 3, 6, 2, 4, 7).unbind(0)
+    return q, k, v
 
 
 def window_merge(x: Tensor, window: int, height: int, width: int) -> Tensor:

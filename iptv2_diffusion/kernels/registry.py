@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ __all__ = [
     "wants_gradient",
 ]
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,21 @@ def operator(plain: Callable[P, R]) -> Callable[P, R]:
     the decorated function is the formula itself.
     """
     name = plain.__name__
+    formula: Callable[..., R] = plain
 
     @functools.wraps(plain)
     def dispatch(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if has_symbolic_sizes(x):
-            return _SYMBOLIC_FORMS.get(name, plain)(x, *args, **kwargs)
+            return _SYMBOLIC_FORMS.get(name, formula)(x, *args, **kwargs)
         if name in _forced:
             return _forced[name](x, *args, **kwargs)
         for form in _FORMS[name]:
             if may_run(form, name, x) and form.takes(x, *args, **kwargs):
                 return form.run(x, *args, **kwargs)
-        return plain(x, *args, **kwargs)
+        return formula(x, *args, **kwargs)
 
-    dispatch.plain = plain
-    return dispatch
+    dispatch.plain = plain  # type: ignore[attr-defined]
+    return cast("Callable[P, R]", dispatch)
 
 
 def fast_form(

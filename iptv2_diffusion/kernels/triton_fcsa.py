@@ -33,7 +33,7 @@ def window_counts(height: int, width: int, window: int) -> tuple[int, int]:
     return -(-height // window), -(-width // window)
 
 
-def branches(rows: int, columns: int, merge_logits: Tensor | None) -> tuple[bool, ...]:
+def branches(rows: int, columns: int, merge_logits: Tensor | bool | None) -> tuple[bool, ...]:
     """Return whether each launch is shifted: base windows only, or base windows and then shifted ones."""
     return (False, True) if merge_logits is not None and rows > 1 and columns > 1 else (False,)
 
@@ -191,7 +191,7 @@ def supports(qkv: Tensor, heads: int, window: int) -> bool:
 @torch.compiler.assume_constant_result
 def runs(device_type: str, device_index: int | None, dtype: torch.dtype, head_dim: int, window: int) -> bool:
     """Return whether the kernels compile and run on a device, by a test run at the first call."""
-    device = torch.device(device_type, device_index)
+    device = torch.device(device_type, device_index)  # type: ignore[arg-type]
     try_out = partial(probe, device, dtype, head_dim, window)
     return is_usable("focal_attention", device_type, device_index, try_out, str(dtype), head_dim, window)
 
@@ -237,7 +237,7 @@ def focal_attention(
 
 def traffic(
     shape: tuple[int, int, int, int], itemsize: int, heads: int, window: int, merged: bool
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Count the multiply–accumulates, bytes and launches of the forward and of the backward.
 
     Each program loads its part of the map once from memory; its second pass reads from the cache. The parameters are

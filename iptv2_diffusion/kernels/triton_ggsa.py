@@ -174,7 +174,8 @@ def fits(qkv: Tensor, heads: int, stride: tuple[int, int]) -> int:
 @torch.compiler.assume_constant_result
 def runs(device_type: str, device_index: int | None, dtype: torch.dtype, head_dim: int) -> bool:
     """Return whether the kernels compile and run on a device, by a test run at the first call."""
-    try_out = partial(probe, torch.device(device_type, device_index), dtype, head_dim)
+    device = torch.device(device_type, device_index)  # type: ignore[arg-type]
+    try_out = partial(probe, device, dtype, head_dim)
     return is_usable("grid_attention", device_type, device_index, try_out, str(dtype), head_dim)
 
 

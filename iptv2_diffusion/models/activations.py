@@ -63,7 +63,8 @@ def activation_bytes_per_pixel(model: IPTV2RestorationModel) -> float:
     size 1 in the model's dtype; larger images need up to 3 % more per pixel. The first call for a configuration takes
     half a second, and the result is cached.
     """
-    return _bytes_per_pixel(type(model), model.to_json_string(), next(model.parameters()).dtype, 4 * model.granularity)
+    model_class: Any = type(model)
+    return _bytes_per_pixel(model_class, model.to_json_string(), next(model.parameters()).dtype, 4 * model.granularity)
 
 
 @lru_cache(maxsize=16)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
-from torch import Tensor, nn
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
 
 from iptv2_diffusion.models.presets import disable_label_dropout, translate_overrides
 
@@ -42,8 +44,8 @@ def match_classes(names: Sequence[str], id2label: Mapping[int, str], classes: in
 
 @torch.no_grad()
 def adapt_denoiser(
-    model: nn.Module, *, sample_size: int | tuple[int, int], num_classes: int | None, kept: Mapping[int, int]
-) -> nn.Module:
+    model: ModelMixin, *, sample_size: int | tuple[int, int], num_classes: int | None, kept: Mapping[int, int]
+) -> ModelMixin:
     """Make a denoiser with the weights of another, for other classes and latents of another size.
 
     A new class starts from the row of the null label, for which the model draws an image of any class. Without classes,
@@ -59,7 +61,7 @@ def adapt_denoiser(
     Raises:
         ValueError: the model is a DiT and the latent is not square.
     """
-    overrides = {"sample_size": sample_size, "num_class_embeds": num_classes}
+    overrides: dict[str, Any] = {"sample_size": sample_size, "num_class_embeds": num_classes}
     if "window_size" in model.config:  # keeps the windows, and therefore the weights
         overrides["window_fit_size"] = model.config.window_fit_size or model.config.sample_size
     new = type(model).from_config(model.config, **translate_overrides(type(model), overrides))

@@ -200,7 +200,7 @@ class GlobalGridAttention(nn.Module):
     ):
         super().__init__()
         check_heads(channels, num_heads, multiple=4)
-        if (stride is None) == (grid_size is None) or (grid_size if stride is None else stride) < 1:
+        if (stride is None) == (grid_size is None) or (stride or grid_size or 0) < 1:
             raise ValueError(
                 f"give exactly one of stride and grid_size, at least 1, not stride={stride}, grid_size={grid_size}"
             )
@@ -228,6 +228,7 @@ class GlobalGridAttention(nn.Module):
         """Vertical and horizontal stride on a map of this size; if `clip`, at most H and W, so no group is empty."""
         if self.grid_size is not None:
             return (height + self.grid_size - 1) // self.grid_size, (width + self.grid_size - 1) // self.grid_size
+        assert self.stride is not None  # one of the two is set
         return (min(self.stride, height), min(self.stride, width)) if clip else (self.stride, self.stride)
 
 

@@ -1,8 +1,9 @@
 """The U-shaped backbone of IPT-V2, shared by the denoiser and the restorer (model.md §1)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from . import symbolic_sizes  # noqa: F401  (the import registers the operators'
 from .blocks import Downsample, FGBlock, FGBlockConfig, SkipConnection, Upsample
 
 __all__ = ["IPTV2Backbone", "StageSpec", "stage_specs"]
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class IPTV2Backbone(nn.Module):
         self.levels = levels = len(specs) // 2 + 1
         self.width_levels = [spec.width_level for spec in specs]  # 0 1 2 1 1 with three levels
         self.out_channels = specs[-1].channels
+        self._gradient_checkpointing_func: Callable[..., Tensor]
         self.gradient_checkpointing = False  # ModelMixin.enable_gradient_checkpointing sets it and the function
 
         encoder, bottleneck, decoder = specs[: levels - 1], specs[levels - 1], specs[levels:]
@@ -97,7 +101,10 @@ class IPTV2Backbone(nn.Module):
         """Run the U: x (B, C, H, W), conditioning (B, D), one (B, D) per level, or None -> (B, out_channels, H, W)."""
         _, _, height, width = x.shape
         x = pad_replicate(x, multiple=2 ** (self.levels - 1)).contiguous(memory_format=torch.channels_last)
-        vectors = conditioning if isinstance(conditioning, (tuple, list)) else [conditioning] * self.levels
+        if conditioning is None or isinstance(conditioning, Tensor):
+            vectors: Sequence[Tensor | None] = [conditioning] * self.levels
+        else:
+            vectors = conditioning
         vectors = [vectors[level] for level in self.width_levels]  # one per stage: the vector of its width level
 
         # Encoder, level l: (B, 2^l·C, H/2^l, W/2^l) -> (B, 2^(l+1)·C, H/2^(l+1), W/2^(l+1))
@@ -118,9 +125,9 @@ class IPTV2Backbone(nn.Module):
             x = self.run_stage(stage, x, vector)
         return x[..., :height, :width]
 
-    def run_stage(self, stage: nn.ModuleList, x: Tensor, conditioning: Tensor | None) -> Tensor:
+    def run_stage(self, stage: nn.Module, x: Tensor, conditioning: Tensor | None) -> Tensor:
         """Apply the FG blocks of a stage, with gradient checkpointing if it is enabled."""
-        for block in stage:
+        for block in stage.children():
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, conditioning)
             else:
@@ -191,9 +198,9 @@ def fit_window(window_size: int, level: int, levels: int, sample_size: tuple[int
     return window, height > window and width > window
 
 
-def per_item(name: str, value: int | Sequence[int] | None, count: int) -> Sequence[int | None]:
+def per_item(name: str, value: Item | Sequence[Item], count: int) -> list[Item]:
     """Expand `value` to `count` stages or levels: one number is repeated, a sequence must have `count` entries."""
-    if value is None or isinstance(value, int):
+    if not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} entries {tuple(value)}; give one number or {count} of them")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from diffusers.models.modeling_utils import ModelMixin
 
 __all__ = ["BackboneReport", "load_backbone"]
 
@@ -45,7 +45,7 @@ class BackboneReport:
 
 
 @torch.no_grad()
-def load_backbone(target: nn.Module, source: nn.Module, strict: bool = False) -> BackboneReport:
+def load_backbone(target: ModelMixin, source: ModelMixin, strict: bool = False) -> BackboneReport:
     """Copy the weights of `source.backbone` into `target.backbone` where names and shapes agree.
 
     Args:

@@ -85,9 +85,10 @@ class RepLeFFN(nn.Module):
         )
         parameter = next(self.parameters())
         deployed = RepLeFFN(self.channels, self.ratio, fused=True, bias=self.bias)
-        for layer, (weight, bias) in zip((deployed.expand, deployed.depthwise, deployed.project), merged, strict=True):
+        layers: list[nn.Linear | nn.Conv2d] = [deployed.expand, deployed.depthwise, deployed.project]
+        for layer, (weight, bias) in zip(layers, merged, strict=True):
             layer.weight.copy_(weight)
-            if bias is not None:
+            if layer.bias is not None and bias is not None:
                 layer.bias.copy_(bias)
         return deployed.to(parameter.device, parameter.dtype)
 
@@ -115,10 +116,11 @@ class RepLeFFN(nn.Module):
         trainable.project_in.weight[: self.channels] = self.project.weight
         trainable.depthwise_5x5.weight.copy_(self.depthwise.weight)
         trainable.depthwise_5x5.weight[:, :, 2, 2] -= 1
-        if self.bias:
-            trainable.expand_out.bias.copy_(self.expand.bias)
-            trainable.depthwise_5x5.bias.copy_(self.depthwise.bias)
-            trainable.project_out.bias.copy_(self.project.bias)
+        last: list[nn.Linear | nn.Conv2d] = [trainable.expand_out, trainable.depthwise_5x5, trainable.project_out]
+        merged: list[nn.Linear | nn.Conv2d] = [self.expand, self.depthwise, self.project]
+        for layer, source in zip(last, merged, strict=True):
+            if layer.bias is not None and source.bias is not None:
+                layer.bias.copy_(source.bias)
         return trainable.to(self.expand.weight.device, self.expand.weight.dtype)
 
 

@@ -1,8 +1,9 @@
 """Conversion of a whole model between its trainable form and its deployed, re-parameterised form (model.md §5)."""
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from iptv2_diffusion.kernels import is_quantized
@@ -11,10 +12,15 @@ from .feed_forward import RepLeFFN
 from .layers import is_hooked
 
 Model = TypeVar("Model", bound="FusibleModelMixin")
-Module = TypeVar("Module", bound=nn.Module)
+AnyModel = TypeVar("AnyModel", bound=ModelMixin)
+
+if TYPE_CHECKING:  # a mixin of models; at run time it must not precede nn.Module
+    from diffusers import ModelMixin as _Base
+else:
+    _Base = object
 
 
-class FusibleModelMixin:
+class FusibleModelMixin(_Base):
     """Mixin that adds `fuse()` and `unfuse()` to a diffusers model of `RepLeFFN` feed-forwards (model.md §5).
 
     The model's `__init__` must take the argument `fused`. Both methods return a new model, never change the one they
@@ -93,6 +99,6 @@ class FusibleModelMixin:
         return nn.Module.train(self, mode)
 
 
-def trainable(model: Module) -> Module:
+def trainable(model: AnyModel) -> AnyModel:
     """Return the model itself, or `model.unfuse()` if it is fused."""
     return model.unfuse() if getattr(model.config, "fused", False) else model

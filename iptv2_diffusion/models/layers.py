@@ -142,10 +142,11 @@ def merge_depthwise(*branches: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     """Return the 5×5 kernel Σ pad(K) + δ, (C, 1, 5, 5), and the bias Σ b of x + Σ branch(x), branches up to 5×5."""
     delta = F.pad(branches[0].weight.new_ones(1, 1, 1, 1), (2, 2, 2, 2))
     kernel = sum((F.pad(keep_strides(b.weight), ((5 - b.weight.shape[-1]) // 2,) * 4) for b in branches), delta)
-    return kernel, None if branches[0].bias is None else reduce(torch.add, (branch.bias for branch in branches))
+    biases = [branch.bias for branch in branches if branch.bias is not None]
+    return kernel, reduce(torch.add, biases) if biases else None
 
 
-def may_merge(*layers: nn.Module) -> bool:
+def may_merge(*layers: nn.Linear | nn.Conv2d) -> bool:
     """Return whether the layers' weights may be read and merged instead of calling the layers.
 
     A layer must be called if it is inside an adapter (LoRA), if torchao has quantised its weight, or if a hook loads

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def check_complete(model: nn.Module) -> None:
         )
 
 
-def load_whole(model_class: type, *args: Any, **kwargs: Any) -> nn.Module:
+def load_whole(model_class: type[diffusers.ModelMixin], *args: Any, **kwargs: Any) -> diffusers.ModelMixin:
     """Call `model_class.from_pretrained(...)`, and raise if weights are missing, unexpected or misshapen.
 
     Raises:
@@ -84,7 +84,7 @@ def load_whole(model_class: type, *args: Any, **kwargs: Any) -> nn.Module:
     return model
 
 
-def load_vae(name: str, subfolder: str | None = None) -> nn.Module:
+def load_vae(name: str, subfolder: str | None = None) -> diffusers.ModelMixin:
     """Load a VAE of diffusers, of the class that its configuration names, in evaluation mode and without gradients.
 
     Raises:
@@ -137,7 +137,7 @@ def _short_shape_errors(name: str, kind: str) -> Iterator[None]:
         log.setLevel(level)
 
 
-def check_loaded(model: nn.Module, name: str, info: dict[str, Any]) -> None:
+def check_loaded(model: diffusers.ModelMixin, name: str, info: dict[str, Any]) -> None:
     """Raise a ValueError if diffusers' loading information names weights that are missing, unexpected or misshapen."""
     missing, unexpected = sorted(info.get("missing_keys") or ()), sorted(info.get("unexpected_keys") or ())
     misshapen = [
@@ -159,7 +159,7 @@ def probable_content(keys: Iterable[str]) -> str | None:
     return next((what for pattern, what in SIGNS if any(re.search(pattern, key) for key in keys)), None)
 
 
-def _resemblance(model: nn.Module, missing: Iterable[str], unexpected: list[str]) -> str:
+def _resemblance(model: diffusers.ModelMixin, missing: Iterable[str], unexpected: list[str]) -> str:
     """Return the end of an error message: the probable content of the file, or the probable cause."""
     content = probable_content(unexpected)
     if content is not None:
@@ -179,7 +179,13 @@ def _listed(names: list[str]) -> str:
     return f"{len(names)} weight{'s' * (len(names) > 1)} ({shown}) {'are' if len(names) > 1 else 'is'}"
 
 
-class AlignedLoadingMixin:
+if TYPE_CHECKING:  # a mixin of models; at run time it must not precede nn.Module
+    from diffusers import ModelMixin as _Base
+else:
+    _Base = object
+
+
+class AlignedLoadingMixin(_Base):
     """Mixin that makes `from_pretrained` load complete, aligned weights or raise. It must precede `ModelMixin`."""
 
     @classmethod

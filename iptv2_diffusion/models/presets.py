@@ -57,9 +57,9 @@ def create_model(name: str, **overrides: Any) -> ModelMixin:
     overrides = translate_overrides(model_class, overrides)
     if saved is not None:
         model = load_whole(model_class, saved.folder)
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items()}  # JSON has no tuples
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items()}  # JSON has no tuples
         overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
-        differing = [f"{k}={saved[k]!r}, not {v!r}" for k, v in overrides.items() if saved[k] != v]
+        differing = [f"{k}={stored[k]!r}, not {v!r}" for k, v in overrides.items() if stored[k] != v]
         if differing:
             raise ValueError(f"{name} was saved with {'; '.join(differing)}")
     else:
@@ -212,7 +212,7 @@ def count_macs(model: ModelMixin, height: int | None = None, width: int | None =
     Raises:
         ValueError: the model has no `sample_size`, and `height` or `width` is missing.
     """
-    size = model.config.sample_size
+    size: Any = model.config.sample_size
     if size is None and (height is None or width is None):
         raise ValueError("this model has no sample_size: give height and width")
     size = size or (height, width)

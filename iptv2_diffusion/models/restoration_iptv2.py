@@ -41,6 +41,7 @@ class RestorationEmbedding(nn.Module):
         """Embed sigma (B,), scaled by `scale_sigma`, and task (B,) int64 -> (B, D)."""
         vectors = []
         if self.sigma_embedder is not None:
+            assert sigma is not None  # check_conditions has raised
             vectors.append(self.sigma_embedder(sigma[:, None]))
         if self.task_embedder is not None:
             vectors.append(self.task_embedder(task))
@@ -130,7 +131,7 @@ class IPTV2RestorationModel(
             layers_per_stage,
             num_attention_heads,
             FGBlockConfig(
-                attention_pattern=attention_pattern,
+                attention_pattern=tuple(attention_pattern),
                 window_size=window_size,
                 temperature_init=temperature_init,
                 grid_size=grid_size,
@@ -143,8 +144,8 @@ class IPTV2RestorationModel(
             sample_size=None if size is None else (-(-size[0] // unshuffle), -(-size[1] // unshuffle)),
         )
         self.head = nn.Conv2d(self.backbone.out_channels, planes, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
         self.finish_fused_init()
 
     @property
@@ -192,6 +193,7 @@ class IPTV2RestorationModel(
         x = 4 * (image - 0.5)  # gives contrasts and noise a standard deviation near 1 [ours, untested]
         x = pixel_unshuffle(pad_replicate(x, factor), factor)  # (B, planes, H/factor, W/factor)
         if self.config.sigma_conditioning == "map":
+            assert sigma is not None  # check_conditions has raised
             # (B, planes + 1, H/factor, W/factor)
             x = torch.cat((x, sigma[:, None, None, None].expand(batch, 1, x.shape[2], x.shape[3])), dim=1)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, H/factor, W/factor)

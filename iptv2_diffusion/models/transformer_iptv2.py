@@ -129,7 +129,7 @@ class IPTV2Transformer2DModel(
             layers_per_stage,
             num_attention_heads,
             FGBlockConfig(
-                attention_pattern=attention_pattern,
+                attention_pattern=tuple(attention_pattern),
                 window_size=window_size,
                 temperature_init=temperature_init,
                 grid_size=grid_size,
@@ -148,8 +148,8 @@ class IPTV2Transformer2DModel(
             self.backbone.out_channels, conditioning_dims[self.output_vector], gate=False
         )
         self.proj_out = nn.Conv2d(self.backbone.out_channels, self.out_channels * patch_size**2, 3, padding=1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        for parameter in self.proj_out.parameters():
+            nn.init.zeros_(parameter)
         self.finish_fused_init()
 
     def forward(

@@ -251,7 +251,8 @@ def _branches(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     found = {}
     for key in state:
         if key.endswith(".dwconv.0.weight"):
-            kernels = [state.get(key.replace(".dwconv.0.", f".dwconv.{branch}.")) for branch in range(3)]
-            if all(k is not None and k.shape[2:] == (s, s) for k, s in zip(kernels, (5, 3, 1), strict=True)):
+            names = [key.replace(".dwconv.0.", f".dwconv.{branch}.") for branch in range(3)]
+            kernels = [state[name] for name in names if name in state]
+            if [tuple(kernel.shape[2:]) for kernel in kernels] == [(5, 5), (3, 3), (1, 1)]:
                 found[key] = kernels
     return found

@@ -73,7 +73,7 @@ def system_error(error: BaseException) -> int | None:
 def full_disk(error: BaseException) -> str | None:
     """Return the message for an error that means that the disk or the quota is full; None for any other error."""
     number = system_error(error)
-    if number not in DISK_ERRORS:
+    if number is None or number not in DISK_ERRORS:
         return None
     where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
     remedy = "write to another disk" if number == errno.EROFS else "make room"

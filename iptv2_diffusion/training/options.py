@@ -128,9 +128,9 @@ class Config:
         return self
 
 
-_EMA = {"group": "exponential moving average"}
-_FREE_LOG = {"group": "checkpoints and logs", "free": True}
-_HUB = {"group": "model card and Hub", "free": True}
+_EMA: dict[str, Any] = {"group": "exponential moving average"}
+_FREE_LOG: dict[str, Any] = {"group": "checkpoints and logs", "free": True}
+_HUB: dict[str, Any] = {"group": "model card and Hub", "free": True}
 
 
 @dataclass(frozen=True, kw_only=True)

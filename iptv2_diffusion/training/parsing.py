@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from iptv2_diffusion.completion import complete
 from iptv2_diffusion.files import shipped
 from iptv2_diffusion.messages import one_line
 from iptv2_diffusion.strict_yaml import StrictSyntaxError, read_yaml, read_yaml_texts
@@ -33,6 +34,7 @@ def parse_config(
 ) -> ConfigType:
     """Read `--config FILE` and `--name value` overrides into `config_type`, resolved. Raises `ConfigError`."""
     parser, arguments = _make_parser(config_type, description, examples), _normalise(argv)
+    complete(parser)
     known, rest = parser.parse_known_args(arguments)
     if rest:
         names = [field.name for field in dataclasses.fields(config_type)]
@@ -98,12 +100,18 @@ def find_recipe(name: str) -> Path:
     return named if not path.exists() and named.is_file() else path
 
 
+def recipe_names(**_: Any) -> list[str]:
+    """Return the names that `--config` takes besides paths. A completer of argcomplete, which passes keywords."""
+    folder = shipped("configs")
+    found = folder.rglob("*.yaml") if folder.is_dir() else []
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
+
+
 def _recipes(name: str) -> str:
     """Return the end of the error about a missing configuration: the names of similar recipes."""
-    folder = shipped("configs")
-    if Path(name).suffix or not folder.is_dir():
+    known = recipe_names()
+    if Path(name).suffix or not known:
         return ""
-    known = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(n for n in known if "/" not in n)
     return f"; recipes have the names {', '.join(near)} ..."
 
@@ -137,22 +145,24 @@ def _make_parser(config_type: type, description: str, examples: str) -> argparse
         epilog=examples,
         allow_abbrev=False,
     )
-    parser.add_argument(
+    config = parser.add_argument(
         "--config",
         action="append",
         metavar="FILE",
         help="YAML file, or a recipe's name such as emoji64; may be given several times",
     )
-    hints, groups = typing.get_type_hints(config_type), {}
+    config.completer = recipe_names  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(config_type)
+    groups: dict[str, Any] = {}
     for field in dataclasses.fields(config_type):
         title = field.metadata.get("group", "options")
-        group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
-        missing = field.default is dataclasses.MISSING
-        default = field.default_factory() if missing else field.default  # type: ignore[misc]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
         shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else shown
         text = f"{field.metadata.get('help', '')} [{shown}]".replace("%", "%%")
         is_flag = bool in (hints[field.name], *typing.get_args(hints[field.name]))
-        flag = {"nargs": "?", "const": "true"} if is_flag else {}
-        group.add_argument(f"--{field.name}", metavar=type_name(hints[field.name]), help=text, **flag)
+        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if is_flag else {}
+        groups[title].add_argument(f"--{field.name}", metavar=type_name(hints[field.name]), help=text, **flag)
     return parser

@@ -43,10 +43,10 @@ def prepare_dry_run(config: RunConfig, **shorter: Any) -> RunConfig:
             claim_run_folder(folder.parent)
             claim_run_folder(folder)  # refuses a folder of this name that is not ours
         shutil.rmtree(folder, ignore_errors=True)
-    every = dict.fromkeys(("checkpoint_every", "eval_every", "preview_every", "log_every"), 1)
-    length = {"max_train_steps": 2, "max_train_minutes": None}
-    quiet = {"report_to": "none", "push_to_hub": False}
-    return dataclasses.replace(config, output_dir=str(folder), **quiet, **length, **every, **shorter)
+    changes: dict[str, Any] = dict.fromkeys(("checkpoint_every", "eval_every", "preview_every", "log_every"), 1)
+    changes |= {"max_train_steps": 2, "max_train_minutes": None, "output_dir": str(folder)}
+    changes |= {"report_to": "none", "push_to_hub": False}
+    return dataclasses.replace(config, **{**changes, **shorter})
 
 
 def this_command() -> str:

@@ -79,7 +79,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def to_local(tensor: Tensor) -> Tensor:
     """Return the tensor itself, or this process's part of a sharded tensor, with shared memory."""
-    return tensor.detach().to_local().requires_grad_(tensor.requires_grad) if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    detached: Any = tensor.detach()
+    return detached.to_local().requires_grad_(tensor.requires_grad)
 
 
 def from_local(part: Tensor, like: Tensor) -> Tensor:

@@ -124,9 +124,9 @@ class Page:
         number, seed, steps = whole(number, "number"), whole(seed, "seed"), whole(steps, "steps")
         return GenerateSettings(tuple(labels or ()), number, seed, steps, float(scale), (start, stop), scheduler)
 
-    def generate(self, name: str | None, *form: Any) -> Iterator[tuple[Any, str]]:
+    def generate(self, name: str | None, *values: Any) -> Iterator[tuple[Any, str]]:
         """(gallery, status): previews while it denoises, then the files."""
-        *form, request = form
+        *form, request = values
         settings, pipeline = self.generate_settings(*form), self.models(name)
         yield gr.skip(), "waiting …"
         try:
@@ -178,9 +178,9 @@ class Page:
 
     # --- Compare -----------------------------------------------------------------------------------------------------
 
-    def compare(self, first: str, second: str, path: str | None, sigma: float, *form: Any) -> Iterator[tuple]:
+    def compare(self, first: str, second: str, path: str | None, sigma: float, *values: Any) -> Iterator[tuple]:
         """(image of the first, image of the second, table, status)."""
-        *form, request = form
+        *form, request = values
         names = (first, second)
         if all(name in self.models.restorers for name in names):
             inputs: Any = (read_upload(path, self.max_pixels), RestoreSettings(sigma))
