@@ -84,6 +84,23 @@ def test_the_citation_names_the_version_of_the_wheel(wheel):
     assert wheel.name.split("-")[1] == citation["version"]
 
 
+@pytest.mark.slow
+def test_the_release_builds_and_the_index_would_take_it(tmp_path):
+    """The wheel is built from the source distribution, as pip does where there is no wheel."""
+    for module in ("build", "twine", "cffconvert"):
+        pytest.importorskip(module)
+    tracked = run("git", "ls-files", cwd=ROOT).splitlines()
+    for name in tracked:
+        if name.split("/")[0] not in ("data", "docs", "tests"):
+            (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "source" / name)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), cwd=tmp_path / "source")
+    files = sorted(map(str, (tmp_path / "dist").iterdir()))
+    assert [name.endswith((".tar.gz", ".whl")) for name in files] == [True, True]
+    run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=tmp_path)
+    run("cffconvert", "--validate", "--infile", str(ROOT / "CITATION.cff"), cwd=tmp_path)
+
+
 def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
     entries = configparser.ConfigParser()
     entries.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
