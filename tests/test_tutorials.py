@@ -1,7 +1,6 @@
 """The code blocks of the tutorials run, in order, as a reader runs them; trainings take two steps."""
 
 import importlib
-import os
 import re
 import shlex
 import subprocess
@@ -81,4 +80,4 @@ def test_every_tutorial_is_run():
     text = Path(__file__).read_text(encoding="utf-8")
     pages = sorted(path.stem for path in TUTORIALS.glob("*.md"))
     assert len(pages) == 5
-    assert all(f'"{page}' in text for page in pages), os.linesep.join(pages)
+    assert all(f'"{page}' in text for page in pages), pages
