@@ -307,13 +307,13 @@ def _is_shard(path: Path, latent_shape: list[int] | None = None) -> bool:
     try:
         with safe_open(path, framework="pt") as shard:
             ours = "unreadable" in (shard.metadata() or {}) and {"mean", "class_labels", "items"} <= set(shard.keys())
-            shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118  (no dict)
+            shapes: dict[str, list[int]] = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118  (no dict)
             is_count = {name: shard.get_slice(name).get_dtype() == "I64" for name in shapes}
     except (OSError, SafetensorError):
         return False
     if not ours:
         raise ValueError(f"{path} holds no latents that were made here; move it away, or choose another cache_dir")
-    _, count, *shape = [*shapes["mean"], None, None]
+    _, count, *shape = [*shapes["mean"], -1, -1]
     return (
         len(shapes["mean"]) == 5
         and shapes.get("std", shapes["mean"]) == shapes["mean"]

@@ -74,6 +74,7 @@ class FocalContextAttention(nn.Module):
         self.qkv_depthwise = DepthwiseConv2d(3 * channels, 3, bias=bias)
         self.temperature = nn.Parameter(torch.full((branches, num_heads), float(temperature_init)))
         self.spatial_affine = nn.Parameter(torch.ones(branches, num_heads, positions))
+        self.merge_logits: nn.Parameter | None
         self.register_parameter("merge_logits", nn.Parameter(torch.zeros(2, num_heads, positions)) if shifted else None)
         self.out_proj = Linear(channels, channels, bias=bias)
 
