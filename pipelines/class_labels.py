@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -18,7 +18,13 @@ __all__ = ["ClassLabelsMixin", "Label"]
 Label = int | str
 
 
-class ClassLabelsMixin:
+if TYPE_CHECKING:  # a mixin of pipelines; at run time it must not precede DiffusionPipeline
+    from diffusers import DiffusionPipeline as _Base
+else:
+    _Base = object
+
+
+class ClassLabelsMixin(_Base):
     """Mixin for a pipeline with a `transformer` and with `id2label` in its config."""
 
     @property
@@ -59,8 +65,9 @@ class ClassLabelsMixin:
         if not isinstance(label, SupportsIndex):
             raise TypeError(f"class label {label!r} is neither a class name nor a whole number")
         index = operator.index(label)
-        if not 0 <= index < self.num_classes:
-            raise ValueError(f"class label {index} is out of range; the model has classes 0 to {self.num_classes - 1}")
+        count = self.num_classes or 0
+        if not 0 <= index < count:
+            raise ValueError(f"class label {index} is out of range; the model has classes 0 to {count - 1}")
         return index
 
     def _prepare_labels(

@@ -11,7 +11,7 @@ noise level it is the same for noise, v and the flow velocity, which depend line
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 from diffusers import ModelMixin
@@ -24,7 +24,13 @@ from iptv2_diffusion.objectives import null_label, prediction_of
 __all__ = ["GuidanceMixin", "check_guidance_model", "make_guider"]
 
 
-class GuidanceMixin:
+if TYPE_CHECKING:  # a mixin of pipelines; at run time it must not precede DiffusionPipeline
+    from diffusers import DiffusionPipeline as _Base
+else:
+    _Base = object
+
+
+class GuidanceMixin(_Base):
     """Mixin for a pipeline with a `transformer` and an optional `guidance_model`."""
 
     def load_guidance_model(self, name: str) -> None:

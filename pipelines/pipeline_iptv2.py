@@ -325,7 +325,7 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
             outputs = self._denoise(self.transformer, repeated, timestep, labels).chunk(len(batches))
         else:
             models = (self.transformer, weak)[: len(batches)]
-            outputs = [self._denoise(model, latents, timestep, class_labels) for model in models]
+            outputs = tuple(self._denoise(model, latents, timestep, class_labels) for model in models)
         for batch, output in zip(batches, outputs, strict=True):
             batch.noise_pred = output[:, :channels]
         return guider(batches).pred, outputs[0][:, channels:]

@@ -58,6 +58,8 @@ class ImageStart(Start):
         ValueError: the strength is out of range.
     """
 
+    size: tuple[int, int]
+
     def __init__(self, images: Tensor, strength: float, codec: LatentCodec):
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is {strength}; it must lie in [0, 1]")
