@@ -98,7 +98,13 @@ def test_the_release_builds_and_the_index_would_take_it(tmp_path):
     files = sorted(map(str, (tmp_path / "dist").iterdir()))
     assert [name.endswith((".tar.gz", ".whl")) for name in files] == [True, True]
     run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=tmp_path)
-    run("cffconvert", "--validate", "--infile", str(ROOT / "CITATION.cff"), cwd=tmp_path)
+    run(
+        shutil.which("cffconvert", path=Path(sys.executable).parent),
+        "--validate",
+        "--infile",
+        str(ROOT / "CITATION.cff"),
+        cwd=tmp_path,
+    )
 
 
 def test_the_commands_of_the_wheel_exist_and_answer_help(installed, elsewhere):
