@@ -70,9 +70,13 @@ class IPTV2LoraLoaderMixin(LoraBaseMixin):
 
     @classmethod
     def save_lora_weights(
-        cls, save_directory: str | os.PathLike, lora_layers: dict[str, Tensor], **kwargs: Any
+        cls, save_directory: str | os.PathLike, lora_layers: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Write an adapter, from peft's `get_peft_model_state_dict`, as `pytorch_lora_weights.safetensors`."""
+        """Write an adapter, from peft's `get_peft_model_state_dict`, as `pytorch_lora_weights.safetensors`.
+
+        Other pipelines of diffusers name the layers `transformer_lora_layers`. This name works too.
+        """
+        lora_layers = kwargs.pop(f"{cls.lora_component}_lora_layers", lora_layers)
         options: dict[str, Any] = {"is_main_process": True, "weight_name": None, "save_function": None, **kwargs}
         layers, metadata = {cls.lora_component: lora_layers}, options.pop("metadata", None)
         cls._save_lora_weights(

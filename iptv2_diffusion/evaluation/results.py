@@ -1,16 +1,18 @@
-"""Output of a run: atomic replacement of folders, and casting of weights."""
+"""Output of a run: the model to save, casting of its weights, and atomic replacement of folders."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from iptv2_diffusion.data.own_folder import OwnFolder
+from iptv2_diffusion.training.adapters import adapter_state_dict, add_lora, merge_lora
+from iptv2_diffusion.training.errors import user_errors
 
 # Suffixes of the files that we write. In a folder without a record, these files are replaced and all others are kept.
 _OURS = {".safetensors", ".json", ".yaml", ".bin", ".md"}
@@ -51,6 +53,37 @@ def foreign_files(folder: Path, record: OwnFolder, names: set[str]) -> list[str]
         (lambda name: f"{folder.name}/{name}" in record.files) if known else (lambda name: Path(name).suffix in _OURS)
     )
     return [name for name in found if name not in names and not ours(name)]
+
+
+def trained_model(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    lora_rank: int | None,
+    lora_folder: Path,
+    save_lora_weights: Callable[[Path, dict[str, Tensor]], None],
+) -> nn.Module:
+    """Return a new model of the configuration of `module` with these weights. An adapter is written and then merged.
+
+    Args:
+        module: the bare model of the run.
+        weights: its averaged weights, those of an adapter included.
+        lora_rank: rank of the adapter; None without one.
+        lora_folder: folder for the adapter.
+        save_lora_weights: that of the pipeline's class.
+
+    Raises:
+        UserError: the adapter cannot be written.
+    """
+    model = type(module).from_config(module.config)
+    if lora_rank:
+        add_lora(model, lora_rank)
+    model.load_state_dict(weights)
+    if lora_rank:
+        with user_errors(OSError), replaced(lora_folder) as temporary:
+            save_lora_weights(temporary, adapter_state_dict(model))
+        merge_lora(model)
+    return model
 
 
 def cast(model: nn.Module, dtype: str) -> nn.Module:

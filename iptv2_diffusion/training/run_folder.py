@@ -49,6 +49,11 @@ def prepare_dry_run(config: RunConfig, **shorter: Any) -> RunConfig:
     return dataclasses.replace(config, **{**changes, **shorter})
 
 
+def preview_path(config: TrainingConfig, step: int) -> Path:
+    """Return the path of the preview after a step. Its folder may not exist yet."""
+    return Path(config.output_dir) / "previews" / f"step-{step:08d}.png"
+
+
 def this_command() -> str:
     """Return the command that started the run, to copy: a console script by its name, others through accelerate."""
     program = sys.argv[0]

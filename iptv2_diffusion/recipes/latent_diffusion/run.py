@@ -20,7 +20,7 @@ from iptv2_diffusion.data.feature_folder import FeatureFolder
 from iptv2_diffusion.data.images import ImageTensors
 from iptv2_diffusion.evaluation.feature_extractors import make_extractor
 from iptv2_diffusion.evaluation.kernel_distance import KernelDistance
-from iptv2_diffusion.evaluation.results import cast, replaced
+from iptv2_diffusion.evaluation.results import cast, replaced, trained_model
 from iptv2_diffusion.latents import LatentCodec
 from iptv2_diffusion.models.adaptation import adapt_denoiser, match_classes
 from iptv2_diffusion.models.fusion import trainable
@@ -48,7 +48,7 @@ from iptv2_diffusion.recipes.latent_diffusion.origin import classes_of_base, noi
 from iptv2_diffusion.recipes.latent_diffusion.plan import show_plan
 from iptv2_diffusion.recipes.latent_diffusion.task import LatentDiffusionTask
 from iptv2_diffusion.training.accelerator import make_accelerator, resolve_sharding
-from iptv2_diffusion.training.adapters import adapter_state_dict, add_lora, merge_lora, size_of
+from iptv2_diffusion.training.adapters import add_lora, size_of
 from iptv2_diffusion.training.errors import ConfigError, user_errors
 from iptv2_diffusion.training.logging import log_picture
 from iptv2_diffusion.training.loop import Outcome, Trainer
@@ -296,15 +296,13 @@ def save_results(
 ) -> None:
     """Write the pipeline folder with the EMA weights, load it, draw samples.png with it, and write the model cards."""
     folder, lora = trainer.output_dir / "pipeline", trainer.output_dir / "lora"
-    module = trainer.state.module
-    model = type(module).from_config(module.config)
-    if config.lora_rank:
-        add_lora(model, config.lora_rank)
-    model.load_state_dict(without_alignment(weights))
-    if config.lora_rank:
-        with user_errors(OSError), replaced(lora) as temporary:
-            IPTV2Pipeline.save_lora_weights(temporary, adapter_state_dict(model))
-        merge_lora(model)
+    model = trained_model(
+        trainer.state.module,
+        without_alignment(weights),
+        lora_rank=config.lora_rank,
+        lora_folder=lora,
+        save_lora_weights=IPTV2Pipeline.save_lora_weights,
+    )
     with user_errors(OSError):
         with replaced(folder) as temporary:
             task.pipeline(cast(model.eval(), config.save_dtype)).save_pretrained(temporary)

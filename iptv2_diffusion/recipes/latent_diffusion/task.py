@@ -34,6 +34,7 @@ from iptv2_diffusion.recipes.latent_diffusion.alignment import Alignment, Target
 from iptv2_diffusion.recipes.latent_diffusion.config import LDMConfig
 from iptv2_diffusion.training.errors import LocalError, user_errors
 from iptv2_diffusion.training.precision import device_of_sums
+from iptv2_diffusion.training.run_folder import preview_path
 from iptv2_diffusion.training.signals import no_interruption
 from iptv2_diffusion.training.training_task import TrainingTask
 
@@ -186,7 +187,7 @@ class LatentDiffusionTask(TrainingTask):
 
     def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path:
         """Write previews/step-*.png: a row per class, with the same seeds each time. The processes share the rows."""
-        path = Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png"
+        path = preview_path(self.config, step)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         return self.sheet(self.pipeline(model), path, process, processes, interrupt)
 

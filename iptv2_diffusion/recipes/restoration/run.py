@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from iptv2_diffusion import IPTV2RestorationPipeline
-from iptv2_diffusion.evaluation.results import cast, replaced
+from iptv2_diffusion.evaluation.results import cast, replaced, trained_model
 from iptv2_diffusion.models.exchange import load_backbone
 from iptv2_diffusion.models.fusion import trainable
 from iptv2_diffusion.models.presets import create_model, find_weights
@@ -19,7 +19,7 @@ from iptv2_diffusion.recipes.restoration.config import RestorationConfig
 from iptv2_diffusion.recipes.restoration.data import make_heldout, make_sources
 from iptv2_diffusion.recipes.restoration.task import RestorationTask
 from iptv2_diffusion.training.accelerator import check_batch_size, make_accelerator, resolve_sharding
-from iptv2_diffusion.training.adapters import adapter_state_dict, add_lora, merge_lora, needs_weights, size_of
+from iptv2_diffusion.training.adapters import add_lora, needs_weights, size_of
 from iptv2_diffusion.training.errors import ConfigError, user_errors
 from iptv2_diffusion.training.logging import log_picture
 from iptv2_diffusion.training.loop import Outcome, Trainer
@@ -104,15 +104,13 @@ def save_pipeline(
 ) -> None:
     """Write the fused restorer with the EMA weights, the configuration and a model card to output_dir/pipeline."""
     folder, lora = trainer.output_dir / "pipeline", trainer.output_dir / "lora"
-    module = trainer.state.module
-    model = type(module).from_config(module.config)
-    if config.lora_rank:
-        add_lora(model, config.lora_rank)
-    model.load_state_dict(trainer.state.averaged_state_dict())
-    if config.lora_rank:
-        with user_errors(OSError), replaced(lora) as temporary:
-            IPTV2RestorationPipeline.save_lora_weights(temporary, adapter_state_dict(model))
-        merge_lora(model)
+    model = trained_model(
+        trainer.state.module,
+        trainer.state.averaged_state_dict(),
+        lora_rank=config.lora_rank,
+        lora_folder=lora,
+        save_lora_weights=IPTV2RestorationPipeline.save_lora_weights,
+    )
     model = cast(model.fuse(), config.save_dtype)
     sigma_range = None if model.config.sigma_conditioning is None else config.noise
     with user_errors(OSError), replaced(folder) as temporary:

@@ -24,6 +24,7 @@ from iptv2_diffusion.recipes.restoration.config import LOSSES, RestorationConfig
 from iptv2_diffusion.recipes.restoration.data import Batch, Source
 from iptv2_diffusion.training.accelerator import process_slices
 from iptv2_diffusion.training.errors import user_errors
+from iptv2_diffusion.training.run_folder import preview_path
 from iptv2_diffusion.training.signals import no_interruption
 from iptv2_diffusion.training.training_task import TrainingTask
 
@@ -133,7 +134,7 @@ class RestorationTask(TrainingTask):
 
     def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path | None:
         """Write previews/step-*.png; see `picture`."""
-        return self.picture(model, Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png")
+        return self.picture(model, preview_path(self.config, step))
 
     @torch.no_grad()
     def picture(self, model: nn.Module, path: Path) -> Path | None:

@@ -14,6 +14,7 @@ from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.recipes.vae.data import load_images
 from iptv2_diffusion.recipes.vae.task import VAELoss, VAETask
 from iptv2_diffusion.training.accelerator import make_accelerator, resolve_sharding
+from iptv2_diffusion.training.adapters import size_of
 from iptv2_diffusion.training.errors import user_errors
 from iptv2_diffusion.training.logging import log_picture
 from iptv2_diffusion.training.loop import Outcome, Trainer
@@ -31,8 +32,7 @@ def run(config: VAEConfig) -> int:
     accelerator = make_accelerator(config)
     train, heldout = load_images(config, accelerator)
     model = VAELoss(make_vae(config), config)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    accelerator.print(f"AutoencoderKL of {size:.2f} M parameters on {accelerator.device}, {len(train):,} images")
+    accelerator.print(f"AutoencoderKL: {size_of(model)} on {accelerator.device}, {len(train):,} images")
     trainer = Trainer(config, accelerator, model, curves=("loss",))
     trainer.resume()
     task = VAETask(config, accelerator, train, heldout, trainer.step)

@@ -27,6 +27,7 @@ from iptv2_diffusion.recipes.vae.config import VAEConfig
 from iptv2_diffusion.recipes.vae.data import FlippedImages
 from iptv2_diffusion.training.accelerator import process_slices
 from iptv2_diffusion.training.precision import device_of_sums
+from iptv2_diffusion.training.run_folder import preview_path
 from iptv2_diffusion.training.signals import no_interruption
 from iptv2_diffusion.training.training_task import TrainingTask
 
@@ -114,7 +115,7 @@ class VAETask(TrainingTask):
 
     def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path:
         """Write previews/step-*.png: held-out originals above their reconstructions."""
-        return self.picture(model.vae, Path(self.config.output_dir) / "previews" / f"step-{step:08d}.png")
+        return self.picture(model.vae, preview_path(self.config, step))
 
     def picture(self, vae: AutoencoderKL, path: Path) -> Path:
         """Write an image of two rows of held-out images: originals above reconstructions."""
