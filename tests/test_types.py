@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("mypy")
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("commands", "data", "integrations", "kernels", "models", "pipelines")
-MODULES = ("files", "latents", "memory", "non_finite", "objectives", "strict_yaml", "variational_bound")
+MODULES = ("files", "latents", "memory", "messages", "non_finite", "objectives", "strict_yaml", "variational_bound")
 
 
 @pytest.mark.slow
