@@ -334,7 +334,7 @@ def make_row(config: ArenaConfig, run: Run, cost: dict[str, Any], *, chosen: boo
 
 
 def write_results(config: ArenaConfig, rows: list[dict], reference: dict[str, Any] | None) -> Path:
-    """Replace the rows of these shapes in the results file; write the machine and the recipe to a file beside it."""
+    """Replace the rows of these shapes in the results file; write the machine and the recipe to NAME-about.json."""
     from iptv2_diffusion.evaluation.speed import describe_machine
 
     path = Path(config.results)

@@ -2,7 +2,7 @@
 
     python eval/arena_report.py --results docs/results/arena-emoji64.json
 
-The script prints a Markdown table. Beside the results file it writes plots of the held-out loss over steps and over
+The script prints a Markdown table. Next to the results file it writes plots of the held-out loss over steps and over
 seconds and, if the folder of the runs exists, samples of all models side by side. The seconds of a curve are its steps
 times the seconds of a step without other load, so that other processes do not affect them.
 """

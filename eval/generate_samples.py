@@ -34,7 +34,7 @@ class SamplesConfig(GenerationConfig):
     """Options of the images and their folder."""
 
     output_dir: str = option("runs/samples", "folder for the images and their description", group="results", free=True)
-    npz: bool = option(True, "write the file for ADM's evaluator too, samples_NxHxWx3.npz", group="results", free=True)
+    npz: bool = option(True, "also write samples_NxHxWx3.npz for ADM's evaluator", group="results", free=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,11 +6,11 @@
     python eval/restoration_benchmark.py --models assets/iptv2-deblur-color --degradation motion_blur
     python eval/restoration_benchmark.py --models runs/derain/pipeline --layout rain100h --data Rain --channels y
 
-`--set` finds a test set below `--root` and follows its papers' protocol: degradation, levels, gray or colour,
-luma, rounding. The table includes their published figures. `--degradation` degrades the photographs of `--images`, as
-defined in iptv2_diffusion/evaluation/restoration_examples.py. --layout and --data measure on the test pairs of a data
-set; docs/restoration.md lists the layouts. The script writes results.json and results.md with quality,
-seconds per megapixel and memory per megapixel, and side-by-side crops of at most 24 images.
+`--set` finds a test set below `--root` and follows its papers' protocol: degradation, levels, gray or colour, luma,
+rounding. The table includes their published figures. `--degradation` degrades the photographs of `--images`, as defined
+in iptv2_diffusion/evaluation/restoration_examples.py. --layout and --data measure on the test pairs of a data set;
+docs/restoration.md lists the layouts. The script writes results.json and results.md with quality, seconds per megapixel
+and memory per megapixel, and side-by-side crops of at most 24 images.
 """
 
 from __future__ import annotations

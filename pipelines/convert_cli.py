@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("iptv2-convert", description=__doc__, formatter_class=form)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -100,7 +100,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
 
     shown = printable(path)
     if not path.is_file():
-        raise CommandError(f"{shown} is no file; give the .pt file of a checkpoint")
+        raise CommandError(f"{shown} is not a file; give the .pt file of a checkpoint")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -108,11 +108,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
         reason = one_line(error)
         if "GLOBAL" in reason or "nsupported" in reason:
             name = reason.partition("GLOBAL ")[2].split(" ")[0] or "code"
-            raise CommandError(f"{shown} holds {name} beside the weights, which is not loaded for safety") from error
-        raise CommandError(f"{shown} is no checkpoint of torch: {reason[:200]}") from error
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError) as error:  # of torch, for a bad file
+            raise CommandError(f"{shown} contains {name} in addition to the weights; for safety, it is not loaded") from error
+        raise CommandError(f"{shown} is not a checkpoint of torch: {reason[:200]}") from error
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError) as error:  # from torch, for a bad file
         reason = one_line(error, 200)
-        raise CommandError(f"{shown} is no whole checkpoint of torch ({reason}); download it again") from error
+        raise CommandError(f"{shown} is not a complete checkpoint of torch ({reason}); download it again") from error
     if not isinstance(content, dict):
         raise CommandError(f"{shown} holds {type(content).__name__}, not a dictionary of weights")
     weights = content.get("ema", content)
@@ -141,7 +141,7 @@ def convert(arguments: argparse.Namespace, weights: dict[str, Tensor], resolutio
 
     try:
         vae = load_vae(arguments.vae, arguments.vae_subfolder)
-    except Exception as error:  # of diffusers and its libraries, about whatever the folder holds
+    except Exception as error:  # from diffusers and its libraries, for any content of the folder
         local = "" if Path(arguments.vae).exists() else "no such folder, and from the Hub: "
         raise CommandError(f"cannot load the VAE {arguments.vae}: {local}{one_line(error, 500)}") from error
     try:

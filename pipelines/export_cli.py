@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         "iptv2-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--format", choices=sorted(SUFFIXES), help="format of the file [by the suffix of OUT]")
     parser.add_argument(
-        "--check", action="store_true", help="compare the ONNX file with the model at seven sizes; refuse it above 1e-4"
+        "--check", action="store_true", help="compare the ONNX file with the model at seven sizes; fail above a difference of 1e-4"
     )
     parser.add_argument(
         "--sigma", type=float, help="with spandrel: noise level, 0-255 scale [estimated for each image or tile]"
@@ -96,21 +96,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def model_folder(folder: Path, part: str | None) -> Path:
-    """The folder of the model, which may be a part of a pipeline."""
+    """Return the folder of the model, which may be a part of a pipeline."""
     if not (folder / "model_index.json").is_file():
         if part is not None:
-            raise CommandError(f"{printable(folder)} is no pipeline, and has no part {part}; leave --part out")
+            raise CommandError(f"{printable(folder)} is not a pipeline, so it has no part {part}; leave --part out")
         return folder
     parts = PARTS.get(class_of(folder, "model_index.json") or "")
     if parts is None:
-        raise CommandError(f"{printable(folder)} is no pipeline of IPT-V2")
+        raise CommandError(f"{printable(folder)} is not a pipeline of IPT-V2")
     if part is not None and part not in parts:
         raise CommandError(f"{printable(folder)} has no {part}; choose --part {' or '.join(parts)}")
     return folder / (parts[part] if part else next(iter(parts.values())))
 
 
 def class_of(folder: Path, name: str) -> str | None:
-    """The class that a folder's configuration names."""
+    """Return the class that a folder's configuration names."""
     try:
         return json.loads((folder / name).read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
@@ -121,7 +121,7 @@ def class_of(folder: Path, name: str) -> str | None:
 
 
 def load(folder: Path) -> Any:
-    """The model of a folder."""
+    """Load the model of a folder."""
     name = class_of(folder, "config.json")
     from iptv2_diffusion.models.loading import load_vae  # late: torch and diffusers take seconds
     from iptv2_diffusion.models.restoration_iptv2 import IPTV2RestorationModel
@@ -132,7 +132,7 @@ def load(folder: Path) -> Any:
         raise CommandError(f"{printable(folder)} holds a {name}; the command exports denoisers, VAEs and restorers")
     try:
         return ours[name].from_pretrained(folder) if name in ours else load_vae(str(folder), None)
-    except Exception as error:  # of diffusers and its libraries, about whatever the folder holds
+    except Exception as error:  # from diffusers and its libraries, for any content of the folder
         raise CommandError(f"cannot load {printable(folder)}: {one_line(error, 500)}") from error
 
 

@@ -36,7 +36,9 @@ def read_pictures(image: Any, limits: Limits = DEFAULT_LIMITS) -> Iterator[Pictu
     elif isinstance(image, (np.ndarray, Tensor)):
         yield from from_array(image)
     else:
-        raise ValueError(f"{type(image).__name__} is no image; give a path, PIL image, array, tensor or a list of them")
+        raise ValueError(
+            f"{type(image).__name__} is not an image; give a path, PIL image, array, tensor or a list of them"
+        )
 
 
 def read_file_picture(path: Path, limits: Limits) -> Picture:

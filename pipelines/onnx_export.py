@@ -80,7 +80,7 @@ def graph_of(model: nn.Module) -> OnnxGraph:
     - VAE: latents (B, C, h, w) in model units, as the denoiser has them -> image (B, 3, H, W), about [-1, 1]
 
     Raises:
-        ValueError: the VAE is none that `LatentCodec` reads.
+        ValueError: `LatentCodec` does not support the VAE.
     """
     model = model.float().cpu().eval().requires_grad_(False)
     if not isinstance(model, (IPTV2Transformer2DModel, IPTV2RestorationModel)):
@@ -112,7 +112,7 @@ def random_map(channels: int, batch: int, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def export_onnx(graph: OnnxGraph, path: Path) -> None:
-    """Write the graph to an ONNX file, whole or not at all.
+    """Write the graph to an ONNX file, completely or not at all.
 
     Raises:
         ModuleNotFoundError: `onnx` is not installed.
@@ -128,7 +128,7 @@ def export_onnx(graph: OnnxGraph, path: Path) -> None:
         for name in (*graph.inputs, graph.output)
     }
     with atomic(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, about sizes in messages, and of the exporter, about its age
+        warnings.simplefilter("ignore")  # the tracer warns about sizes in messages, the exporter about its age
         torch.onnx.export(
             graph.module,
             graph.example(*EXAMPLE_SIZE),

@@ -220,7 +220,7 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"guidance_interval is ({start}, {stop}); it must rise within 0 and 1")
         if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale is {guidance_rescale}; it must lie in [0, 1]")
+            raise ValueError(f"guidance_rescale is {guidance_rescale}; it must be in [0, 1]")
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label is {num_images_per_label}; it must be at least 1")
         if not 0 <= eta < math.inf:

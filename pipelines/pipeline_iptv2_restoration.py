@@ -106,7 +106,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; it must be 'pil', 'np' or 'pt'")
         if not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength}; it must lie in [0, 1]")
+            raise ValueError(f"strength is {strength}; it must be in [0, 1]")
         pictures = list(read_pictures(image, Limits() if max_pixels is None else Limits(max_pixels)))
         if not pictures:
             raise ValueError("the list of images is empty; give at least one")
@@ -152,7 +152,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
             raise ValueError(f"{len(levels)} noise levels for {len(pictures)} images; give one, or one per image")
         for level in levels:
             if not 0 <= level <= 255:
-                raise ValueError(f"sigma is {level:g}; it must lie in [0, 255], the standard deviation on that scale")
+                raise ValueError(f"sigma is {level:g}; it must be in [0, 255], the standard deviation on that scale")
             low, high = self.config.sigma_range or (0, 255)
             if not low <= level <= high:
                 what = "estimated sigma" if estimated else "sigma"
@@ -226,7 +226,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
                 smaller = plan[0] // 2 // self.model.granularity * self.model.granularity
                 if not is_out_of_memory(error) or smaller < 2 * self.model.granularity:
                     raise
-                warnings.warn(f"out of memory with tiles of {plan[0]} pixels; going on with {smaller}", stacklevel=4)
+                warnings.warn(f"out of memory with tiles of {plan[0]} pixels; continuing with {smaller}", stacklevel=4)
                 fits = overlap is None or overlap_of(smaller, self.model.granularity, overlap) < smaller
                 plan = self.plan_tiles(pixels.shape, smaller, overlap if fits else None)
 

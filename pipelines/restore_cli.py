@@ -48,7 +48,7 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {".jpg": JPEG_OPTIONS, ".jpeg": JPEG_O
 
 def run() -> None:
     """The console script."""
-    run_command(main, "stopped; what is written is whole, and the same command goes on from here")
+    run_command(main, "stopped; all written images are complete; run the same command to continue")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,12 +75,12 @@ def main(argv: Sequence[str]) -> int:
         try:
             sigma = restore(pipeline, source, name, folder.writing, arguments)
             report(arguments, what, source, arguments.output / name, sigma)
-        except (ValueError, RuntimeError, MemoryError, OSError) as error:  # of one image, such as out of memory
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:  # for one image, such as out of memory
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # affects all further images
-                written = f"{number - 1 - failed} of {len(todo)} are written, whole"
+                written = f"{number - 1 - failed} of {len(todo)} images are complete"
                 raise CommandError(
-                    f"cannot write to {printable(arguments.output)}: {error.strerror}; {written}: make room, and the "
-                    "same command goes on from here"
+                    f"cannot write to {printable(arguments.output)}: {error.strerror}; {written}: make room and run "
+                    "the same command to continue"
                 ) from error
             failed += 1
             reason = one_line(error, 240, "out of memory")
@@ -198,7 +198,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     complete(parser)
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.strength <= 1:
-        parser.error(f"--strength is {arguments.strength:g}; it must lie in [0, 1]")
+        parser.error(f"--strength is {arguments.strength:g}; it must be in [0, 1]")
     if arguments.max_pixels < 1:
         parser.error(f"--max-pixels is {arguments.max_pixels}; it must be at least 1")
     if arguments.tile not in ("auto", "none"):
@@ -246,7 +246,7 @@ def pictures(source: Path, output: Path) -> Iterator[tuple[Path, str]]:
                 yield path, path.relative_to(source).as_posix()
     elif source.is_file():
         if source.suffix.lower() not in SUFFIXES:
-            raise CommandError(f"{printable(source)} is no picture ({' '.join(sorted(SUFFIXES))})")
+            raise CommandError(f"{printable(source)} is not an image ({' '.join(sorted(SUFFIXES))})")
         yield source, source.name
     elif os.path.lexists(source):
         raise CommandError(f"{printable(source)} is neither a file nor a folder, or a link to nothing")
@@ -327,7 +327,7 @@ def read(source: Path, limits: Limits) -> ImageFile:
         reason = one_line(error, 200).replace("max_pixels", "--max-pixels")
         raise ValueError(f"{source} cannot be read as an image: {reason}") from error
     if picture.frames > 1:
-        raise ValueError(f"it holds {picture.frames} frames; save each as a picture of its own")
+        raise ValueError(f"it has {picture.frames} frames; save each as a separate image")
     return picture
 
 

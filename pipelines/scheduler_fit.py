@@ -70,14 +70,13 @@ def check_scheduler(scheduler: SchedulerMixin, prediction: str | None, schedule:
         trained = "flow matching" if prediction == FLOW else "noise or v-prediction"
         kin = FLOW_CLASSES[0] if prediction == FLOW else "DPMSolverMultistepScheduler"
         raise ValueError(
-            f"the transformer was trained for {trained}, and {name} is of the other kind; use {kin} or its kin"
+            f"the transformer was trained for {trained}, but {name} is of the other kind; use one such as {kin}"
         )
     known = _class_of(scheduler)
     if known is None and type(scheduler).__module__.startswith("diffusers."):
         fitting = (*FLOW_CLASSES, *FLOW_SIGMA_CLASSES) if flow else NOISE_CLASSES
         raise ValueError(
-            f"{name} samples other models than this one, which predicts {_said(prediction)}; use one of "
-            f"{', '.join(fitting)}"
+            f"{name} does not fit this model, which predicts {_said(prediction)}; use one of {', '.join(fitting)}"
         )
     problem = _flow_problem(scheduler, known) if flow else _noise_problem(scheduler, prediction)
     if problem:
@@ -132,9 +131,9 @@ def _check_schedule(scheduler: SchedulerMixin, prediction: str, schedule: Mappin
         same = theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-6)
         differing = [] if same else [f for f in SCHEDULE_FIELDS if schedule.get(f) != own.get(f)]
     if differing:
-        told = ", ".join(f"{field} {own.get(field)!r} instead of {schedule.get(field)!r}" for field in differing)
+        fields = ", ".join(f"{field} {own.get(field)!r} instead of {schedule.get(field)!r}" for field in differing)
         raise ValueError(
-            f"{name} has another noise schedule than the transformer was trained with ({told}); use "
+            f"{name} has a noise schedule that differs from the transformer's training ({fields}); use "
             f"{_right_call(name, prediction, schedule)}"
         )
 

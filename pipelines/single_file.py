@@ -38,11 +38,11 @@ def save_single_file(
         ValueError: the model is not a restorer, or `sigma` or `task` is missing, not supported or out of range.
     """
     if not isinstance(model, IPTV2RestorationModel):
-        raise ValueError(f"a {type(model).__name__} is no restorer; only restorers become single files")
+        raise ValueError(f"a {type(model).__name__} is not a restorer; only restorers become single files")
     takes_sigma = model.config.sigma_conditioning is not None
     model.check_conditions((25.0 if sigma is None else sigma) if takes_sigma else sigma, task)
     if sigma is not None and not 0 <= sigma <= 255:
-        raise ValueError(f"sigma is {sigma:g}; it must lie in [0, 255], the standard deviation on that scale")
+        raise ValueError(f"sigma is {sigma:g}; it must be in [0, 255], the standard deviation on that scale")
     model = model.fuse()
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     text = json.dumps({"config": config, "sigma": sigma, "task": task})
@@ -81,7 +81,7 @@ def infer_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     try:
         return _infer_config(weights)
     except (KeyError, IndexError, StopIteration) as error:
-        raise ValueError(f"these are no whole weights of an IPTV2RestorationModel: {error} is missing") from error
+        raise ValueError(f"these weights of an IPTV2RestorationModel are incomplete: {error} is missing") from error
 
 
 def _infer_config(weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _infer_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     attentions = range(0, count(f"{first}.layers"), 2)
     if any(f"{first}.layers.{i}.logit_scale" in weights for i in attentions):
         raise ValueError(
-            "the weights have grid attention, whose stride they do not tell; export the model with "
+            "the weights have grid attention, whose stride cannot be inferred; export the model with "
             "iptv2-export --format spandrel"
         )
     windows, shifted, heads = [], [], []
@@ -136,7 +136,7 @@ def _infer_config(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _sample_size(windows: list[int], shifted: list[bool], unshuffle: int) -> int | None:
-    """The smallest `sample_size` that gives each level its window and its shifted windows; None if all are whole."""
+    """Return the smallest `sample_size` that gives these windows at each level; None if no level limits its window."""
     levels = len(windows)
     if all(shifted) and len(set(windows)) == 1:
         return None
@@ -144,4 +144,4 @@ def _sample_size(windows: list[int], shifted: list[bool], unshuffle: int) -> int
         fitted = [fit_window(max(windows), level, levels, (side, side)) for level in range(levels)]
         if fitted == list(zip(windows, shifted, strict=True)):
             return side * unshuffle
-    raise ValueError(f"windows of {windows} positions a side at the levels fit no size of images")
+    raise ValueError(f"no image size gives windows of {windows} positions at the levels")

@@ -271,7 +271,7 @@ flatter a held-out figure. In each class, families are held out in the order of 
 10 % of the class's code points are held out. `heldout` holds base images only.
 
 Known leak: 11 of the 577 held-out pictures equal a training picture of another family in every pixel (Bouvet Island
-and Svalbard fly one flag; some family groups are drawn alike).
+and Svalbard fly one flag; some family groups are drawn the same).
 
 {counts}
 
@@ -319,7 +319,7 @@ def counts_table(splits: dict[str, list[dict]]) -> str:
 
 
 def write_card(splits: dict[str, list[dict]], output: Path) -> None:
-    """Write README.md beside the parquet files, with the counts of this build."""
+    """Write README.md next to the parquet files, with the counts of this build."""
     total = sum(map(len, splits.values()))
     files = [output / f"{split}.parquet" for split in splits]
     card = CARD.format(
@@ -341,7 +341,9 @@ def main() -> None:
     parser.add_argument(
         "--tarballs", type=Path, default=Path.home() / ".cache/iptv2-src", help="folder of the tarballs"
     )
-    parser.add_argument("--output", type=Path, default=HERE, help="folder to write to (default: beside this script)")
+    parser.add_argument(
+        "--output", type=Path, default=HERE, help="folder to write to (default: the folder of this script)"
+    )
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     splits = build(args.tarballs.expanduser(), args.output)

@@ -4,7 +4,7 @@
 
 The script needs `apt-get` (after `apt-get update`), `dpkg-deb` and `pip`, but no root rights. Photographs of more than
 one megapixel are reduced to half their size by averaging 2×2 pixels, which also removes JPEG artefacts. The others do
-not change. README.md beside this file lists the photographs and their licences. None of them is a test image of
+not change. README.md in this folder lists the photographs and their licences. None of them is a test image of
 `eval/restoration_benchmark.py`.
 """
 

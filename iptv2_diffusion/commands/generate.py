@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("-n", "--number", type=int, default=4, metavar="N", help="number of images of each class [4]")
     add("-o", "--output", type=user_path, default="generated", metavar="OUT", help="folder for the images [generated]")
-    add("--grid", type=user_path, metavar="FILE", help="also write all images as one sheet, one row per class")
+    add("--grid", type=user_path, metavar="FILE", help="also write all images as one grid, with a row per class")
     add("--pipeline", default=DEFAULT_PIPELINE, help=f"folder or Hub name of an IPTV2Pipeline [{DEFAULT_PIPELINE}]")
     add("--lora", metavar="ADAPTER", help="file, folder or Hub name of a LoRA adapter for the pipeline")
     add("--image", type=user_path, metavar="FILE", help="image to change instead of noise; it is resized to the output")

@@ -4,8 +4,9 @@
     accelerate launch train/train_ldm.py --config configs/emoji64.yaml   (in a clone, any number of processes)
     accelerate launch -m iptv2_diffusion.commands.train --config emoji64 (anywhere)
 
-A VAE encodes the images to latents, once into a cache or in every step. The denoiser learns to remove noise from them.
-An interrupted run resumes exactly. The result, output_dir/pipeline, loads with `IPTV2Pipeline.from_pretrained`.
+A VAE encodes the images to latents, once into a cache or in every step. The denoiser learns to remove noise from these
+latents. An interrupted run resumes exactly. The result, output_dir/pipeline, loads with
+`IPTV2Pipeline.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ EXAMPLES = """
 examples:
   the demo (10 minutes on two cores)   iptv2-train --config emoji64 (a recipe's name, or the path of a YAML file)
   try every stage in a minute          ... --dry_run
-  memory, speed and time beforehand    ... --plan
+  estimate memory, speed and time      ... --plan
   your own photographs, no labels      ... --data my_photos --heldout_split none --resolution 64 --output_dir runs/mine
   labelled: one sub-folder per class   ... --data my_photos (the folders' names become the classes)
   fine-tune on your own classes        iptv2-train --config finetune --model assets/iptv2-emoji64 --data my_photos

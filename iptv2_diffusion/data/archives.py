@@ -180,10 +180,10 @@ def fetch(url: str) -> bytes:
                 return file.read()
         except (FileNotFoundError, ImportError, ValueError):  # a further attempt would not help
             raise
-        except Exception as error:  # fsspec's backends have errors of their own
+        except Exception as error:  # fsspec's backends have their own errors
             if wait is None:
-                told = first_line(error)
-                raise FetchError(f"{url} could not be fetched ({told}); start the same command again") from error
+                reason = first_line(error)
+                raise FetchError(f"{url} could not be fetched ({reason}); run the same command again") from error
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 

@@ -266,7 +266,7 @@ def read_ahead(
     """
     sampler = StepBatches(draws, start=start, flip=flip, crops=crops)
     workers: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": leave_signals_to_parent}
-    loader = DataLoader(dataset, batch_sampler=sampler, **workers)  # which keeps the sampler's order
+    loader = DataLoader(dataset, batch_sampler=sampler, **workers)  # keeps the sampler's order
     return ((batch, sampler.waiting.popleft()) for batch in iter(loader))
 
 

@@ -131,7 +131,7 @@ class FeatureFolder(StoredLatents):
         """Read the latents (B, C, h, w) float32 of items.
 
         Raises:
-            ValueError: a file is damaged, has NaN, or has another shape than the first.
+            ValueError: a file is damaged, has NaN, or differs in shape from the first.
         """
         chosen = self._chosen[items].tolist()
         read = map(self._read, chosen) if self._pool is None else self._pool.map(self._read, chosen)
@@ -205,7 +205,7 @@ def _stored_index(path: Path, folders: list[Path] | None, cache_dir: Path, label
     file = cache_dir / f"features-{key}.safetensors"
     with contextlib.suppress(OSError, SafetensorError):  # missing or damaged
         stored = load_file(file)
-        if set(stored) == {field.name for field in dataclasses.fields(_Index)}:  # else it is no index
+        if set(stored) == {field.name for field in dataclasses.fields(_Index)}:  # otherwise it is not an index
             return _Index(**stored)
     index = _make_index(path, folders, labelled)
     cache_dir.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def standard_columns(
         {old: new for old, new in ((image, "image"), (label, "label")) if old not in (None, new)}
     )
     if label is not None and not isinstance(data.features["label"], datasets.ClassLabel):
-        if isinstance(data, datasets.IterableDataset):  # its labels cannot be checked beforehand
+        if isinstance(data, datasets.IterableDataset):  # its labels cannot be checked in advance
             _require_numbers(data, source, label)
         else:
             data = _number_labels(data, source, label)

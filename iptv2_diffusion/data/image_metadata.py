@@ -65,7 +65,7 @@ def orientation_of(value: Any) -> int:
 
 
 def read_metadata(image: Image.Image) -> Metadata:
-    """Read the metadata of a loaded Pillow image, whatever its EXIF data contain."""
+    """Read the metadata of a loaded Pillow image. Broken EXIF data do not raise."""
     result = Metadata()
     profile = image.info.get("icc_profile")
     if isinstance(profile, bytes) and profile and image.mode not in _CONVERTED_MODES:

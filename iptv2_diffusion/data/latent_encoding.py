@@ -134,7 +134,7 @@ class EncodedLatents(LatentSource):
     Steps must be requested in order, from optimiser step `start` on, because workers read ahead.
 
     Args:
-        images, codec, num_workers: see `cached_latents`. All images are decoded once beforehand to find corrupt ones.
+        images, codec, num_workers: see `cached_latents`. All images are first decoded once to find corrupt ones.
         draws: random numbers of the run.
         start: first optimiser step.
         encoding: settings of which flips, crops and precision are used.
@@ -167,7 +167,7 @@ class EncodedLatents(LatentSource):
 def expect_step(step: int, expected: int) -> int:
     """Return the step after `step`. Raises a RuntimeError if `step` is not the `expected` one."""
     if step != expected:
-        raise RuntimeError(f"step {step} was asked for in another order than the run's: the next is {expected}")
+        raise RuntimeError(f"step {step} was requested out of order: the next step is {expected}")
     return step + 1
 
 

@@ -19,7 +19,7 @@ from iptv2_diffusion.data.degradations import Degradation, turn, uniform
 
 __all__ = ["LayeredRain"]
 
-LENGTHS = (5.0, 70.0)  # of a streak, pixels
+LENGTHS = (5.0, 70.0)  # range of a streak's length in pixels
 WIDTHS = (0.35, 1.5)  # standard deviation across a streak, pixels
 COVERAGE = (0.005, 0.25)  # share of the pixels that the streaks of a layer touch
 STRENGTHS = (0.06, 0.75)  # how much a streak adds at its middle, on [0, 1]

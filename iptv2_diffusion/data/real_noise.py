@@ -67,7 +67,7 @@ class DND:
         for top, left, bottom, right in self.boxes[index]:
             if not (0 <= top < bottom <= image.shape[0] and 0 <= left < right <= image.shape[1]):
                 size, box = f"{image.shape[0]}x{image.shape[1]}", (int(top), int(left), int(bottom), int(right))
-                raise ValueError(f"{path} is {size} pixels; its box {box} of info.mat lies outside")
+                raise ValueError(f"{path} is {size} pixels; its box {box} in info.mat is outside the image")
         return [np.ascontiguousarray(image[t:b, left:right]) for t, left, b, right in self.boxes[index]]
 
 
@@ -103,7 +103,7 @@ def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, 
     """Yield (name, noisy, clean) of each validation block of SIDD. The name "0001_01" is photograph 1, block 1.
 
     Raises:
-        ValueError: a file is missing, damaged, or has another shape than its counterpart. The message names it.
+        ValueError: a file is missing, damaged, or differs in shape from its counterpart. The message names it.
     """
     blocks = []
     for name in ("ValidationNoisyBlocksSrgb", "ValidationGtBlocksSrgb"):

@@ -107,7 +107,7 @@ class Lane:
     def block(self, number: int) -> list[Any]:
         """Return the shuffled images of a block: the block of the last request or a later one."""
         if number < self._next - 1:
-            raise RuntimeError(f"lane {self._number} was asked for block {number} after block {self._next - 1}")
+            raise RuntimeError(f"lane {self._number}: block {number} was requested after block {self._next - 1}")
         while self._next <= number:
             records = list(itertools.islice(self._records, self.block_size))
             generator = generator_for(self._seed, "lane", self._number, "block", self._next)

@@ -77,8 +77,8 @@ class Entry:
     def of(cls, config: BenchmarkConfig, options: dict[str, Any]) -> Entry:
         """Create an entry from an item of `models`.
 
-        If the item does not state the training steps and hours, they come from the log beside a pipeline of
-        train_ldm.py.
+        If the item does not state the training steps and hours, they come from the log of the run of
+        train_ldm.py that contains the pipeline.
         """
         options = dict(options)
         facts = {key: options.pop(key, None) for key in ("name", "training_steps", "training_hours")}

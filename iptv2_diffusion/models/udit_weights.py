@@ -176,7 +176,7 @@ def rename(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         elif len(names) == 2 and value.ndim and len(value) % 2 == 0:
             # (6C, D): shift, scale and gate of the attention's norm, then of the feed-forward's
             ours.update(zip(names, (half.clone() for half in value.chunk(2)), strict=True))
-        else:  # also a norm of another shape, which does not fit then
+        else:  # includes a norm of another shape, which loading then rejects
             ours |= {each: _reshape(each, value) for each in names}
     return ours, unexpected
 

@@ -64,7 +64,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
-            # the loop divides by the number of micro-batches, so accelerate must not, whatever the environment says
+            # the loop divides by the number of micro-batches, so accelerate must not, regardless of the environment
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
     if accelerator.device.type == "cuda":  # this sets the precision of float32 products on other devices too

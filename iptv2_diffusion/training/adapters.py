@@ -27,7 +27,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
     except ImportError as error:
         raise ConfigError("lora_rank needs peft: pip install peft") from error
     if not hasattr(model, "backbone"):
-        raise ConfigError(f"lora_rank goes with IPT-V2 models, and this is a {type(model).__name__}; leave it out")
+        raise ConfigError(f"lora_rank needs an IPT-V2 model, but this is a {type(model).__name__}; leave it out")
     settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights=True)
     model.requires_grad_(False)
     model.add_adapter(settings, adapter_name=ADAPTER)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: temporary folder, fsync, manifest with SHA-256, atomic rename, last k kept.
+"""Checkpoints that are complete or absent: temporary folder, fsync, manifest with SHA-256, atomic rename, last k kept.
 
     output_dir/checkpoint-00001000/
         manifest.json           step, config, progress, SHA-256 and size of every file; written last
@@ -152,7 +152,7 @@ class CheckpointManager:
         free = shutil.disk_usage(self.output_dir).free / 2**20
         raise UserError(
             f"cannot save checkpoint {step} in {self.output_dir}: {failure} ({free:.0f} MB free); older checkpoints "
-            f"are whole ({', '.join(left) or 'none yet'}): make room and start the same command again"
+            f"are complete ({', '.join(left) or 'none yet'}): make room and start the same command again"
         )
 
     def _first_failure(self, failure: str | None) -> str | None:
@@ -233,16 +233,16 @@ class CheckpointManager:
             except DamagedCheckpointError as error:
                 aside = _free_name(path.with_name(f"damaged-{path.name}"))
                 os.replace(path, aside)
-                self.say(f"{path.name} is damaged ({error}); set aside as {aside.name}, trying the one before")
+                self.say(f"{path.name} is damaged ({error}); renamed to {aside.name}; trying the previous one")
                 continue
             differing = differing_fields({**self.defaults, **manifest["config"]}, self.config)
             if differing and not self.accept_changes:
                 raise UserError(
                     f"{path} is from another configuration: {'; '.join(differing)}. Restore these values, choose "
-                    "another --output_dir, start again with --overwrite, or go on all the same with --accept_changes"
+                    "another --output_dir, start again with --overwrite, or continue anyway with --accept_changes"
                 )
             if differing:
-                self.say(f"going on from {path.name} with another configuration: {'; '.join(differing)}")
+                self.say(f"continuing from {path.name} with another configuration: {'; '.join(differing)}")
             return Checkpoint(path, manifest["step"], manifest["progress"], manifest["config"])
         return None
 

@@ -107,7 +107,7 @@ class ModelState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """Yield the unwrapped model in eval mode with the averaged weights, then restore its state bit for bit."""
+        """Yield the unwrapped model in eval mode with the EMA weights, then restore its state bit for bit."""
         training = self.module.training
         own = self._own()
         kept = [p.detach().clone() for p in own] if self.averages else None
@@ -125,7 +125,7 @@ class ModelState:
             self.module.train(training)
 
     def averaged_state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the model's state dict with the averaged weights (detached, on the model's device).
+        """Return the model's state dict with the EMA weights (detached, on the model's device).
 
         If the model is sharded, the weights are gathered, and every process must call this.
         """
@@ -135,7 +135,7 @@ class ModelState:
         return {name: full_tensor(tensor) for name, tensor in state.items()}
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """Return whole copies of everything that a checkpoint restores: weights, averages, optimiser state."""
+        """Return complete copies of everything that a checkpoint restores: weights, averages, optimiser state."""
         tensors = {f"weights.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.averaged_state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():

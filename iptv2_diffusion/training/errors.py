@@ -77,7 +77,7 @@ def full_disk(error: BaseException) -> str | None:
         return None
     where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
     remedy = "write to another disk" if number == errno.EROFS else "make room"
-    return f"{os.strerror(number)}{where}: {remedy} and start the same command again; checkpoints are whole"
+    return f"{os.strerror(number)}{where}: {remedy} and run the same command again; checkpoints are complete"
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -95,7 +95,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = _complain(str(error), everywhere=isinstance(error, LocalError))
     except KeyboardInterrupt as error:  # the code that raises it can add what was saved
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would show a traceback during Python's shutdown
-        stopped = "stopped: what was written before is whole; run the same command again to go on"
+        stopped = "stopped: the files written so far are complete; run the same command to continue"
         _complain(str(error) or stopped, prefix="")
         code = 130
     except Exception as error:

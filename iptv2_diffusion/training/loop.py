@@ -93,7 +93,7 @@ class Trainer:
         self.config, self.accelerator, self.curves, self.result = config, accelerator, curves, result
         graphs = wants_graphs(config, accelerator)
         self.output_dir = Path(config.output_dir)
-        self.snapshots = self.output_dir / "ema"  # of power-function averages
+        self.snapshots = self.output_dir / "ema"  # folder of power-function averages
         with user_errors(OSError, ValueError):
             if accelerator.is_main_process:
                 claim_run_folder(self.output_dir)
@@ -175,7 +175,7 @@ class Trainer:
             except Interrupted:
                 self.save(task)
                 reason = stop.reason or "a signal to another process"
-                bar.say(f"stopped by {reason} at step {self.step}, saved; the same command goes on from there")
+                bar.say(f"stopped by {reason} at step {self.step}, saved; run the same command to continue")
                 return Outcome.STOPPED
         return Outcome.FINISHED
 

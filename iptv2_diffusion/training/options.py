@@ -51,7 +51,7 @@ class Range:
         low = self.above if self.at_least is None else self.at_least
         high = self.below if self.at_most is None else self.at_most
         if low is not None and high is not None:
-            return f"lie in {'(['[self.above is None]}{low}, {high}{')]'[self.below is None]}"
+            return f"be in {'(['[self.above is None]}{low}, {high}{')]'[self.below is None]}"
         words = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
         return " and ".join(f"be {word} {bound}" for word, bound in words.items() if bound is not None)
 
@@ -258,13 +258,13 @@ class TrainingConfig(Config):
     )
     num_threads: int | None = option(
         None,
-        "CPU threads per process; none: on a CPU all cores, shared among the processes",
+        "number of CPU threads per process; none: on a CPU all cores, shared among the processes",
         group="machine",
         free=True,
         at_least=1,
     )
     num_workers: int = option(
-        0, "processes (for a stream: threads) that decode images", group="machine", free=True, at_least=0
+        0, "number of processes (for a stream: threads) that decode images", group="machine", free=True, at_least=0
     )
 
     max_pixels: int = option(

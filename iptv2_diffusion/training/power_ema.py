@@ -41,7 +41,7 @@ def gamma_of(sigma_rel: float) -> float:
     1 / (gamma + 2), so gamma is between 0 and 1 / sigma_rel.
     """
     if not 0 < sigma_rel < SIGMA_REL_LIMIT:
-        raise ValueError(f"sigma_rel is {sigma_rel:g}; it must lie in (0, {SIGMA_REL_LIMIT:.3f}), usually 0.05 to 0.15")
+        raise ValueError(f"sigma_rel is {sigma_rel:g}; it must be in (0, {SIGMA_REL_LIMIT:.3f}), usually 0.05 to 0.15")
     low, high = 0.0, 1 / sigma_rel
     while low < (middle := (low + high) / 2) < high:  # until float64 has no number between them
         low, high = (middle, high) if sigma_rel_of(middle) > sigma_rel else (low, middle)
@@ -97,7 +97,7 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
             with safe_open(path, framework="pt") as file:
                 described = json.loads((file.metadata() or {}).get(_METADATA, "null"))
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} is not a whole snapshot of power-function averages; remove it") from error
+            raise ValueError(f"{path} is not a complete snapshot of power-function averages; remove it") from error
         if not isinstance(described, dict) or set(described) != {"steps", "sigma_rel"}:
             raise ValueError(f"{path} is not a snapshot of power-function averages; remove it")
         found.append(Snapshot(path, **described))

@@ -32,19 +32,19 @@ def launcher_options() -> dict[str, Any]:
     """
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
-            "accelerate was asked for DeepSpeed, which these scripts do not use; leave it out of the accelerate "
-            "configuration and add --sharding zero3 (or zero2): torch's FSDP2, on GPUs and CPUs alike"
+            "accelerate is set to DeepSpeed, which these scripts do not support; leave it out of the accelerate "
+            "configuration and add --sharding zero3 (or zero2), which is torch's FSDP2 on GPUs and CPUs"
         )
     if not _asked("ACCELERATE_USE_FSDP"):
         return {}
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
-            "accelerate was asked for FSDP 1, which these scripts do not use; add --fsdp_version 2 to `accelerate "
-            "launch`, or leave --use_fsdp out and add --sharding zero3 (or zero2) behind the script"
+            "accelerate is set to FSDP 1, which these scripts do not support; add --fsdp_version 2 to `accelerate "
+            "launch`, or leave --use_fsdp out and add --sharding zero3 (or zero2) after the script"
         )
     if _asked("FSDP_OFFLOAD_PARAMS"):
         raise ConfigError(
-            "accelerate was asked to keep parameters on the CPU, which these scripts do not do; leave "
+            "accelerate is set to keep parameters on the CPU, which these scripts do not support; leave "
             "--fsdp_offload_params out, and use more GPUs or --gradient_checkpointing"
         )
     options: dict[str, Any] = {"sharding": "zero3" if _asked("FSDP_RESHARD_AFTER_FORWARD", "true") else "zero2"}

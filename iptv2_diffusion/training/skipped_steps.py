@@ -31,7 +31,7 @@ class SkippedSteps:
         if self.in_a_row <= limit:
             self.say(
                 f"{problem} at step {step}: skipped ({self.in_a_row} in a row, stops after {limit}; "
-                f"{self.total} in all)"
+                f"{self.total} in total)"
             )
             return
         kept = f"checkpoint-{saved_step:08d} is kept" if saved_step >= 0 else "there was no checkpoint yet"

@@ -37,7 +37,7 @@ class TrainingTask(ABC):
     def evaluate(
         self, model: nn.Module, step: int, last: bool, interrupt: Callable[[], None] = no_interruption
     ) -> Mapping[str, float]:
-        """Return held-out metrics of the averaged weights after `step`, the same on every process; none by default.
+        """Return held-out metrics of the EMA weights after `step`, the same on every process; none by default.
 
         Call `interrupt` between batches, equally often on each process. It raises `Interrupted` if the run must stop.
         The resumed run then evaluates this step again.
@@ -45,7 +45,7 @@ class TrainingTask(ABC):
         return {}
 
     def preview(self, model: nn.Module, step: int, interrupt: Callable[[], None] = no_interruption) -> Path | None:
-        """Write an image from the averaged weights and return its path; None, the default, for no image.
+        """Write an image from the EMA weights and return its path; None, the default, for no image.
 
         `interrupt` works as for `evaluate` if the task `works_together`. Otherwise it does nothing.
         """

@@ -1,1 +1,1 @@
-"""iptv2-app: a web page that generates, restores and compares, on this machine alone."""
+"""iptv2-app: a local web page that generates images, restores photographs and compares models."""

@@ -1,4 +1,4 @@
-"""What the page does, without the page: generate, restore, compare."""
+"""Actions of the page, independent of Gradio: generate, restore, compare."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["AS_SAVED", "GenerateSettings", "RestoreSettings", "compare", "genera
 
 AS_SAVED = "as saved"
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-# Scheduler by the name that the page shows, with what its config needs beside the saved one
+# Name on the page -> scheduler, and config entries that it needs in addition to the saved ones
 NOISE_SCHEDULERS = {
     "DDIM": ("DDIMScheduler", {"clip_sample": False}),
     "DDPM": ("DDPMScheduler", {"clip_sample": False}),
@@ -45,22 +45,22 @@ FLOW_SCHEDULERS = {
     "UniPC": ("UniPCMultistepScheduler", FLOW),
 }
 MAX_IMAGES = 64
-PREVIEWS = 4  # images that are decoded between steps
-PREVIEW_SECONDS = 0.5  # between two previews
-MEMORY = 0.5  # GB for the activations of a tile, as of iptv2-restore
+PREVIEWS = 4  # number of images that are decoded between steps
+PREVIEW_SECONDS = 0.5  # time between two previews
+MEMORY = 0.5  # GB for the activations of a tile, as in iptv2-restore
 
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What the images depend on; saved in each file.
+    """Settings that determine the images. Each file contains them.
 
     Attributes:
-        labels: class names or ids; none: the null label, or an unconditional model.
-        number: images of each label.
-        seed: of the first image; the next one has the next seed.
-        steps: of the scheduler.
-        guidance_scale, guidance_interval: as of `IPTV2Pipeline`.
-        scheduler: a name of `scheduler_names`.
+        labels: class names or ids; empty for the null label or an unconditional model.
+        number: number of images of each label.
+        seed: seed of the first image. The next image has the next seed.
+        steps: number of denoising steps.
+        guidance_scale, guidance_interval: as in `IPTV2Pipeline`.
+        scheduler: one of `scheduler_names`.
     """
 
     labels: tuple[str | int, ...] = ()
@@ -74,13 +74,13 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class RestoreSettings:
-    """How a photograph is restored.
+    """Settings of a restoration.
 
     Attributes:
-        sigma: noise level on the 0-255 scale; None: estimated. Blind models take none.
-        task: number of the task, of a model of several.
-        strength: 0: the input, 1: fully restored.
-        bits: 8 or 16 a channel of the file.
+        sigma: noise level on the 0-255 scale; None to estimate it. Blind models ignore it.
+        task: number of the task, for a model that has several.
+        strength: weight of the restored image: 0: the input, 1: fully restored.
+        bits: bits per channel of the file, 8 or 16.
     """
 
     sigma: float | None = None
@@ -90,13 +90,13 @@ class RestoreSettings:
 
 
 def scheduler_names(pipeline: Any) -> list[str]:
-    """The schedulers that fit a pipeline's model."""
+    """Return the names of the schedulers that fit a pipeline's model."""
     return [AS_SAVED, *(FLOW_SCHEDULERS if pipeline.config.flow_matching else NOISE_SCHEDULERS)]
 
 
 @contextmanager
 def scheduled(pipeline: Any, name: str) -> Iterator[None]:
-    """The pipeline with another scheduler for a while."""
+    """Context manager that sets another scheduler in the pipeline."""
     saved = pipeline.scheduler
     if name != AS_SAVED:
         known = FLOW_SCHEDULERS if pipeline.config.flow_matching else NOISE_SCHEDULERS
@@ -111,13 +111,13 @@ def scheduled(pipeline: Any, name: str) -> Iterator[None]:
 
 
 def generate(pipeline: Any, settings: GenerateSettings, report: Report) -> list[Image.Image]:
-    """Images, each from a seed of its own. Reports (step, steps, previews or None) after every step."""
+    """Generate images, each from its own seed. Reports (step, steps, previews or None) after every step."""
     labels = list(settings.labels) or None
     count = settings.number * len(labels or [None])
     if not 1 <= count <= MAX_IMAGES:
-        raise ValueError(f"{count} images are asked for; choose 1 to {MAX_IMAGES}")
+        raise ValueError(f"{count} images were requested; choose 1 to {MAX_IMAGES}")
     if not 0 <= settings.seed <= 2**63 - MAX_IMAGES:
-        raise ValueError(f"seed is {settings.seed}; it must lie in [0, 2**63 - {MAX_IMAGES}]")
+        raise ValueError(f"seed is {settings.seed}; it must be in [0, 2**63 - {MAX_IMAGES}]")
     last = 0.0
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
@@ -142,7 +142,7 @@ def generate(pipeline: Any, settings: GenerateSettings, report: Report) -> list[
 
 
 def save_images(images: Sequence[Image.Image], model: str, settings: GenerateSettings, folder: str) -> list[str]:
-    """PNG files whose text "parameters" is a JSON of what made them; their paths."""
+    """Write PNG files whose text chunk "parameters" has the settings as JSON; return their paths."""
     target = Path(tempfile.mkdtemp(dir=folder))
     paths = []
     for index, image in enumerate(images):
@@ -159,7 +159,7 @@ def save_images(images: Sequence[Image.Image], model: str, settings: GenerateSet
 
 
 class TileProgress:
-    """A progress bar for a restorer: reports (tiles done, tiles)."""
+    """Progress bar of a restorer that reports (tiles done, tiles)."""
 
     def __init__(self, report: Report, total: int):
         self.report, self.total, self.done = report, total, 0
@@ -176,15 +176,15 @@ class TileProgress:
 
 
 def noise_level(path: str, max_pixels: int) -> tuple[ImageFile, float]:
-    """A photograph and its estimated noise level on the 0-255 scale."""
+    """Return a photograph and its estimated noise level on the 0-255 scale."""
     picture = read_upload(path, max_pixels)
     return picture, estimate_sigma(next(from_array(picture.pixels)).pixels)
 
 
 def read_upload(path: str | None, max_pixels: int) -> ImageFile:
-    """An uploaded photograph; the message names the file, not the folder that it lies in here."""
+    """Read an uploaded photograph. Error messages name the file, but not its folder on the server."""
     if not path:
-        raise ValueError("there is no photograph yet; drop one into the field")
+        raise ValueError("there is no photograph; drop one into the field")
     try:
         return read(Path(path), Limits(max_pixels))
     except ValueError as error:
@@ -194,7 +194,7 @@ def read_upload(path: str | None, max_pixels: int) -> ImageFile:
 def restored(
     pipeline: Any, picture: ImageFile, settings: RestoreSettings, report: Report
 ) -> tuple[Any, float | None, list[str]]:
-    """The restored pixels (H, W, C) of float32 on [0, 1], the noise level that was used, and notes."""
+    """Return the restored pixels (H, W, C) float32 in [0, 1], the noise level, and notes."""
     options = {"sigma": settings.sigma, "task": settings.task, "strength": settings.strength, "memory": MEMORY}
     if pipeline.model.config.sigma_conditioning is None:
         options["sigma"] = None
@@ -215,7 +215,7 @@ def restore(
     """Restore a photograph. Reports (tiles done, tiles).
 
     Returns:
-        The picture before and after, the path of the PNG, and a line about it.
+        The images before and after, the path of the PNG, and a line that describes it.
     """
     picture = read_upload(path, max_pixels)
     start = time.perf_counter()
@@ -239,9 +239,9 @@ class Compared:
 
     Attributes:
         image: the result, or a grid of the results.
-        parameters: of the model.
-        macs: multiply-accumulates of one forward pass for one image.
-        seconds: of all images, without loading.
+        parameters: number of parameters of the model.
+        macs: multiply–accumulates of one forward pass for one image.
+        seconds: time for all images, without loading.
     """
 
     image: Image.Image
@@ -251,7 +251,7 @@ class Compared:
 
 
 def compare(pipeline: Any, inputs: GenerateSettings | tuple[ImageFile, RestoreSettings], report: Report) -> Compared:
-    """Run one side: images of the settings, or a restored photograph."""
+    """Run one side: generate images, or restore a photograph."""
     start = time.perf_counter()
     if isinstance(inputs, GenerateSettings):
         images = generate(pipeline, inputs, report)

@@ -3,8 +3,8 @@
     iptv2-app                                   (the pipelines under assets/, at http://127.0.0.1:7860)
     iptv2-app runs/emoji64/pipeline assets/iptv2-denoise-color --port 8000
 
-The page offers the pipelines that are named here and no others. Only this machine reaches it, unless --host is given.
-It sends nothing to the network. Ctrl-C stops it and deletes what was uploaded.
+The page offers only the pipelines of the folders given here. Only this machine can open it, unless --host is given. It
+sends nothing to the network. Ctrl-C stops it and deletes uploads and results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run() -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         "iptv2-app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,10 +40,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="*",
         type=shipped,
         metavar="FOLDER",
-        help="pipeline folders, and folders that hold pipeline folders [assets]",
+        help="pipeline folders, and folders that contain pipeline folders [assets]",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every one [127.0.0.1]")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0: a free one [7860]")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses [127.0.0.1]")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0: a free port [7860]")
     parser.add_argument(
         "--device", default="auto", help="device to run on: cpu, cuda, mps, or auto for the GPU if there is one [auto]"
     )
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(arguments, option) < 1:
             parser.error(f"--{option.replace('_', '-')} is {getattr(arguments, option)}; it must be at least 1")
     if not 0 <= arguments.port <= 65535:
-        parser.error(f"--port is {arguments.port}; it must lie in [0, 65535]")
+        parser.error(f"--port is {arguments.port}; it must be in [0, 65535]")
     arguments.models = arguments.models or [shipped("assets")]
     return arguments
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     models = find_models(arguments.models)
     port = free_port(arguments.host, arguments.port)
     with tempfile.TemporaryDirectory(prefix="iptv2-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and results, which go when the page stops
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and results, deleted when the page stops
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             import gradio  # noqa: F401
@@ -95,16 +95,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def free_port(host: str, port: int) -> int:
-    """The port itself, or a free one for 0. Raises a CommandError if it cannot be listened on."""
+    """Return the port, or a free one for 0. Raises a CommandError if the port cannot be used."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was used a moment ago is free
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # allows a port that was just released
             listener.bind(address)
             listener.listen()
             return listener.getsockname()[1]
     except OSError as error:
-        reason = f"{error.strerror or error}; choose another --port (0: a free one) or --host"
+        reason = f"{error.strerror or error}; choose another --port (0: a free port) or --host"
         raise CommandError(f"cannot listen on {printable(host)}, port {port}: {reason}") from error
 
 

@@ -1,4 +1,4 @@
-"""Work that the page starts: one job at a time, whose progress is shown and which can be cancelled."""
+"""Jobs of the page: one at a time, with progress reports and cancellation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Cancelled(Exception):
 
 
 class Jobs:
-    """Runs jobs in threads, one at a time: pipelines have state, and the machine is one."""
+    """Runs jobs in threads, one at a time, because pipelines have state and share the machine."""
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
@@ -32,16 +32,16 @@ class Jobs:
         """Yield what `work` reports, then what it returns. Raises what it raises, and `Cancelled`.
 
         Args:
-            owner: who may cancel it.
-            work: takes the function to report with.
+            owner: owner of the job, who can cancel it.
+            work: function that takes the function to report with.
         """
         stop = self._stops[owner] = threading.Event()
-        told: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
         def report(item: Any) -> None:
             if stop.is_set():
                 raise Cancelled
-            told.put(("report", item))
+            messages.put(("report", item))
 
         def target() -> None:
             with self._turn:
@@ -49,12 +49,12 @@ class Jobs:
                     report_end = ("result", work(report))
                 except BaseException as error:  # raised again in the caller's thread
                     report_end = ("error", error)
-                told.put(report_end)
+                messages.put(report_end)
 
         threading.Thread(target=target, daemon=True).start()
         try:
             while True:
-                kind, item = told.get()
+                kind, item = messages.get()
                 if kind == "error":
                     raise item
                 yield item

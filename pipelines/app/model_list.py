@@ -1,4 +1,4 @@
-"""The pipelines that the page offers: found by their folders, loaded when first used."""
+"""Pipelines that the page offers. They are found by their folders and loaded at their first use."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ModelList:
     """Pipeline folders by the name that the page shows.
 
     Attributes:
-        generators, restorers: folder by name.
-        device: where the pipelines run.
+        generators, restorers: name -> folder.
+        device: device that the pipelines run on.
     """
 
     generators: dict[str, Path]
@@ -36,8 +36,8 @@ class ModelList:
     _loading: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, name: str | None) -> Any:
-        """The pipeline of a name. Raises a CommandError if it cannot be loaded."""
-        with self._loading:  # several handlers ask at once when the page opens
+        """Return the pipeline of a name. Raises a CommandError if it cannot be loaded."""
+        with self._loading:  # several handlers call this at once when the page opens
             return self._load(name)
 
     def _load(self, name: str | None) -> Any:
@@ -55,12 +55,12 @@ class ModelList:
 
 
 def load_generator(folder: Path, device: str) -> Any:
-    """An `IPTV2Pipeline`, whose denoiser may be a DiT."""
+    """Load an `IPTV2Pipeline`, whose denoiser may be a DiT."""
     from ..pipeline_iptv2 import IPTV2Pipeline
 
     try:
         pipeline = IPTV2Pipeline.from_pretrained(folder)
-    except Exception as error:  # of diffusers and its libraries, about whatever the folder holds
+    except Exception as error:  # from diffusers and its libraries, for any content of the folder
         raise CommandError(f"cannot load {printable(folder)}: {one_line(error, 500)}") from error
     try:
         return pipeline.to(device)
@@ -69,18 +69,18 @@ def load_generator(folder: Path, device: str) -> Any:
 
 
 def find_models(folders: Iterable[Path], device: str = "cpu") -> ModelList:
-    """The pipelines that folders are or hold. Raises a CommandError for a folder without one."""
+    """Find the pipelines that folders are or contain. Raises a CommandError for a folder without one."""
     found: dict[str, dict[str, Path]] = {GENERATOR: {}, RESTORER: {}}
     for folder in folders:
         inner = sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
         kinds = {path: pipeline_class(path) for path in (folder, *inner)}
         pipelines = {path: kind for path, kind in kinds.items() if kind in found}
         if not pipelines:
-            what = "holds no pipeline folder" if folder.is_dir() else "is no folder"
-            raise CommandError(f"{printable(folder)} {what}; name a folder with a model_index.json")
+            what = "contains no pipeline folder" if folder.is_dir() else "is not a folder"
+            raise CommandError(f"{printable(folder)} {what}; give a folder with a model_index.json")
         for path, kind in pipelines.items():
             name = path.resolve().name
             if any(name in names and names[name].resolve() != path.resolve() for names in found.values()):
-                name = str(path)  # namesakes are told apart by their paths
+                name = str(path)  # pipelines of the same name are shown by their paths
             found[kind][name] = path
     return ModelList(found[GENERATOR], found[RESTORER], device)

@@ -1,4 +1,4 @@
-"""The page itself: three tabs in Gradio, over `actions.py`."""
+"""The page: three tabs in Gradio that call `actions.py`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .model_list import ModelList
 
 __all__ = ["build", "serve"]
 
-FONTS = ["system-ui", "sans-serif"]  # of the machine; the theme's own come from the network
+FONTS = ["system-ui", "sans-serif"]  # fonts of the machine; the theme's own come from the network
 ERRORS = (ValueError, RuntimeError, MemoryError, OSError, CommandError)
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"]
 MODEL_QUEUE = {"concurrency_limit": 4, "concurrency_id": "models", "show_progress": "hidden"}
@@ -38,50 +38,50 @@ QUEUE_SIZE = 16
 
 
 def short_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose errors become one line in the page."""
+    """Wrap a handler so that the page shows its errors in one line."""
 
     @functools.wraps(function)
     def plain(*values: Any) -> Any:
         try:
             return function(*values)
         except ERRORS as error:
-            raise told(error) from error
+            raise shown_error(error) from error
 
     return plain
 
 
 def short_errors_of_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """The same for a handler that yields."""
+    """Do the same for a handler that yields."""
 
     @functools.wraps(function)
     def steps(*values: Any) -> Iterator[Any]:
         try:
             yield from function(*values)
         except ERRORS as error:
-            raise told(error) from error
+            raise shown_error(error) from error
 
     return steps
 
 
-def told(error: Exception) -> gr.Error:
-    """The error as the page shows it."""
+def shown_error(error: Exception) -> gr.Error:
+    """Return the error as the page shows it."""
     text = one_line(error, 300, "out of memory; choose fewer or smaller images")
     return gr.Error(text, title="This did not work", print_exception=False)
 
 
 def whole(value: float | None, name: str) -> int:
-    """A whole number of a form field."""
+    """Return the whole number of a form field."""
     if value is None or value != int(value):
         raise ValueError(f"{name} is {'empty' if value is None else value}; give a whole number")
     return int(value)
 
 
 class Page:
-    """The handlers, with what they share.
+    """Handlers of the page and their shared state.
 
     Args:
-        models: what the page offers.
-        folder: for results.
+        models: pipelines that the page offers.
+        folder: folder for results.
         max_pixels: largest number of pixels of a photograph.
     """
 
@@ -90,7 +90,7 @@ class Page:
         self.jobs = Jobs()
 
     def cancel(self, tab: str) -> Callable[[gr.Request], None]:
-        """The handler of a tab's Cancel button."""
+        """Return the handler of a tab's Cancel button."""
 
         def handler(request: gr.Request) -> None:
             self.jobs.cancel(f"{request.session_hash}/{tab}")
@@ -100,7 +100,7 @@ class Page:
     # --- Generate ----------------------------------------------------------------------------------------------------
 
     def labels_of(self, name: str | None) -> dict[str, Any]:
-        """The field of class names for a model: hidden for an unconditional one."""
+        """Return the field of class names for a model; hidden for an unconditional model."""
         pipeline = self.models(name)
         named = pipeline.id2label
         choices = [(named.get(index, f"class {index}"), index) for index in range(pipeline.num_classes or 0)]
@@ -108,7 +108,7 @@ class Page:
 
     @property
     def choose_generator(self) -> Callable[..., Any]:
-        """Class names and schedulers of the chosen model."""
+        """Return the handler that shows class names and schedulers of the chosen model."""
         return short_errors(
             lambda name: (self.labels_of(name), gr.update(choices=scheduler_names(self.models(name)), value=AS_SAVED))
         )
@@ -117,7 +117,7 @@ class Page:
     def generate_settings(
         labels: list[int] | None, number: float, seed: float | None, steps: float, scale: float, *rest: Any
     ) -> GenerateSettings:
-        """The settings of the form."""
+        """Return the settings of the form."""
         start, stop, scheduler = rest or (0.0, 1.0, AS_SAVED)
         if not start <= stop:
             raise ValueError(f"guidance begins at {start:g} and ends at {stop:g}; it must end later")
@@ -125,7 +125,7 @@ class Page:
         return GenerateSettings(tuple(labels or ()), number, seed, steps, float(scale), (start, stop), scheduler)
 
     def generate(self, name: str | None, *values: Any) -> Iterator[tuple[Any, str]]:
-        """(gallery, status): previews while it denoises, then the files."""
+        """Yield (gallery, status): previews during denoising, then the files."""
         *form, request = values
         settings, pipeline = self.generate_settings(*form), self.models(name)
         yield gr.skip(), "waiting …"
@@ -139,12 +139,12 @@ class Page:
         except Cancelled:
             yield gr.skip(), "Cancelled."
             return
-        yield save_images(item, str(name), settings, self.folder), f"{len(item)} images. Each PNG holds its settings."
+        yield save_images(item, str(name), settings, self.folder), f"{len(item)} images. Each PNG contains its settings."
 
     # --- Restore -----------------------------------------------------------------------------------------------------
 
     def choose_restorer(self, name: str | None, path: str | None) -> tuple[Any, Any]:
-        """The fields of noise level and task for a model, and the level of the photograph."""
+        """Return the fields of noise level and task for a model, with the noise level of the photograph."""
         config = self.models(name).model.config
         tasks = [(f"task {task}", task) for task in range(config.num_tasks or 0)]
         takes = config.sigma_conditioning is not None
@@ -157,7 +157,7 @@ class Page:
     def restore(
         self, name: str | None, path: str | None, sigma: float, task: int | None, strength: float, bits: int, *rest: Any
     ) -> Iterator[tuple[Any, Any, str]]:
-        """(before and after, file, status)."""
+        """Yield (before and after, file, status)."""
         (request,) = rest
         if not path:
             read_upload(path, self.max_pixels)  # raises
@@ -179,7 +179,7 @@ class Page:
     # --- Compare -----------------------------------------------------------------------------------------------------
 
     def compare(self, first: str, second: str, path: str | None, sigma: float, *values: Any) -> Iterator[tuple]:
-        """(image of the first, image of the second, table, status)."""
+        """Yield (image of the first model, image of the second, table, status)."""
         *form, request = values
         names = (first, second)
         if all(name in self.models.restorers for name in names):
@@ -208,14 +208,14 @@ class Page:
         yield results[0].image, results[1].image, rows, "Done. MACs are of one forward pass for one image."
 
     def refresh_compare(self, first: str | None) -> tuple[Any, Any, Any]:
-        """Which fields a comparison with this model needs: class names, or a photograph and its noise level."""
+        """Return the fields for a comparison with this model: class names, or a photograph and its noise level."""
         generates = first in self.models.generators
         labels = self.labels_of(first) if generates else gr.update(visible=False)
         return labels, gr.update(visible=generates), gr.update(visible=not generates)
 
 
 def build(models: ModelList, folder: str, max_pixels: int) -> gr.Blocks:
-    """The page, not yet served."""
+    """Build the page without serving it."""
     page = Page(models, folder, max_pixels)
     with gr.Blocks(title="IPT-V2 Diffusion", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown("# IPT-V2 Diffusion\nGenerate images, restore photographs and compare models on this machine.")
@@ -231,7 +231,7 @@ def build(models: ModelList, folder: str, max_pixels: int) -> gr.Blocks:
 
 
 def sampling_fields() -> list[Any]:
-    """Class names, number, seed, steps and guidance."""
+    """Create the fields of class names, number, seed, steps and guidance."""
     labels = gr.Dropdown(label="Classes", info="Type to search.", multiselect=True, filterable=True)
     with gr.Row():
         number = gr.Slider(1, 16, 4, step=1, label="Images of each class", min_width=240)
@@ -243,13 +243,13 @@ def sampling_fields() -> list[Any]:
 
 
 def buttons(verb: str) -> tuple[gr.Button, gr.Button]:
-    """Start and Cancel."""
+    """Create the start and cancel buttons."""
     with gr.Row():
         return gr.Button(verb, variant="primary", min_width=120), gr.Button("Cancel", min_width=120)
 
 
 def generate_tab(page: Page, blocks: gr.Blocks) -> None:
-    """Class labels to images."""
+    """Create the tab that generates images from class labels."""
     names = list(page.models.generators)
     with gr.Row():
         with gr.Column(min_width=300):
@@ -280,7 +280,7 @@ def generate_tab(page: Page, blocks: gr.Blocks) -> None:
 
 
 def restore_tab(page: Page, blocks: gr.Blocks) -> None:
-    """A photograph to a restored one."""
+    """Create the tab that restores a photograph."""
     names = list(page.models.restorers)
     shipped = Path(DEFAULT_MODEL).name
     with gr.Row():
@@ -290,7 +290,7 @@ def restore_tab(page: Page, blocks: gr.Blocks) -> None:
             task = gr.Dropdown(label="Task", visible=False)
             sigma = gr.Slider(0, 100, 0, step=0.1, label="Noise level σ", info="Estimated; on the 0–255 scale.")
             strength = gr.Slider(0, 1, 1, step=0.05, label="Strength", info="0: the photograph, 1: fully restored.")
-            bits = gr.Radio([("8 bits", 8), ("16 bits", 16)], value=8, label="Bits a channel of the download")
+            bits = gr.Radio([("8 bits", 8), ("16 bits", 16)], value=8, label="Bits per channel of the download")
             run, cancel = buttons("Restore")
         with gr.Column(scale=2, min_width=300):
             slider = gr.ImageSlider(
@@ -313,7 +313,7 @@ def restore_tab(page: Page, blocks: gr.Blocks) -> None:
 
 
 def compare_tab(page: Page, blocks: gr.Blocks) -> None:
-    """Two models at the same inputs."""
+    """Create the tab that runs two models on the same inputs."""
     names = [*page.models.generators, *page.models.restorers]
     generates = bool(page.models.generators)
     with gr.Row():
@@ -348,7 +348,7 @@ def compare_tab(page: Page, blocks: gr.Blocks) -> None:
 
 
 def with_request(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """A handler that yields, is given Gradio's request after the fields, and whose errors are one line."""
+    """Wrap a handler that yields: it receives Gradio's request after the fields, and its errors are one line."""
     steps = short_errors_of_steps(function)
 
     def handler(request: gr.Request, *values: Any) -> Iterator[Any]:
@@ -358,7 +358,7 @@ def with_request(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterat
 
 
 def serve(blocks: gr.Blocks, host: str, port: int, max_megabytes: int) -> None:
-    """Serve the page in threads of its own."""
+    """Serve the page in separate threads."""
     blocks.launch(
         server_name=host,
         server_port=port,

@@ -43,9 +43,9 @@ def test_pipelines_are_sorted_by_what_they_do(models, model_folder, tmp_path):
     assert set(models.generators) == {"iptv2", "dit"}
     assert set(models.restorers) == {"denoise", "two-tasks"}
     assert set(find_models([model_folder / "dit"]).generators) == {"dit"}
-    with pytest.raises(CommandError, match="holds no pipeline folder"):
+    with pytest.raises(CommandError, match="contains no pipeline folder"):
         find_models([tmp_path])
-    with pytest.raises(CommandError, match="is no folder"):
+    with pytest.raises(CommandError, match="is not a folder"):
         find_models([tmp_path / "absent"])
 
 
@@ -83,7 +83,7 @@ def test_every_scheduler_that_is_offered_runs(models, model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (GenerateSettings((0, 1, 2), number=30), "90 images are asked for; choose 1 to 64"),
+        (GenerateSettings((0, 1, 2), number=30), "90 images were requested; choose 1 to 64"),
         (GenerateSettings(seed=-1), "seed is -1"),
         (GenerateSettings((7,)), "class label 7 is out of range"),
     ],
@@ -136,7 +136,7 @@ def test_uploads_that_are_not_images_are_refused_without_the_server_folder(tmp_p
     Image.new("RGB", (50, 40)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"^b\.png cannot be read as an image: .*2000 pixels"):
         read_upload(str(tmp_path / "b.png"), 1000)
-    with pytest.raises(ValueError, match="there is no photograph yet"):
+    with pytest.raises(ValueError, match="there is no photograph;"):
         read_upload(None, PIXELS)
 
 

@@ -392,7 +392,7 @@ def test_what_cannot_be_fetched_now_is_not_taken_for_corrupt():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"ftp://127.0.0.1:{unused.getsockname()[1]}/a.png"
-        with pytest.raises(FetchError, match=r"a\.png could not be fetched \(.*refused.*start the same command again"):
+        with pytest.raises(FetchError, match=r"a\.png could not be fetched \(.*refused.*run the same command again"):
             decode_image({"bytes": None, "path": url}, "a")
     fsspec.filesystem("memory").pipe("/test-images/b.png", png(picture()))
     assert decode_image({"bytes": None, "path": "memory://test-images/b.png"}, "b").size == (12, 8)

@@ -292,7 +292,7 @@ def test_on_the_fly_gives_what_the_cache_gives(folder, codec, tmp_path, processe
                 assert torch.equal(right, expected)
             assert torch.equal(our_draws.noise, draws.noise[part])
             assert torch.equal(their_draws.noise, draws.noise[part])
-    with pytest.raises(RuntimeError, match="another order"):
+    with pytest.raises(RuntimeError, match="out of order"):
         next(encoded.micro_batches(9))
 
 

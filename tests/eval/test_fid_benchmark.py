@@ -261,7 +261,7 @@ def test_ctrl_c_while_scoring_leaves_the_images_and_no_traceback(ground, tmp_pat
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    assert "run the same command again to go on" in output or "run the same command to continue" in output
+    assert "run the same command to continue" in output or "run the same command to continue" in output
     assert len(list(tmp_path.glob("out/*/images/*.png"))) == COUNT
     assert not (tmp_path / "out/results.json").exists()
 

@@ -69,10 +69,10 @@ def test_small_pictures_are_shown_whole(setting):
     ("words", "message"),
     [
         (["--first", "0"], "--first is 0; it must be at least 1"),
-        (["--levels", "-5"], r"--levels of noise is -5; each must lie in \(0, 255\]"),
+        (["--levels", "-5"], r"--levels of noise is -5; each must be in \(0, 255\]"),
         (
             ["--degradation", "motion_blur", "--levels", "0"],
-            r"motion_blur is 0; each must lie in \(1, 100\]",
+            r"motion_blur is 0; each must be in \(1, 100\]",
         ),
         (["--degradation", "motion_blur", "--levels", "100"], "motion_blur of 100 needs images of more than 2"),
     ],

@@ -82,7 +82,7 @@ def test_the_check_refuses_the_graph_of_another_model(tmp_path, monkeypatch):
     [
         (["nowhere", "out.onnx"], "has no config.json; give the folder"),
         (["unet", "out.onnx"], "holds a UNet2DModel"),
-        (["unet", "out.onnx", "--part", "denoiser"], "is no pipeline"),
+        (["unet", "out.onnx", "--part", "denoiser"], "is not a pipeline"),
         (["pipeline", "out.onnx", "--part", "restorer"], "choose --part denoiser or vae-decoder"),
         (["unet", "nowhere/out.onnx"], "its folder does not exist"),
     ],

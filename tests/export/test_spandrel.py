@@ -48,7 +48,7 @@ def test_the_configuration_is_found_in_the_weights(name, fused):
 
 def test_grid_attention_needs_the_description(tmp_path):
     model = restorer(**GRID)
-    with pytest.raises(ValueError, match="whose stride they do not tell"):
+    with pytest.raises(ValueError, match="whose stride cannot be inferred"):
         infer_config(model.state_dict())
     save_single_file(model, tmp_path / "model.safetensors")
     twin, sigma, task = build_restorer(load_file(tmp_path / "model.safetensors"))
@@ -63,7 +63,7 @@ def test_grid_attention_needs_the_description(tmp_path):
         ("blind", {"sigma": 5.0}, "does not take sigma"),
         ("vector", {}, "needs task"),
         ("vector", {"task": 2}, "tasks 0 to 1"),
-        ("map", {"sigma": 300.0}, r"must lie in \[0, 255\]"),
+        ("map", {"sigma": 300.0}, r"must be in \[0, 255\]"),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused(name, options, message, tmp_path):

@@ -131,7 +131,7 @@ def test_out_of_memory_falls_back_to_smaller_tiles(pipe, monkeypatch):
         return forward(image, *args, **kwargs)
 
     monkeypatch.setattr(pipe.model, "forward", limited)
-    with pytest.warns(UserWarning, match="tiles of 160 pixels; going on with 80"):
+    with pytest.warns(UserWarning, match="tiles of 160 pixels; continuing with 80"):
         result = pipe(photograph(160, 160), sigma=25, tile=160, overlap=96, output_type="np").images[0]  # 96: too large
     assert sizes[0] == 160
     assert max(sizes[2:]) <= 64
@@ -305,7 +305,7 @@ def test_save_and_load(pipe, tmp_path, capfd):
         (np.full((5, 5, 3), 200.0, np.float32), {}, r"floats up to 200; give floats on \[0, 1\]"),
         (Image.fromarray(np.full((5, 5), 200.0, np.float32)), {}, "floats up to 200"),
         ([], {}, "empty"),
-        (3, {}, "int is no image"),
+        (3, {}, "int is not an image"),
         (np.zeros((5, 5, 3), np.uint8), {"sigma": 300}, "sigma is 300"),
         (np.zeros((5, 5, 3), np.uint8), {"sigma": [1, 2]}, "2 noise levels for 1 images"),
         (np.zeros((5, 5, 3), np.uint8), {"tile": 8}, "at least 32"),

@@ -135,7 +135,7 @@ def test_pictures_of_several_frames_are_not_cut_to_one(model, tmp_path, capsys):
     for name in ("a.tif", "b.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
     assert main([str(tmp_path), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]) == 1
-    assert capsys.readouterr().err.count("it holds 2 frames; save each as a picture of its own") == 2
+    assert capsys.readouterr().err.count("it has 2 frames; save each as a separate image") == 2
 
 
 def test_jpeg_cannot_have_16_bits(model, pictures, tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_webp_is_lossless_and_the_profile_of_cmyk_is_dropped(model, tmp_path):
             "holds a IPTV2Pipeline, not an",
         ),
         (["{in}", "-o", "{in}/out", "--model", "{model}", "--device", "gpu"], "--device gpu: "),
-        (["{in}", "-o", "{in}/out", "--model", "{model}", "--sigma", "-3"], "sigma is -3; it must lie in"),
+        (["{in}", "-o", "{in}/out", "--model", "{model}", "--sigma", "-3"], "sigma is -3; it must be in"),
         (
             ["{in}", "-o", "{in}/out", "--model", "{model}", "--tile", "5"],
             "tile is 5; this model needs",

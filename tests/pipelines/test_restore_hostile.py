@@ -212,6 +212,6 @@ restore_cli.run()
         words = [str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--model", model, "--sigma", "5"]
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 1
-        assert "File too large; 1 of 2 are written, whole: make room, and the same command goes on" in done.stderr
+        assert "File too large; 1 of 2 images are complete: make room and run the same command" in done.stderr
         assert "Traceback" not in done.stderr
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [RECORD, "a.png"]

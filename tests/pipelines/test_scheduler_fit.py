@@ -169,7 +169,7 @@ class TestRefusals:
             (
                 "epsilon",
                 DDIMScheduler(beta_schedule="scaled_linear"),
-                "another noise schedule .*beta_schedule 'scaled",
+                "has a noise schedule that differs .*beta_schedule 'scaled",
             ),
             ("epsilon", DDIMScheduler(num_train_timesteps=500), "num_train_timesteps 500 instead of 1000"),
             ("epsilon", DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr True"),

@@ -295,7 +295,9 @@ def test_an_adapter_trains_and_leaves_the_base_unchanged(ground, tmp_path, train
     command = [sys.executable, "-c", DRAW, str(folder), str(adapter), str(tmp_path / "drawn.npy")]
     subprocess.run(command, check=True, env=environment(), timeout=TIMEOUT)
     assert np.allclose(np.load(tmp_path / "drawn.npy"), adapted, atol=1e-5)
-    with pytest.raises(ValueError, match="this is no adapter of a IPTV2Transformer2DModel: it names the layers other"):
+    with pytest.raises(
+        ValueError, match="this is not an adapter of a IPTV2Transformer2DModel: it names the layers other"
+    ):
         base.load_lora_weights({"transformer.other.lora_A.weight": torch.zeros(4, 4)})
 
 

@@ -58,7 +58,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_resumes_when_there_is_room(
             reason = "No space left on device" if form == "disk" else "a file could not be written to its end"
             (line,) = [line for line in output.splitlines() if "error:" in line.lower()]
             assert f"error: cannot save checkpoint 30 in {folder}: {reason}" in line
-            assert "older checkpoints are whole (checkpoint-00000020): make room" in line
+            assert "older checkpoints are complete (checkpoint-00000020): make room" in line
             assert "Traceback" not in output
             assert verify(newest(folder))["step"] == 20
             assert not list(folder.glob(".tmp-*"))

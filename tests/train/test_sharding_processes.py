@@ -60,7 +60,7 @@ def test_fsdp1_of_accelerate_is_refused(ground):
     process = launch(ground, ground / "refused", processes=2, launcher=("--use_fsdp",))
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
-    assert "accelerate was asked for FSDP 1" in output
+    assert "accelerate is set to FSDP 1" in output
     assert "--fsdp_version 2" in output
     assert "--sharding zero3" in output
     assert not (ground / "refused").exists()

@@ -318,13 +318,13 @@ def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path
         (["--model_overrides", '{"out_channels": 5}'], "the model returns 5 channels for latents of 4"),
         (["--model_overrides", '{"num_class_embeds": 2}'], "the model has 2 classes, but the data has 3; set"),
         (["--model_overrides", '{"patch_size": 0}'], "patch_size is 0; it must be at least 1"),
-        (["--seed", 2**32], r"seed is 4294967296; it must lie in \[0, 4294967295\]"),
+        (["--seed", 2**32], r"seed is 4294967296; it must be in \[0, 4294967295\]"),
         (
             ["--objective", "flow", "--learned_variance"],
             "learned_variance does not .* use epsilon or v_pred",
         ),
-        (["--label_dropout", 1], r"label_dropout is 1.0; it must lie in \[0, 1\)"),
-        (["--class_balance", 1.5], r"class_balance is 1.5; it must lie in \[0, 1\]"),
+        (["--label_dropout", 1], r"label_dropout is 1.0; it must be in \[0, 1\)"),
+        (["--class_balance", 1.5], r"class_balance is 1.5; it must be in \[0, 1\]"),
         (
             ["--class_balance", 0.5, "--streaming", "true"],
             "is 0.5, but the labels of a stream are not known",

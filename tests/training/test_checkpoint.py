@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_older_checkpoints_whole(tmp_path, limit):
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot save checkpoint 2 .*older checkpoints are whole .*00000001"):
+        with pytest.raises(UserError, match=r"cannot save checkpoint 2 .*older checkpoints are complete .*00000001"):
             run.manager.save(2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

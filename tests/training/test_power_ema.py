@@ -121,16 +121,16 @@ def test_a_run_keeps_snapshots_resumes_exactly_and_forgets_those_beyond(tmp_path
 def test_impossible_reconstructions_are_reported(tmp_path):
     with pytest.raises(ValueError, match="train with --ema power"):
         reconstruct([], 0.1)
-    with pytest.raises(ValueError, match=r"sigma_rel is 0.3; it must lie in \(0, 0.289\)"):
+    with pytest.raises(ValueError, match=r"sigma_rel is 0.3; it must be in \(0, 0.289\)"):
         gamma_of(0.3)
     wandering_run(tmp_path, 0.1, steps=20, every=10)
     with pytest.raises(ValueError, match=r"no snapshot up to step 5; the first is of step 10"):
         reconstruct(find_snapshots(tmp_path), 0.1, 5)
     cut = next(tmp_path.glob("*.safetensors"))
     cut.write_bytes(cut.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="not a whole snapshot"):
+    with pytest.raises(ValueError, match="not a complete snapshot"):
         find_snapshots(tmp_path)
     with pytest.raises(ConfigError, match=r"the two must differ"):
         parse_config(TrainingConfig, ["--ema", "power", "--ema_sigma_rels", "0.1,0.1"])
-    with pytest.raises(ConfigError, match=r"each must lie in \(0, 0.28\)"):
+    with pytest.raises(ConfigError, match=r"each must be in \(0, 0.28\)"):
         parse_config(TrainingConfig, ["--ema", "power", "--ema_sigma_rels", "0.1,0.3"])

@@ -181,7 +181,7 @@ class LDMConfig(ImageConfig):
         free=True,
     )
     inception_weights: str | None = option(
-        None, "local file with Inception's weights; none: download them", group="results", free=True
+        None, "local copy of Inception's weights; none: download them", group="results", free=True
     )
     save_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "precision of the denoiser in the saved pipeline", group="results", free=True

@@ -105,7 +105,7 @@ class RestorationConfig(TrainingConfig):
     )
 
     losses: dict = option(  # noqa: RUF009
-        {"charbonnier": 1.0}, f"weights of the losses, as JSON, from {', '.join(LOSSES)}", group="objective"
+        {"charbonnier": 1.0}, f"weights of the losses, as JSON; the losses are {', '.join(LOSSES)}", group="objective"
     )
 
     heldout_images: int = option(
