@@ -92,7 +92,7 @@ def table(groups: Group) -> str:
             "parameters": f"{first['parameters'] / 1e6:.2f} M",
             "MACs fused / trained": f"{first['macs_fused'] / 1e6:.1f} / {first['macs_train'] / 1e6:.1f} M",
             "steps": first["steps"],
-            "ms a step": f"{1e3 * step_seconds(rows):.0f}",
+            "ms per step": f"{1e3 * step_seconds(rows):.0f}",
         }
         lines.append(line | {title: spread([row[name] for row in rows]) for name, title in METRICS.items()})
     return to_markdown(lines, list(lines[0]))

@@ -112,7 +112,7 @@ def show(row: dict[str, Any], parts: bool) -> None:
     name = f"{row['model']} {row['latent']} {row['what']} {row['form']}"
     measured = "" if row["measured_ms"] is None else f"  measured {row['measured_ms']:.4g} ms"
     print(
-        f"{name:48} {row['gmacs']:8.4g} GMACs a sample {row['gigabytes']:8.4g} GB {row['kernels']:6} kernels "
+        f"{name:48} {row['gmacs']:8.4g} GMACs per sample {row['gigabytes']:8.4g} GB {row['kernels']:6} kernels "
         f"{row['predicted_ms']:8.4g} ms predicted{measured}",
         flush=True,
     )

@@ -331,8 +331,8 @@ def save(rows: list[dict[str, Any]], folder: Path) -> None:
     save_rows(rows, folder)
     for what in dict.fromkeys(row["what"] for row in rows):
         own = [row for row in rows if row["what"] == what]
-        for x, label in (("latent", "side of the latent"), ("gmacs", "GMACs a sample"), ("megapixels", "megapixels")):
-            save_plot(own, x, "median_s", (label, "seconds a step"), folder / f"{what}_time_over_{x}.png")
+        for x, label in (("latent", "side of the latent"), ("gmacs", "GMACs per sample"), ("megapixels", "megapixels")):
+            save_plot(own, x, "median_s", (label, "seconds per step"), folder / f"{what}_time_over_{x}.png")
             save_plot(own, x, "peak_mb", (label, "peak MB"), folder / f"{what}_memory_over_{x}.png")
 
 

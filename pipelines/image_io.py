@@ -18,7 +18,7 @@ __all__ = ["Picture", "from_array", "read_pictures", "to_output", "to_pil"]
 
 @dataclass
 class Picture:
-    """An image in the pipeline's form: pixels (C, H, W) and alpha (1, H, W) or None, float32 on [0, 1]."""
+    """An image in the pipeline's form: pixels (C, H, W) and alpha (1, H, W) or None, float32 in [0, 1]."""
 
     pixels: Tensor
     alpha: Tensor | None = None
@@ -51,11 +51,11 @@ def read_file_picture(path: Path, limits: Limits) -> Picture:
 
 
 def check_values(values: np.ndarray) -> None:
-    """Raise a ValueError unless floats are in the range of a noisy image on [0, 1]."""
+    """Raise a ValueError unless floats are in the range of a noisy image in [0, 1]."""
     if not np.isfinite(values).all():
         raise ValueError("the image holds NaN or infinite values")
     if np.abs(values).max() > 16:
-        raise ValueError(f"the image is of floats up to {values.max():g}; give floats on [0, 1], or uint8 or uint16")
+        raise ValueError(f"the image is of floats up to {values.max():g}; give floats in [0, 1], or uint8 or uint16")
 
 
 def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
@@ -80,7 +80,7 @@ def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:
         order = "(H, W, C)" if last else "(C, H, W)"
         raise ValueError(f"an image of shape {shape} has {channels} channels; {order} with 1 to 4 is expected")
     if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"an image of {array.dtype} is ambiguous; give uint8, uint16, or floats on [0, 1]")
+        raise ValueError(f"an image of {array.dtype} is ambiguous; give uint8, uint16, or floats in [0, 1]")
     peak = float(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else 1.0
     values = array.astype(np.float32) / np.float32(peak)
     check_values(values)

@@ -7,7 +7,7 @@ __all__ = ["estimate_sigma"]
 
 
 def estimate_sigma(pixels: Tensor) -> float:
-    """Estimate the standard deviation, on the 0–255 scale, of white noise in an image (C, H, W) on [0, 1].
+    """Estimate the standard deviation, on the 0–255 scale, of white noise in an image (C, H, W) in [0, 1].
 
     The median absolute deviation of diagonal Haar coefficients (Donoho & Johnstone 1994) mistakes fine texture for
     noise. The function therefore computes it in squares of 32 pixels and takes the lower quartile, divided by its value

@@ -76,7 +76,7 @@ def graph_of(model: nn.Module) -> OnnxGraph:
     """Return the graph of a denoiser, a restorer or a VAE. Denoisers and restorers are fused.
 
     - denoiser: hidden_states (B, C, H, W), timestep (B,) float32, class_labels (B,) int64 if it has classes -> sample
-    - restorer: image (B, C, H, W) on [0, 1], sigma (B,) float32 and task (B,) int64 if it takes them -> sample
+    - restorer: image (B, C, H, W) in [0, 1], sigma (B,) float32 and task (B,) int64 if it takes them -> sample
     - VAE: latents (B, C, h, w) in model units, as the denoiser has them -> image (B, 3, H, W), about [-1, 1]
 
     Raises:

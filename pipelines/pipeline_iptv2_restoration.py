@@ -30,7 +30,7 @@ class RestorationPipelineOutput(BaseOutput):
     """Restored images.
 
     Attributes:
-        images: list of PIL images, or array (B, H, W, C) or tensor (B, C, H, W) of float32 on [0, 1]. If the sizes
+        images: list of PIL images, or array (B, H, W, C) or tensor (B, C, H, W) of float32 in [0, 1]. If the sizes
             differ, a list of arrays or tensors without B.
         sigmas: noise level of each image, given or estimated; None for a blind model, which takes none.
     """
@@ -82,7 +82,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         Args:
             image: a path, PIL image, array (H, W), (H, W, C) or (B, H, W, C), tensor (C, H, W) or (B, C, H, W), or a
                 list of these. Files and PIL images are turned upright (EXIF orientation). Integers use the range of
-                their type (8 or 16 bits). Floats are on [0, 1] and are not clipped, because noise exceeds this range.
+                their type (8 or 16 bits). Floats are in [0, 1] and are not clipped, because noise exceeds this range.
                 A colour model restores gray as three equal channels and returns gray. Alpha is kept unchanged.
             sigma: standard deviation of the noise on the 0–255 scale, one number or one per image. If it is None and
                 the model takes a noise level, it is estimated.

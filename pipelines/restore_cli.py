@@ -307,7 +307,7 @@ def restore(
     suffix = Path(name).suffix.lower()
     kind = {8: "uint8", 16: "uint16"}.get(arguments.bits, picture.pixels.dtype.name)
     if kind == "uint16" and suffix not in DEEP_SUFFIXES:
-        raise ValueError(f"{name} cannot have 16 bits a channel; only {' '.join(sorted(DEEP_SUFFIXES))} can")
+        raise ValueError(f"{name} cannot have 16 bits per channel; only {' '.join(sorted(DEEP_SUFFIXES))} can")
     if kind == "float32" and suffix not in FLOAT_SUFFIXES:
         raise ValueError(f"{name} cannot hold floats; only {' '.join(sorted(FLOAT_SUFFIXES))} can, or add --bits 8")
     output_type = "pil" if kind == "uint8" else "np"
@@ -352,7 +352,7 @@ def write(result: Image.Image | np.ndarray, kind: str, path: Path, picture: Imag
 
 
 def write_as(result: Image.Image | np.ndarray, kind: str, path: Path, metadata: dict[str, bytes]) -> None:
-    """Write (H, W, C) on [0, 1]: 8 bits per channel with Pillow, 16 bits and floats with `sixteen_bit.py`."""
+    """Write (H, W, C) in [0, 1]: 8 bits per channel with Pillow, 16 bits and floats with `sixteen_bit.py`."""
     from iptv2_diffusion.data.sixteen_bit import write_16_bit, write_float_tiff
 
     if isinstance(result, Image.Image):

@@ -40,7 +40,7 @@ class CameraNoise(Degradation):
     margin: int = 0
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
-        """Degrade sRGB images, (B, 3, H, W) or (B, 1, H, W) on [0, 1], to the same shape, clipped. σ is unknown."""
+        """Degrade sRGB images, (B, 3, H, W) or (B, 1, H, W) in [0, 1], to the same shape, clipped. σ is unknown."""
         count = len(clean)
         camera = draw_camera(count, generator)
         shot, read = draw_noise_levels(count, self.low, self.high, generator)
@@ -89,14 +89,14 @@ def draw_noise_levels(count: int, low: float, high: float, generator: torch.Gene
 
 
 def unprocess(images: Tensor, camera: Camera) -> Tensor:
-    """Convert sRGB (B, 3, H, W) on [0, 1] to the linear light on the sensor, on [0, 1]. `process` is the inverse."""
+    """Convert sRGB (B, 3, H, W) in [0, 1] to the linear light on the sensor, in [0, 1]. `process` is the inverse."""
     linear = images.clamp(min=BRIGHTNESS).pow(2.2)
     linear = torch.einsum("bij,bjhw->bihw", torch.linalg.inv(camera.matrix), linear)
     return (linear / camera.gains[:, :, None, None]).clamp(0, 1)
 
 
 def process(raw: Tensor, camera: Camera) -> Tensor:
-    """Convert linear light on the sensor (B, 3, H, W) to sRGB on [0, 1]: white balance, colour correction, gamma."""
+    """Convert linear light on the sensor (B, 3, H, W) to sRGB in [0, 1]: white balance, colour correction, gamma."""
     balanced = (raw * camera.gains[:, :, None, None]).clamp(0, 1)
     corrected = torch.einsum("bij,bjhw->bihw", camera.matrix, balanced)
     return corrected.clamp(BRIGHTNESS, 1).pow(1 / 2.2)

@@ -224,7 +224,7 @@ def _pixels(image: Image.Image, check_floats: bool = True) -> np.ndarray:
         if image.format not in (None, "PPM", "PNG") or values.min() < 0 or values.max() > 65535:
             raise ImageFileError(
                 f"its pixels are integers of 32 bits, {values.min()} to {values.max()}: their range is not known; save "
-                "it with 8 or 16 bits a channel, or as floats on [0, 1]"
+                "it with 8 or 16 bits per channel, or as floats in [0, 1]"
             )
         return values.astype(np.uint16)[..., None]
     if mode == "F":
@@ -241,13 +241,13 @@ def _pixels(image: Image.Image, check_floats: bool = True) -> np.ndarray:
 
 
 def _floats(values: np.ndarray, check: bool = True) -> np.ndarray:
-    """Convert floats of any width to float32. Floats of a file must be on [0, 1], up to noise."""
+    """Convert floats of any width to float32. Floats of a file must be in [0, 1], up to noise."""
     if not np.isfinite(values).all():
         raise ImageFileError("the image holds NaN or infinite values")
     low, high = float(values.min()), float(values.max())
     if check and not FLOAT_RANGE[0] <= low <= high <= FLOAT_RANGE[1]:
         raise ImageFileError(
-            f"it holds floats from {low:g} to {high:g}; floats must be on [0, 1], with 1 as white: scale them"
+            f"it holds floats from {low:g} to {high:g}; floats must be in [0, 1], with 1 as white: scale them"
         )
     return values.astype(np.float32)
 
@@ -289,7 +289,7 @@ def _read_tiff(file: BinaryIO, limits: Limits) -> ImageFile:
         if kind is None or kind.kind not in "buf" or (kind.kind == "u" and depth > 16):
             name = "pixels of differing or unknown depths" if kind is None else f"{kind} pixels"
             raise ImageFileError(
-                f"it holds {name}, whose range is not known; save it with 8 or 16 bits a channel or floats on [0, 1]"
+                f"it holds {name}, whose range is not known; save it with 8 or 16 bits per channel or floats in [0, 1]"
             )
         if kind.kind == "f" or depth == 16:
             return ImageFile(turned(_deep_tiff_pixels(page, file, limits), metadata.orientation), metadata, frames)
@@ -364,7 +364,7 @@ def _check_segments(page, file: BinaryIO) -> None:
 def _narrow_tiff(file: BinaryIO, depth: int, count: int, limits: Limits, metadata: Metadata, frames: int) -> ImageFile:
     """Read 9 to 15 bits per channel: Pillow unpacks 12 bits of gray, which are scaled to 0–65535."""
     if depth != 12 or count != 1:
-        raise ImageFileError(f"it has {depth} bits a channel, {count} channels; save it with 8 or 16 bits")
+        raise ImageFileError(f"it has {depth} bits per channel, {count} channels; save it with 8 or 16 bits")
     with _opened(file, limits, ("TIFF",)) as image:
         values = np.asarray(_loaded_unturned(image)).astype(np.uint32)
     pixels = (values << 4 | values >> 8).astype(np.uint16)[..., None]

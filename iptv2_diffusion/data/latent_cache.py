@@ -287,7 +287,7 @@ class _Maker:
         made = sum(len(self.parts[number]) for number in self.missing)
         say(
             f"encoded {made} images of {len(self.images)}, {views} view{'s' * (views > 1)} each, in {seconds:.0f} s "
-            f"({made * views / seconds:.0f} views/s, {sum(shards.values()) / count:.0f} bytes an image) into "
+            f"({made * views / seconds:.0f} views/s, {sum(shards.values()) / count:.0f} bytes per image) into "
             f"{self.folder}"
         )
 

@@ -32,7 +32,7 @@ TEXTURE_FULL = 12.0  # standard deviation of luminance, 0–255 scale
 
 
 def read_image(path: str | Path, channels: int = 3, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """Decode an image to (H, W, channels): uint8, uint16 for more than 8 bits, or float32 on [0, 1] for floats.
+    """Decode an image to (H, W, channels): uint8, uint16 for more than 8 bits, or float32 in [0, 1] for floats.
 
     The result is upright, gray or RGB, without alpha. See `image_files.py` for the supported files.
 
@@ -101,7 +101,7 @@ class ImageStore:
         return len(self.images)
 
     def crop(self, item: int, top: int, left: int, height: int, width: int) -> Tensor:
-        """Return a part of an image, (channels, height, width) float32 on [0, 1], continued by reflection."""
+        """Return a part of an image, (channels, height, width) float32 in [0, 1], continued by reflection."""
         part = self.images[item][top : top + height, left : left + width]
         if part.shape[:2] != (height, width):
             part = np.pad(part, ((0, height - part.shape[0]), (0, width - part.shape[1]), (0, 0)), "reflect")
@@ -202,7 +202,7 @@ class PatchSampler:
         return [file for file, image in pairs if min(image.shape[:2]) < size]
 
     def patches(self, places: Sequence[tuple[int, int, int]], size: int) -> tuple[Tensor, Tensor | None]:
-        """Return clean patches (B, channels, size, size) on [0, 1], and degraded ones (None without such images)."""
+        """Return clean patches (B, channels, size, size) in [0, 1], and degraded ones (None without such images)."""
         clean = torch.stack([self.clean.crop(*place, size, size) for place in places])
         if self.degraded is None:
             return clean, None

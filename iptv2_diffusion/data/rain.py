@@ -22,7 +22,7 @@ __all__ = ["LayeredRain"]
 LENGTHS = (5.0, 70.0)  # range of a streak's length in pixels
 WIDTHS = (0.35, 1.5)  # standard deviation across a streak, pixels
 COVERAGE = (0.005, 0.25)  # share of the pixels that the streaks of a layer touch
-STRENGTHS = (0.06, 0.75)  # how much a streak adds at its middle, on [0, 1]
+STRENGTHS = (0.06, 0.75)  # how much a streak adds at its middle, in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LayeredRain(Degradation):
     margin: int = 0
 
     def __call__(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
-        """Degrade images (B, C, H, W) on [0, 1] to the same shape, clipped to [0, 1]. σ is unknown."""
+        """Degrade images (B, C, H, W) in [0, 1] to the same shape, clipped to [0, 1]. σ is unknown."""
         count, _, height, width = clean.shape
         low, high = int(self.low), int(self.high)
         layers = torch.randint(low, high + 1, (count,), generator=generator)
@@ -74,7 +74,7 @@ class LayeredRain(Degradation):
 
 
 def draw_streaks(height: int, width: int, angle: Tensor, generator: torch.Generator) -> Tensor:
-    """One layer of streaks of a common direction `angle` (B,), in radians: (B, 1, H, W) on [0, 1].
+    """One layer of streaks of a common direction `angle` (B,), in radians: (B, 1, H, W) in [0, 1].
 
     Near rain has few streaks that are long, wide and bright. Far rain has many that are short and faint. The drops are
     points of random strength, and a product in the frequency domain draws them out. The product is periodic, so the

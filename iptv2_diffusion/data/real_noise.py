@@ -4,7 +4,7 @@ DND (Plötz & Roth 2017) does not publish the clean photographs. Its server scor
 50 photographs (`evaluation/dnd_files.py` writes them).
 
     ROOT/info.mat                `info`, per photograph: `boundingboxes` (20, 4), `sigma_srgb` (20,)   HDF5 ("v7.3")
-    ROOT/images_srgb/0001.mat    `InoisySRGB` (H, W, 3) of single on [0, 1]                             HDF5
+    ROOT/images_srgb/0001.mat    `InoisySRGB` (H, W, 3) of single in [0, 1]                             HDF5
 
 A box is [top, left, bottom, right], counted from 1, with the last row and column included. MATLAB stores columns first,
 so readers of HDF5 see every array transposed. The numbers of photographs and crops are those of info.mat.
@@ -61,7 +61,7 @@ class DND:
         return len(self.boxes)
 
     def crops(self, index: int) -> list[np.ndarray]:
-        """Return the noisy crops of a photograph, each (H, W, 3) float32 on [0, 1]. `index` counts from 0."""
+        """Return the noisy crops of a photograph, each (H, W, 3) float32 in [0, 1]. `index` counts from 0."""
         path = self.root / "images_srgb" / f"{index + 1:04d}.mat"
         image = read_hdf5(path, lambda file: np.array(file["InoisySRGB"], dtype=np.float32).T)
         for top, left, bottom, right in self.boxes[index]:

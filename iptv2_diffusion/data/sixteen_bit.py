@@ -54,7 +54,7 @@ def read_16_bit(path: str | Path) -> np.ndarray:
     """
     pixels = read_image_file(path).pixels
     if pixels.dtype != np.uint16:
-        raise ImageFileError(f"{path} holds {pixels.dtype}, not 16 bits a channel")
+        raise ImageFileError(f"{path} holds {pixels.dtype}, not 16 bits per channel")
     return pixels
 
 
@@ -76,7 +76,7 @@ def write_16_bit(image: np.ndarray, path: str | Path, icc_profile: bytes | None 
     elif suffix in (".tif", ".tiff"):
         _write_tiff(image, Path(path), icc_profile, exif)
     else:
-        raise ValueError(f"{suffix} files have no 16 bits a channel; write .png or .tif")
+        raise ValueError(f"{suffix} files have no 16 bits per channel; write .png or .tif")
 
 
 def _write_png(image: np.ndarray, path: Path, icc_profile: bytes | None, exif: bytes) -> None:

@@ -170,7 +170,7 @@ def degrade(clean: np.ndarray, kind: str, level: float, index: int) -> tuple[np.
         return clean + np.random.default_rng(seed).normal(0, level, clean.shape), clean
     degradation = SYNTHETIC[kind](level, level)
     if min(clean.shape[:2]) <= 4 * degradation.margin:
-        raise ValueError(f"{kind} of {level:g} needs images of more than {4 * degradation.margin} pixels a side")
+        raise ValueError(f"{kind} of {level:g} needs images of more than {4 * degradation.margin} pixels per side")
     image = torch.from_numpy(clean / 255).float().permute(2, 0, 1)[None]
     degraded, _ = degradation(image, torch.Generator().manual_seed(seed))
     inner = slice(degradation.margin, -degradation.margin)

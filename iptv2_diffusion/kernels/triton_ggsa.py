@@ -200,7 +200,7 @@ def grid_attention(qkv: Tensor, scale: Tensor, num_heads: int, stride: tuple[int
     The function can be differentiated once.
 
     Args:
-        qkv: q, k and v of h heads each, concatenated: (B, H, W, 3C), any H and W, at most `MAX_TOKENS` tokens a group.
+        qkv: q, k and v of h heads each, concatenated: (B, H, W, 3C), any H and W, up to `MAX_TOKENS` tokens per group.
         scale: s, (h,).
         num_heads: h. A head has at most `MAX_HEAD_DIM` channels, a multiple of 4.
         stride: p, vertical and horizontal, at most H and W.

@@ -134,7 +134,7 @@ def plan_text(memory: Mapping[str, Memory], speed: Speed, config: TrainingConfig
     """Format the plan as a table. `memory` has the estimates without and with checkpointing, by name."""
     rows = ["weights", "gradients", "optimizer", "average", "activations", "peak"]
     lines = [
-        f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.4g} GMACs an image forward (in training; fused is less)",
+        f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.4g} GMACs per image forward (in training; fused is less)",
         f"{'MB on each device':<18}" + "".join(f"{name:>24}" for name in memory),
         *(f"{row:<18}" + "".join(f"{getattr(m, row) / MB:>24,.0f}" for m in memory.values()) for row in rows),
     ]

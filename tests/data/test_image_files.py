@@ -92,7 +92,7 @@ class TestModes:
 
     @pytest.mark.parametrize("values", [[0, 5.5], [-3, 0.5], [0, 255], [np.nan, 0], [np.inf, 0]])
     def test_floats_of_another_range_are_refused(self, values):
-        with pytest.raises(ImageFileError, match=r"floats from .* on \[0, 1\]|NaN or infinite"):
+        with pytest.raises(ImageFileError, match=r"floats from .* in \[0, 1\]|NaN or infinite"):
             read_image_file(tiff(np.array([values], np.float32)))
 
     def test_noise_beyond_the_range_is_kept_and_not_silently_cut_to_8_bits(self):

@@ -108,7 +108,7 @@ class TestOperators:
         assert triton_fcsa.traffic((3, 8, 8, 3 * width), 2, heads, 8, merged=True)[0][2] == 1  # one window
 
     def test_grid_attention_by_its_own_loads_and_stores(self):
-        """Stride 2 on 8×6: groups of 4·3 tokens. Loads 3 C and stores C; one float32 number a token and head."""
+        """Stride 2 on 8×6: groups of 4·3 tokens. Loads 3 C and stores C; one float32 number per token and head."""
         positions, heads, width = 3 * 48, 2, 16
         forward, backward = triton_ggsa.traffic((3, 8, 6, 3 * width), 2, heads, (2, 2))
         assert forward == (2 * positions * 12 * width, 2 * width * 4 * positions + 4 * heads * positions, 1)

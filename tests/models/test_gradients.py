@@ -1,7 +1,8 @@
 """Every preset's parameter gradients by the fast forms, against the plain formulas under autograd, in float64.
 
 A preset's geometry decides which code runs: sizes of maps and windows, heads, patterns, strides. Each preset therefore
-keeps its geometry and is only narrower (4 channels per head at its narrowest stage) and shallower (one block a stage).
+keeps its geometry. It is only narrower (4 channels per head at its narrowest stage) and shallower (one block per
+stage).
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class TestCounting:
         per_position = [
             9 * 4 * channels,  # stem
             25 * channels + 4 * channels**2,  # GGSA: depthwise and projections
-            2 * channels * positions // 4,  # GGSA: q·k and its product with v, positions / p² tokens a group
+            2 * channels * positions // 4,  # GGSA: q·k and its product with v, positions / p² tokens per group
             2 * 2 * channels**2 + 25 * 2 * channels,  # Rep-LeFFN
             9 * channels**2 + 9 * channels * 4,  # head and output
         ]

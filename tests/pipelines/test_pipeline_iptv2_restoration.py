@@ -302,7 +302,7 @@ def test_save_and_load(pipe, tmp_path, capfd):
         (np.zeros((5, 5, 7), np.float32), {}, "7 channels"),
         (np.zeros((5, 5, 3), np.int64), {}, "int64 is ambiguous"),
         (np.full((5, 5, 3), np.nan, np.float32), {}, "NaN"),
-        (np.full((5, 5, 3), 200.0, np.float32), {}, r"floats up to 200; give floats on \[0, 1\]"),
+        (np.full((5, 5, 3), 200.0, np.float32), {}, r"floats up to 200; give floats in \[0, 1\]"),
         (Image.fromarray(np.full((5, 5), 200.0, np.float32)), {}, "floats up to 200"),
         ([], {}, "empty"),
         (3, {}, "int is not an image"),

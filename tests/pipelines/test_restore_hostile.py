@@ -165,7 +165,7 @@ class TestDepth:
     def test_hdr_is_refused_with_the_remedy(self, restore, tmp_path, capsys):
         (tmp_path / "a.tif").write_bytes(tiff(np.full((8, 8), 40.0, np.float32)))
         assert restore(tmp_path / "a.tif") == 1
-        assert "floats from 40 to 40; floats must be on [0, 1], with 1 as white: scale them" in capsys.readouterr().err
+        assert "floats from 40 to 40; floats must be in [0, 1], with 1 as white: scale them" in capsys.readouterr().err
 
     def test_the_limit_of_pixels_is_an_option(self, restore, tmp_path, capsys):
         path = picture(tmp_path / "a.png")

@@ -20,7 +20,7 @@ SHIPPED = {
 
 
 def picture(side=152):
-    """Shaded discs before a gradient, (1, 3, side, side) on [0, 1], nearly as sharp as a photograph."""
+    """Shaded discs before a gradient, (1, 3, side, side) in [0, 1], nearly as sharp as a photograph."""
     y, x = torch.meshgrid(*[torch.arange(side, dtype=torch.float32)] * 2, indexing="ij")
     image = torch.stack([0.2 + 0.3 * x / side, 0.4 + 0.1 * y / side, 0.5 - 0.3 * x / side])
     for top, left, radius, colour in ((40, 50, 30, (0.8, 0.2, 0.1)), (100, 90, 40, (0.1, 0.5, 0.3))):
