@@ -163,7 +163,7 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
                 f"id2label names class {max(self.id2label)}, the transformer has classes 0 to {self.num_classes - 1}"
             )
 
-    # --- what the pipeline is made of --------------------------------------------------------------------------------
+    # --- components of the pipeline ----------------------------------------------------------------------------------
 
     @property
     def codec(self) -> LatentCodec:

@@ -47,7 +47,7 @@ def bundle(data: DND, output: Path) -> Path:
             try:
                 cell[crop] = read_mat(path, "Idenoised_crop")
             except ValueError as error:
-                raise ValueError(f"{path} is damaged; delete it and start the same command again") from error
+                raise ValueError(f"{path} is damaged; delete it and run the same command again") from error
         contents = {"Idenoised": cell, "israw": False, "eval_version": "1.0"}
         save_mat(folder / f"{index + 1:04d}.mat", contents)
     return folder

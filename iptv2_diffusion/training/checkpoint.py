@@ -152,7 +152,7 @@ class CheckpointManager:
         free = shutil.disk_usage(self.output_dir).free / 2**20
         raise UserError(
             f"cannot save checkpoint {step} in {self.output_dir}: {failure} ({free:.0f} MB free); older checkpoints "
-            f"are complete ({', '.join(left) or 'none yet'}): make room and start the same command again"
+            f"are complete ({', '.join(left) or 'none yet'}): make room and run the same command again"
         )
 
     def _first_failure(self, failure: str | None) -> str | None:
