@@ -71,7 +71,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--format", choices=sorted(SUFFIXES), help="format of the file [by the suffix of OUT]")
     parser.add_argument(
-        "--check", action="store_true", help="compare the ONNX file with the model at seven sizes; fail above a difference of 1e-4"
+        "--check",
+        action="store_true",
+        help="compare the ONNX file with the model at seven sizes; fail above a difference of 1e-4",
     )
     parser.add_argument(
         "--sigma", type=float, help="with spandrel: noise level, 0-255 scale [estimated for each image or tile]"

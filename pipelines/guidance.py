@@ -73,7 +73,7 @@ def make_guider(
         ):
             raise ValueError(
                 f"{type(guider).__name__} needs more than a conditional and an unconditional prediction; use "
-                "ClassifierFreeGuidance, AdaptiveProjectedGuidance or another guider of such a pair"
+                "ClassifierFreeGuidance, AdaptiveProjectedGuidance or another guider that takes such a pair"
             )
         return guider
     start, stop = interval

@@ -55,7 +55,7 @@ def check_values(values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         raise ValueError("the image holds NaN or infinite values")
     if np.abs(values).max() > 16:
-        raise ValueError(f"the image is of floats up to {values.max():g}; give floats in [0, 1], or uint8 or uint16")
+        raise ValueError(f"the image has floats up to {values.max():g}; give floats in [0, 1], or uint8 or uint16")
 
 
 def from_array(image: np.ndarray | Tensor) -> Iterator[Picture]:

@@ -58,7 +58,8 @@ class IPTV2LoraLoaderMixin(LoraBaseMixin):
         if not state or unknown or not all("lora" in key for key in state):
             shown = f"it names the layers {', '.join(unknown[:3])}" if unknown else "it has other weights"
             raise ValueError(
-                f"this is not an adapter of a {type(model).__name__}: {shown}; use one that was trained on this pipeline"
+                f"this is not an adapter of a {type(model).__name__}: {shown}; use one that was trained on this "
+                "pipeline"
             )
         model.load_lora_adapter(state, prefix=prefix, adapter_name=adapter_name, _pipeline=self)
         if set(model.peft_config) == before:

@@ -148,7 +148,7 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
         out_channels = config.out_channels or config.in_channels
         if config.in_channels != channels:
             raise ValueError(
-                f"the transformer takes {config.in_channels} channels, the VAE's latents have {channels}; "
+                f"the transformer takes {config.in_channels} channels, but the VAE's latents have {channels}; "
                 "use the VAE that the transformer was trained with"
             )
         if out_channels not in (channels, 2 * channels):
@@ -160,7 +160,8 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
             raise ValueError(f"id2label names class {min(self.id2label)}; classes are numbered from 0")
         if self.id2label and self.num_classes is not None and max(self.id2label) >= self.num_classes:
             raise ValueError(
-                f"id2label names class {max(self.id2label)}, the transformer has classes 0 to {self.num_classes - 1}"
+                f"id2label names class {max(self.id2label)}, but the transformer has classes 0 to "
+                f"{self.num_classes - 1}"
             )
 
     # --- components of the pipeline ----------------------------------------------------------------------------------
@@ -218,20 +219,20 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
             )
         start, stop = guidance_interval
         if not 0 <= start <= stop <= 1:
-            raise ValueError(f"guidance_interval is ({start}, {stop}); it must rise within 0 and 1")
+            raise ValueError(f"guidance_interval is ({start}, {stop}); give increasing numbers in [0, 1]")
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale is {guidance_rescale}; it must be in [0, 1]")
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label is {num_images_per_label}; it must be at least 1")
         if not 0 <= eta < math.inf:
-            raise ValueError(f"eta is {eta}; it must be a finite number, not negative")
+            raise ValueError(f"eta is {eta}; it must be finite and not negative")
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+            raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}")
         if self.vae is None and output_type != "latent":
             raise ValueError(f"this pipeline has no VAE for output_type {output_type!r}; use output_type='latent'")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}; not {unknown}")
+            raise ValueError(f"callbacks receive {', '.join(self._callback_tensor_inputs)}, not {unknown}")
 
     def prepare_latents(
         self,
@@ -287,7 +288,7 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
         if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)) and config.clip_sample:
             logger.warning(
                 f"{type(scheduler).__name__} has clip_sample=True: latents cut to ±{config.clip_sample_range} make "
-                "dull images; make the scheduler by from_config of the saved one's config, or with clip_sample=False"
+                "dull images; create the scheduler by from_config from the saved one's config, or set clip_sample=False"
             )
         return scheduler
 

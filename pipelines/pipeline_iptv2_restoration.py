@@ -188,7 +188,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         side = tile // step * step
         shared = overlap_of(side, step, overlap)
         if shared >= side:
-            raise ValueError(f"overlap is {shared}, the tile {side}; the overlap must be smaller")
+            raise ValueError(f"overlap is {shared}, but the tile is {side}; the overlap must be smaller")
         return side, starts(height, side, shared, step), starts(width, side, shared, step)
 
     def largest_tile(self, channels: int, height: int, width: int, memory: float) -> int | None:
@@ -203,7 +203,7 @@ class IPTV2RestorationPipeline(DiffusionPipeline, IPTV2LoraLoaderMixin):
         side = math.isqrt(int(memory / needed)) // step * step if memory > 0 else 0
         if side < 2 * step:
             raise ValueError(
-                f"memory is {memory:g} GB; the smallest tile of this model, {2 * step} pixels, takes "
+                f"memory is {memory:g} GB; the smallest tile of this model, {2 * step} pixels, needs "
                 f"{needed * (2 * step) ** 2:.3g} GB"
             )
         return side
@@ -279,7 +279,7 @@ def cut(pixels: Tensor) -> Tensor:
     """Clip pixels to [0, 1], with a warning if this removes more than residual noise."""
     low, high = float(pixels.min()), float(pixels.max())
     if high > 1.25 or low < -0.25:
-        warnings.warn(f"values from {low:.3g} to {high:.3g} are cut to [0, 1]; clip=False keeps them", stacklevel=4)
+        warnings.warn(f"values from {low:.3g} to {high:.3g} are clipped to [0, 1]; clip=False keeps them", stacklevel=4)
     return pixels.clamp_(0, 1)
 
 

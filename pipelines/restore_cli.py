@@ -225,11 +225,11 @@ def plan(inputs: Sequence[Path], output: Path) -> list[tuple[Path, str]]:
         resolved = os.path.realpath(target)
         if resolved in sources:
             raise CommandError(
-                f"{printable(target)} would overwrite an input; choose another --output than {printable(output)}"
+                f"{printable(target)} would overwrite an input; choose an --output other than {printable(output)}"
             )
         if taken.setdefault(resolved, source) != source:
             both = f"{printable(taken[resolved])} and {printable(source)}"
-            raise CommandError(f"{both} would both become {printable(target)}; restore them apart")
+            raise CommandError(f"{both} would both become {printable(target)}; restore them separately")
     return jobs
 
 
@@ -238,7 +238,7 @@ def pictures(source: Path, output: Path) -> Iterator[tuple[Path, str]]:
     if source.is_dir():
         found = list(image_files(source, SUFFIXES))
         if not found:
-            raise CommandError(f"{printable(source)} holds no pictures ({' '.join(sorted(SUFFIXES))})")
+            raise CommandError(f"{printable(source)} contains no images ({' '.join(sorted(SUFFIXES))})")
         inner = Path(os.path.realpath(output))
         within = Path(os.path.realpath(source)) in inner.parents  # an output folder inside the input has no inputs
         for path in found:

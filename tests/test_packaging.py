@@ -167,7 +167,7 @@ print(shipped(config.vae))
 
 def test_the_commands_of_the_wheel_work_without_the_repository(installed, elsewhere):
     told = run(sys.executable, "-c", USE, str(PIPELINE), cwd=elsewhere, PYTHONPATH=str(installed)).splitlines()
-    assert told[-2].startswith("the default pipeline assets/iptv2-emoji64 is a part of the repository")
+    assert told[-2].startswith("the default pipeline assets/iptv2-emoji64 is part of the repository")
     assert told[-1] == str(installed / "iptv2_diffusion/assets/vae-emoji64")
 
 

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(written, indent=2))
     else:
         grid = f", all of them in {arguments.grid}" if arguments.grid else ""
-        print(f"{len(written)} pictures in {arguments.output}/{grid}")
+        print(f"{len(written)} images in {arguments.output}/{grid}")
     return 0
 
 
@@ -115,8 +115,8 @@ def load(arguments: argparse.Namespace) -> IPTV2Pipeline:
     path = shipped(arguments.pipeline)
     if arguments.pipeline == DEFAULT_PIPELINE and not path.exists():
         raise UserError(
-            f"the default pipeline {DEFAULT_PIPELINE} is a part of the repository and not of the installed package; "
-            "start in a clone of the repository, or give --pipeline FOLDER_OR_HUB_NAME"
+            f"the default pipeline {DEFAULT_PIPELINE} is part of the repository, but not of the installed package; run "
+            "the command in a clone of the repository, or give --pipeline FOLDER_OR_HUB_NAME"
         )
     with loading(arguments.pipeline):
         pipeline = IPTV2Pipeline.from_pretrained(path if path.exists() else arguments.pipeline)

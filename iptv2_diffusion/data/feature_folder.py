@@ -139,8 +139,8 @@ class FeatureFolder(StoredLatents):
         for item, latent in zip(chosen, read, strict=True):
             if tuple(latent.shape) != self.latent_shape:
                 raise ValueError(
-                    f"{self._source(item)}: has the shape {tuple(latent.shape)}, the first latent {self.latent_shape}; "
-                    "all must be encoded at one size"
+                    f"{self._source(item)}: has shape {tuple(latent.shape)}, but the first latent has "
+                    f"{self.latent_shape}; encode all at one size"
                 )
             latents.append(latent)
         return torch.stack(latents)
@@ -293,7 +293,7 @@ def _parse(content: bytes, name: str) -> np.ndarray:
         return np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
     except Exception as error:  # NumPy raises several types, depending on the contents
         reason = one_line(error, 120)
-        raise ValueError(f"{name}: no .npy file, or a damaged one ({reason})") from error
+        raise ValueError(f"{name}: not a .npy file, or damaged ({reason})") from error
 
 
 @functools.lru_cache(maxsize=64)

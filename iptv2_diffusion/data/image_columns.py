@@ -69,7 +69,7 @@ def _find_column(
 ) -> str | None:
     if wanted is not None:
         if wanted not in data.column_names:
-            raise ValueError(f'{source}: no {what} column "{wanted}"; there are: {", ".join(data.column_names)}')
+            raise ValueError(f'{source}: no {what} column "{wanted}"; the columns are: {", ".join(data.column_names)}')
         return wanted
     return next((name for name in usual if name in data.column_names), None)
 

@@ -255,7 +255,7 @@ def split_of(folders: Mapping[str, bool], split: str, where: str) -> str | None:
     if len(fitting) > 1:
         raise ValueError(f'{where}: the split "{split}" may be any of {", ".join(fitting)}; name one of them')
     if not fitting:
-        raise ValueError(f'{where}: no split "{split}"; there are: {", ".join(splits)}')
+        raise ValueError(f'{where}: no split "{split}"; the splits are: {", ".join(splits)}')
     return fitting[0]
 
 

@@ -171,8 +171,8 @@ def cached_latents(
         except KeyboardInterrupt:
             whole = sum(_is_shard(path) for path in maker.paths)
             raise KeyboardInterrupt(
-                f"stopped: {whole} of {len(maker.paths)} shards of latents are in {folder}, whole; the same command "
-                "encodes the rest"
+                f"stopped: {whole} of {len(maker.paths)} shards of latents in {folder} are complete; run the same "
+                "command to encode the rest"
             ) from None
         if share[0] == 0:
             maker.finish(description, say)

@@ -49,7 +49,7 @@ def find_pairs(layout: str, root: str | Path, split: str = "train") -> list[Pair
         ValueError: the folder has another layout, or an image has no counterpart. The message names it.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
+        raise ValueError(f"layout is {layout!r}; choose one of {', '.join(LAYOUTS)}")
     root = Path(root).expanduser()
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")

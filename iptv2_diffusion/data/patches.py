@@ -138,7 +138,7 @@ def decode_into(
         for path in files:
             image = read_image(path, channels, limits)
             if dtype not in (None, image.dtype):
-                raise ValueError(f"{path} is {image.dtype}, the images before it are {dtype}; do not mix bit depths")
+                raise ValueError(f"{path} is {image.dtype}, but earlier images are {dtype}; do not mix bit depths")
             dtype = image.dtype
             for scale in scales:
                 scaled = image if scale == 1 else shrink(image, scale, path)

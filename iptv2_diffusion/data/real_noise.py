@@ -84,7 +84,7 @@ def read_hdf5(path: Path, read: Callable):
             return read(file)
     except Exception as error:  # h5py raises many types for a damaged file, such as RuntimeError and AttributeError
         reason = one_line(error, 160)
-        raise ValueError(f"{path} is not as DND's: {reason}") from error
+        raise ValueError(f"{path} is not in DND's format: {reason}") from error
 
 
 def read_mat(path: Path, name: str) -> np.ndarray:
@@ -113,7 +113,7 @@ def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, 
         try:
             blocks.append(read_mat(path, name))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not as SIDD's: {one_line(error, 160)}") from error
+            raise ValueError(f"{path} is not in SIDD's format: {one_line(error, 160)}") from error
     noisy, clean = blocks
     if noisy.shape != clean.shape or noisy.ndim != 5 or {noisy.dtype, clean.dtype} != {np.dtype(np.uint8)}:
         raise ValueError(

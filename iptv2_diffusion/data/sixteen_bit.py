@@ -76,7 +76,7 @@ def write_16_bit(image: np.ndarray, path: str | Path, icc_profile: bytes | None 
     elif suffix in (".tif", ".tiff"):
         _write_tiff(image, Path(path), icc_profile, exif)
     else:
-        raise ValueError(f"{suffix} files have no 16 bits per channel; write .png or .tif")
+        raise ValueError(f"{suffix} files cannot have 16 bits per channel; write .png or .tif")
 
 
 def _write_png(image: np.ndarray, path: Path, icc_profile: bytes | None, exif: bytes) -> None:
@@ -99,7 +99,7 @@ def _write_png(image: np.ndarray, path: Path, icc_profile: bytes | None, exif: b
 def write_float_tiff(image: np.ndarray, path: str | Path, icc_profile: bytes | None = None, exif: bytes = b"") -> None:
     """Write an image (H, W, C) of floats as a float32 TIFF, without scaling. See `write_16_bit` for the arguments."""
     if Path(path).suffix.lower() not in (".tif", ".tiff"):
-        raise ValueError(f"{Path(path).suffix} files hold no floats; write .tif")
+        raise ValueError(f"{Path(path).suffix} files cannot store floats; write .tif")
     _write_tiff(image.astype(np.float32), Path(path), icc_profile, exif)
 
 

@@ -114,7 +114,7 @@ def is_sharded(config: TrainingConfig, accelerator: Accelerator) -> bool:
     if config.sharding == "none":
         return False
     if accelerator.num_processes == 1:
-        accelerator.print(f"sharding is {config.sharding}, but there is one process only: nothing is sharded")
+        accelerator.print(f"sharding is {config.sharding}, but there is only one process: nothing is sharded")
         return False
     if accelerator.mixed_precision == "fp16":  # a possible value of `accelerate launch`
         raise ConfigError("sharding does not work with fp16, because it has no loss scaling; use bf16")

@@ -99,7 +99,7 @@ class CheckpointManager:
             if self.accelerator.is_main_process:
                 self._clean(f".tmp-checkpoint-{step:08d}")
                 whole = ", ".join(path.name for path in self._folders() if is_ours(path)) or "none yet"
-                self.say(f"saving checkpoint {step} was interrupted; whole are: {whole}")
+                self.say(f"saving checkpoint {step} was interrupted; complete checkpoints: {whole}")
             raise
 
     def _save(self, step: int, progress: Mapping[str, Any] | None) -> Path:

@@ -323,11 +323,11 @@ class Trainer:
     def _check_task(self, task: TrainingTask) -> None:
         if self.sharded and not task.works_together:
             raise ConfigError(
-                f"sharding is {self.config.sharding}; this training runs unsharded only: use --sharding none"
+                f"sharding is {self.config.sharding}; this training only runs unsharded: use --sharding none"
             )
         if self._images not in (None, task.images):
             self.accelerator.print(
-                f"the data has {task.images} images now, {self._images} before: their order changes here"
+                f"the data has {task.images} images instead of {self._images}: their order changes from this step"
             )
 
     # ----------------------------------------------------------------------------------------------------------------

@@ -229,8 +229,8 @@ class TrainingConfig(Config):
     )
     sharding: Literal["none", "zero2", "zero3"] = option(
         "none",
-        "shard the model state over the processes with torch's fully_shard (FSDP2); none: every process holds all; "
-        "zero2: shard gradients, optimiser and average; zero3: the weights too",
+        "shard the model state over the processes with torch's fully_shard (FSDP2); none: every process has the whole "
+        "state; zero2: shard gradients, optimiser state and EMA; zero3: also shard the weights",
         group="machine",
         free=True,
     )

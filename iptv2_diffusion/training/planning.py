@@ -140,7 +140,7 @@ def plan_text(memory: Mapping[str, Memory], speed: Speed, config: TrainingConfig
     ]
     hours = speed.seconds * config.max_train_steps / 3600
     lines += [
-        f"measured here: {config.batch_size / speed.seconds:.1f} images/s, {speed.seconds:.3f} s a step, peak "
+        f"measured here: {config.batch_size / speed.seconds:.1f} images/s, {speed.seconds:.3f} s per step, peak "
         f"{speed.peak / MB:,.0f} MB",
         f"{config.max_train_steps:,} steps of {config.batch_size} images: {hours:.1f} hours at this speed",
     ]

@@ -37,7 +37,7 @@ class SkippedSteps:
         kept = f"checkpoint-{saved_step:08d} is kept" if saved_step >= 0 else "there was no checkpoint yet"
         after = f" after {limit} skipped steps" if limit else ""
         raise NonFiniteLossError(
-            f"{problem} at step {step}: stopped{after} before the weights were touched; {kept}. Go on with "
+            f"{problem} at step {step}: stopped{after} before the weights changed; {kept}. Continue with "
             f"--accept_changes and a lower --learning_rate (now {self.config.learning_rate:g}), with bf16 instead of "
             f"fp16, or with --max_skipped_steps {max(10, 2 * limit)} if such steps are rare"
         )

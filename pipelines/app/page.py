@@ -139,7 +139,7 @@ class Page:
         except Cancelled:
             yield gr.skip(), "Cancelled."
             return
-        yield save_images(item, str(name), settings, self.folder), f"{len(item)} images. Each PNG contains its settings."
+        yield save_images(item, str(name), settings, self.folder), f"{len(item)} images. Each PNG has its settings."
 
     # --- Restore -----------------------------------------------------------------------------------------------------
 

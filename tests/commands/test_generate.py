@@ -63,7 +63,7 @@ def test_pictures_depend_on_class_and_seed_alone(draw, tmp_path, capsys):
     assert draw("bee", "-n", 1, "--seed", 7, "-o", "b") == 0
     assert abs(pixels("a/bee-7.png") - pixels("b/bee-7.png")).max() <= 1  # a different batch rounds differently
     assert abs(pixels("a/bee-7.png") - pixels("a/bee-6.png")).max() > 1
-    assert capsys.readouterr().out == "1 pictures in b/\n"
+    assert capsys.readouterr().out == "1 images in b/\n"
 
 
 def test_classes_are_listed(draw, capsys):

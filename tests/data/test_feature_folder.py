@@ -141,9 +141,9 @@ AT_OPENING = {
     "a label that is no integer": (lambda f: np.save(labels_of(f, "2.npy"), [0.5]), r"is float64 of shape \(1,\); a l"),
     "a pickled label": (
         lambda f: np.save(labels_of(f, "2.npy"), np.array([{}]), allow_pickle=True),
-        r"2\.npy: no \.npy file, or a damaged one \(Object arrays",
+        r"2\.npy: not a \.npy file, or damaged \(Object arrays",
     ),
-    "an empty label": (lambda f: labels_of(f, "2.npy").write_bytes(b""), r"2\.npy: no \.npy file, or a damaged one"),
+    "an empty label": (lambda f: labels_of(f, "2.npy").write_bytes(b""), r"2\.npy: not a \.npy file, or damaged"),
     "two folders": (lambda f: (f / "x_features").mkdir(), r"needs one folder \*_features .*imagenet256_features, x_fe"),
     "no files": (
         lambda f: [p.unlink() for part in ("features", "labels") for p in (f / f"imagenet256_{part}").iterdir()],
@@ -153,7 +153,7 @@ AT_OPENING = {
 AT_READING = {
     "another shape": (
         lambda f: np.save(features_of(f, "5.npy"), np.zeros((1, 4, 4, 4), np.float32)),
-        r"5\.npy: has the shape \(4, 4, 4\), the first latent \(4, 8, 8\)",
+        r"5\.npy: has shape \(4, 4, 4\), but the first latent has \(4, 8, 8\)",
     ),
     "no latent": (
         lambda f: np.save(features_of(f, "5.npy"), np.zeros((2, 4, 8, 8), np.float32)),
@@ -169,7 +169,7 @@ AT_READING = {
     ),
     "a cut file": (
         lambda f: features_of(f, "5.npy").write_bytes(features_of(f, "5.npy").read_bytes()[:500]),
-        r"5\.npy: no \.npy file, or a damaged one",
+        r"5\.npy: not a \.npy file, or damaged",
     ),
 }
 

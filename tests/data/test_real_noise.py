@@ -23,12 +23,12 @@ def test_dnds_crops_are_the_boxes_of_its_photographs(tmp_path):
     ("damage", "message"),
     [
         (lambda root: (root / "info.mat").unlink(), r"info\.mat does not exist"),
-        (lambda root: (root / "info.mat").write_bytes(b"MATLAB 5.0"), r"info\.mat is not as DND's"),
-        (lambda root: savemat(root / "info.mat", {"info": 1}), r"info\.mat is not as DND's"),
+        (lambda root: (root / "info.mat").write_bytes(b"MATLAB 5.0"), r"info\.mat is not in DND's format"),
+        (lambda root: savemat(root / "info.mat", {"info": 1}), r"info\.mat is not in DND's format"),
         (lambda root: (root / "images_srgb/0002.mat").unlink(), r"0002\.mat does not exist"),
         (
             lambda root: h5py.File(root / "images_srgb/0002.mat", "w").close(),
-            r"0002\.mat is not as DND's: .*InoisySRGB",
+            r"0002\.mat is not in DND's format: .*InoisySRGB",
         ),
     ],
 )
@@ -60,5 +60,5 @@ def test_the_validation_blocks_of_sidd(tmp_path):
     unknown_type = whole[:128] + b"\x63" + whole[129:]
     for damaged in (b"", b"no MATLAB file", b"PK\3\4", whole[:128], whole[:150], whole[:1000], unknown_type):
         (tmp_path / "ValidationGtBlocksSrgb.mat").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"ValidationGtBlocksSrgb\.mat is not as SIDD's"):
+        with pytest.raises(ValueError, match=r"ValidationGtBlocksSrgb\.mat is not in SIDD's format"):
             list(sidd_validation_blocks(tmp_path))

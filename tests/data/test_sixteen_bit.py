@@ -61,7 +61,7 @@ def test_files_of_8_bits_and_floats_are_distinguished(tmp_path):
     Image.fromarray(picture(3).astype(np.uint8)).save(tmp_path / "a.tif")
     Image.fromarray(picture(1)[..., 0].astype(np.float32)).save(tmp_path / "b.tif")
     assert not any(is_16_bit(tmp_path / name) for name in ("a.png", "a.tif", "b.tif"))
-    with pytest.raises(ValueError, match=r"\.jpg files have no 16 bits"):
+    with pytest.raises(ValueError, match=r"\.jpg files cannot have 16 bits"):
         write_16_bit(picture(3), tmp_path / "a.jpg")
 
 

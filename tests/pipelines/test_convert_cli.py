@@ -122,7 +122,7 @@ def write_wrong(kind, path, state):
         ("tensor", "holds Tensor, not a dictionary"),
         ("code", r"contains pathlib\S* in addition to the weights; for safety, it is not loaded"),
         ("dit", "seems to be the weights of a DiT under its authors' names"),
-        ("missing", "is no file"),
+        ("missing", "is not a file"),
     ],
 )
 def test_other_files_are_refused_in_one_line(vae, tmp_path, kind, told):
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused_in_one_line(vae, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for words, told in (
-        (["udit", file, out, "--vae", str(tmp_path / "deep")], "takes 4 channels, the VAE's latents have 16"),
+        (["udit", file, out, "--vae", str(tmp_path / "deep")], "takes 4 channels, but the VAE's latents have 16"),
         (["udit", file, out, "--vae", str(tmp_path / "none")], "cannot load the VAE .*: no such folder"),
         (["udit", file, out, "--vae", vae, "--resolution", "30"], "height 30 is not a multiple of the VAE's 4; use 28"),
         (["udit", file, str(tmp_path / "full"), "--vae", vae], "exists and is not an empty folder"),

@@ -462,7 +462,7 @@ class TestCallbacks:
         assert pipe.interrupt
 
     def test_unknown_tensor(self):
-        with pytest.raises(ValueError, match="callbacks are given latents, class_labels, model_output; not"):
+        with pytest.raises(ValueError, match="callbacks receive latents, class_labels, model_output, not"):
             make_pipeline()(0, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
@@ -486,11 +486,11 @@ class TestDiT:
 
 class TestComponents:
     def test_disagreeing_channels_are_named(self):
-        with pytest.raises(ValueError, match="takes 3 channels, the VAE's latents have 4"):
+        with pytest.raises(ValueError, match="takes 3 channels, but the VAE's latents have 4"):
             make_pipeline(make_transformer(in_channels=3))
         with pytest.raises(ValueError, match="returns 5 channels for latents of 4"):
             make_pipeline(make_transformer(out_channels=5))
-        with pytest.raises(ValueError, match="id2label names class 3, the transformer has classes 0 to 2"):
+        with pytest.raises(ValueError, match="id2label names class 3, but the transformer has classes 0 to 2"):
             make_pipeline(id2label={3: "fox"})
 
     @pytest.mark.parametrize("vae_class", [AutoencoderKL, AutoencoderTiny, AutoencoderDC])

@@ -309,7 +309,7 @@ def test_save_and_load(pipe, tmp_path, capfd):
         (np.zeros((5, 5, 3), np.uint8), {"sigma": 300}, "sigma is 300"),
         (np.zeros((5, 5, 3), np.uint8), {"sigma": [1, 2]}, "2 noise levels for 1 images"),
         (np.zeros((5, 5, 3), np.uint8), {"tile": 8}, "at least 32"),
-        (np.zeros((5, 5, 3), np.uint8), {"tile": 32, "overlap": 40}, "overlap is 48, the tile 32"),
+        (np.zeros((5, 5, 3), np.uint8), {"tile": 32, "overlap": 40}, "overlap is 48, but the tile is 32"),
         (np.zeros((5, 5, 3), np.uint8), {"strength": 2}, "strength is 2"),
         (np.zeros((5, 5, 3), np.uint8), {"output_type": "latent"}, "latent"),
     ],

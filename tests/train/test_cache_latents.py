@@ -85,7 +85,7 @@ def test_ctrl_c_twice_while_encoding_keeps_whole_shards(ground, tmp_path):
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    assert "of 24 shards of latents are in" in output
+    assert "of 24 shards of latents in" in output
     made = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("shard-*")}
     assert 0 < len(made) < 24
     done = subprocess.run(command, timeout=TIMEOUT, **pipes)

@@ -277,5 +277,5 @@ def test_a_second_ctrl_c_during_the_save_leaves_the_previous_checkpoint(tmp_path
     with pytest.raises(KeyboardInterrupt):
         run.manager.save(2)
     assert folders(tmp_path) == ["checkpoint-00000001"]
-    assert "saving checkpoint 2 was interrupted; whole are: checkpoint-00000001" in run.messages
+    assert "saving checkpoint 2 was interrupted; complete checkpoints: checkpoint-00000001" in run.messages
     assert Run(tmp_path).manager.latest().step == 1

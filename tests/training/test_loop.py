@@ -94,11 +94,11 @@ def test_resume_is_exact_in_weights_optimiser_average_and_log(tmp_path, stop_at)
 
 
 def test_a_changed_number_of_images_is_reported(tmp_path, capsys):
-    for images, told in ((20, ""), (20, ""), (19, "the data has 19 images now, 20 before")):
+    for images, told in ((20, ""), (20, ""), (19, "the data has 19 images instead of 20")):
         trainer, task = start(tmp_path, max_train_steps=8 if told else 4)
         task.images = images
         trainer.fit(task)
-        assert (told in capsys.readouterr().out) if told else ("images now" not in capsys.readouterr().out)
+        assert (told in capsys.readouterr().out) if told else ("images instead of" not in capsys.readouterr().out)
 
 
 def test_a_task_needs_only_batches_and_a_loss(tmp_path):

@@ -69,7 +69,7 @@ def test_plan_is_within_a_fifth_of_the_measured_peak(form):
         [*command, "--mixed_precision", *form], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     planned = re.search(r"^peak +([\d,]+) +([\d,]+)", result.stdout, re.MULTILINE)
-    measured = re.search(r"a step, peak ([\d,]+) MB", result.stdout)
+    measured = re.search(r"per step, peak ([\d,]+) MB", result.stdout)
     planned = int(planned[2 if "--gradient_checkpointing" in form else 1].replace(",", ""))
     measured = int(measured[1].replace(",", ""))
     print(f"planned {planned} MB, measured {measured} MB")
