@@ -108,7 +108,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
         reason = one_line(error)
         if "GLOBAL" in reason or "nsupported" in reason:
             name = reason.partition("GLOBAL ")[2].split(" ")[0] or "code"
-            raise CommandError(f"{shown} contains {name} in addition to the weights; for safety, it is not loaded") from error
+            raise CommandError(
+                f"{shown} contains {name} in addition to the weights; for safety, it is not loaded"
+            ) from error
         raise CommandError(f"{shown} is not a checkpoint of torch: {reason[:200]}") from error
     except (RuntimeError, ValueError, OSError, EOFError, KeyError) as error:  # from torch, for a bad file
         reason = one_line(error, 200)

@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.number < 1:
         parser.error(f"-n is {arguments.number}; it must be at least 1")
     if not 0 <= arguments.seed <= 2**63 - arguments.number:
-        parser.error(f"--seed is {arguments.seed}; it must lie in [0, 2**63 - {arguments.number}]")
+        parser.error(f"--seed is {arguments.seed}; it must be in [0, 2**63 - {arguments.number}]")
     for name in ("mask", "strength"):
         if getattr(arguments, name) is not None and arguments.image is None:
             parser.error(f"--{name} needs the image to change: give --image FILE")

@@ -1,18 +1,18 @@
-"""What a file that is not an image seems to be, from its first bytes."""
+"""Probable type of a file that is not an image, from its first bytes."""
 
 from typing import BinaryIO
 
 __all__ = ["resemblance"]
 
-# Beginning of a file, after some bytes, and what it says the file is
+# Offset, bytes that a file has there, and the type that they indicate
 _OTHER_FILES = (
     (4, b"ftypavif", "AVIF, which this Pillow cannot decode; convert it to PNG"),
     (4, b"ftyp", "HEIC or a video; convert it to JPEG or PNG"),
     (0, b"\xff\x0a", "JPEG XL; convert it to PNG"),
     (0, b"\0\0\0\x0cJXL ", "JPEG XL; convert it to PNG"),
     (0, b"8BPS", "Photoshop; convert it to TIFF or PNG"),
-    (0, b"v/1\x01", "OpenEXR; convert it to a TIFF of floats on [0, 1]"),
-    (0, b"#?RADIANCE", "Radiance HDR; convert it to a TIFF of floats on [0, 1]"),
+    (0, b"v/1\x01", "OpenEXR; convert it to a TIFF of floats in [0, 1]"),
+    (0, b"#?RADIANCE", "Radiance HDR; convert it to a TIFF of floats in [0, 1]"),
     (0, b"%PDF", "PDF; convert its pages to PNG"),
     (0, b"\x93NUMPY", "a NumPy array; save it as PNG or TIFF"),
     (0, b"version https://git-lfs", "a pointer of Git LFS; fetch the file by `git lfs pull`"),
@@ -21,7 +21,7 @@ _OTHER_FILES = (
 
 
 def resemblance(file: BinaryIO) -> str:
-    """Return the end of the error about an unknown file: what it seems to be, and the remedy."""
+    """Return the end of an error message about an unknown file: its probable type, and the remedy."""
     file.seek(0)
     start = file.read(64)
     if not start.strip(b"\0"):

@@ -151,7 +151,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_drawn(draw, tmp_pa
 def test_seeds_out_of_range(draw, seed, capsys):
     with pytest.raises(SystemExit):
         draw("bee", "--seed", seed)
-    assert "must lie in [0, 2**63 - 4]" in capsys.readouterr().err
+    assert "must be in [0, 2**63 - 4]" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_is_drawn(draw, monkeypatch):
