@@ -249,7 +249,7 @@ def pictures(source: Path, output: Path) -> Iterator[tuple[Path, str]]:
             raise CommandError(f"{printable(source)} is not an image ({' '.join(sorted(SUFFIXES))})")
         yield source, source.name
     elif os.path.lexists(source):
-        raise CommandError(f"{printable(source)} is neither a file nor a folder, or a link to nothing")
+        raise CommandError(f"{printable(source)} is neither a file nor a folder, or is a broken link")
     else:
         raise CommandError(f"{printable(source)} does not exist")
 

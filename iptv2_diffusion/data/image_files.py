@@ -279,8 +279,8 @@ def _read_tiff(file: BinaryIO, limits: Limits) -> ImageFile:
         unknown = [kind for kind in page.extrasamples if kind not in (1, 2)]  # neither kind of alpha
         if unknown or len(page.extrasamples) > 1:
             raise ImageFileError(
-                f"it has {len(page.extrasamples)} channels beside its colours, of unknown meaning; save it as gray or "
-                "RGB, with or without alpha"
+                f"it has {len(page.extrasamples)} channels besides its colours, whose meaning is unknown; save "
+                "it as gray or RGB, with or without alpha"
             )
         depth, count = np.max(page.bitspersample), page.samplesperpixel
         limits.check(page.imagewidth, page.imagelength, max(1, int(depth) // 8) * count)
@@ -337,7 +337,7 @@ def _deep_tiff_pixels(page, file: BinaryIO, limits: Limits) -> np.ndarray:
 
 
 def _straight(image: np.ndarray) -> np.ndarray:
-    """Divide the colours of pixels (H, W, C) by their alpha, with which they were multiplied."""
+    """Divide the colours of pixels (H, W, C) by their alpha, to undo the multiplication by alpha."""
     white = 65535.0 if image.dtype == np.uint16 else 1.0
     colours, alpha = image[..., :-1].astype(np.float64), image[..., -1:].astype(np.float64)
     colours = np.divide(colours * white, alpha, out=np.zeros_like(colours), where=alpha > 0).clip(None, white)

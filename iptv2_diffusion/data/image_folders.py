@@ -81,7 +81,7 @@ class Listing:
         elif suffix not in suffixes:
             self.left_out["unsupported suffix", suffix] += 1
         elif is_link_to_nothing:
-            self.left_out["link to nothing", suffix] += 1
+            self.left_out["broken link", suffix] += 1
         elif not _is_utf8(source):
             self.left_out[f"with a name that is not UTF-8 ({printable(inner.name)})", suffix] += 1
         else:
@@ -147,7 +147,7 @@ def image_files(folder: Path, suffixes: set[str]) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> Iterator[os.DirEntry]:
-    """Yield the files below a folder, and the links to nothing.
+    """Yield the files below a folder, and the broken links.
 
     Links are followed. Each real folder is entered once, by its real path first. Pipes, sockets and devices are left
     out, because reading them may never end.

@@ -137,7 +137,7 @@ def _load_files(
     """Return the parquet files or tars of a file name or a glob. The name of an existing file is never a glob."""
     suffix = path.suffix.lower()
     files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
-    files = [file for file in files if Path(file).is_file()]  # a pipe would be read for ever
+    files = [file for file in files if Path(file).is_file()]  # a pipe would be read forever
     if not files:
         raise FileNotFoundError(f"{path}: no such {suffix[1:]} file; give a file, a glob or a folder")
     name, part = _name_and_part(split)

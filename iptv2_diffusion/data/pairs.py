@@ -118,7 +118,7 @@ def realblur(kind: str) -> Callable[[Path, str], list[Pair]]:
         try:
             lines = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{listing} is no text; download it again") from error
+            raise ValueError(f"{listing} is not text; download it again") from error
         short = next((" ".join(line) for line in lines if len(line) < 2), None)
         if short is not None:
             raise ValueError(f"{listing}: a line is {short[:80]!r}; it must name a sharp and a blurred image")

@@ -144,7 +144,7 @@ def read_config(path: Path) -> tuple[type[ModelMixin], dict[str, Any]]:
         raise ValueError(f"{path} holds {type(config).__name__}, not the names and values of a model's arguments")
     odd = next((key for key in config if not isinstance(key, str)), None)
     if odd is not None:
-        raise ValueError(f"{path}: the name {odd!r} is no text; give the names and values of a model's arguments")
+        raise ValueError(f"{path}: the name {odd!r} is not text; give the names and values of a model's arguments")
     class_name = config.get("_class_name", IPTV2Transformer2DModel.__name__)
     if not isinstance(class_name, str) or class_name not in MODEL_CLASSES:
         raise ValueError(f"{path}: _class_name is {class_name!r}, not one of {', '.join(MODEL_CLASSES)}")

@@ -334,7 +334,7 @@ class TestExtraChannels:
     @pytest.mark.parametrize(("channels", "extra"), [(4, (0,)), (5, (0, 0)), (5, (2, 0)), (5, (2, 2))])
     def test_channels_of_unknown_meaning_are_refused(self, dtype, channels, extra):
         data = tiff(np.zeros((6, 7, channels), dtype), photometric="rgb", planarconfig="contig", extrasamples=extra)
-        with pytest.raises(ImageFileError, match=f"it has {channels - 3} channels beside its colours"):
+        with pytest.raises(ImageFileError, match=f"it has {channels - 3} channels besides its colours"):
             read_image_file(data)
 
     @pytest.mark.parametrize("dtype", [np.uint16, np.float32])

@@ -121,12 +121,12 @@ class TestFolders:
         assert len(find_images(tmp_path)) == 2  # restoration reads it, because it stores no names in tables
 
     def test_links_to_nothing_are_counted_and_pipes_left_out(self, tmp_path):
-        """As git-annex leaves images that were not fetched; a pipe would be read for ever."""
+        """As git-annex leaves images that were not fetched; a pipe would be read forever."""
         tree(tmp_path, "cat/a.png", "dog/b.png")
         (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "absent.png")
         (tmp_path / "dog" / "circle.png").symlink_to("circle.png")
         os.mkfifo(tmp_path / "cat" / "pipe.png")
-        with pytest.warns(UserWarning, match=r"left out 2 files: 2 \.png \(link to nothing\)"):
+        with pytest.warns(UserWarning, match=r"left out 2 files: 2 \.png \(broken link\)"):
             assert len(load_image_dataset(tmp_path)) == 2
         assert [path.name for path in find_images(tmp_path)] == ["a.png", "gone.png", "b.png", "circle.png"]
 

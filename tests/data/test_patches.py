@@ -227,7 +227,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(b"a.png b.png\n\nalone.png\n", "a line is 'alone.png'; it must name a sharp"), (b"\xff\xfe", "is no text")],
+    [(b"a.png b.png\n\nalone.png\n", "a line is 'alone.png'; it must name a sharp"), (b"\xff\xfe", "is not text")],
 )
 def test_a_list_of_pairs_that_is_none_is_named(tmp_path, content, told):
     (tmp_path / "RealBlur_J_train_list.txt").write_bytes(content)

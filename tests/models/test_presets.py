@@ -217,7 +217,7 @@ class TestCreateModel:
             ("chanels: 8", r"no argument 'chanels'; did you mean channels"),
             ("- 8", "holds list"),
             ("a: [", "neither JSON nor YAML"),
-            ("1: 2", "the name 1 is no text"),
+            ("1: 2", "the name 1 is not text"),
             ("_class_name: [IPTV2Transformer2DModel]", r"_class_name is \['IPTV2Transformer2DModel'\], not one of"),
             ("_class_name: UNet2DModel", "_class_name is 'UNet2DModel', not one of IPTV2Transformer2DModel, IPTV2Rest"),
         ],

@@ -253,7 +253,7 @@ def test_links_to_nothing_fail_alone_and_pipes_are_refused(model, pictures, tmp_
     assert "circle.png failed" in told
     assert "2 of " in told
     for name in ("gone.png", "circle.png", "pipe.png"):
-        with pytest.raises(CommandError, match=f"{name} is neither a file nor a folder, or a link to nothing"):
+        with pytest.raises(CommandError, match=f"{name} is neither a file nor a folder, or is a broken link"):
             main([str(pictures / name), "-o", str(tmp_path / "out"), "--model", model])
 
 
