@@ -1,4 +1,4 @@
-"""Errors of libraries, shortened to one line for a message of ours."""
+"""Errors of libraries, shortened to one line for our own messages."""
 
 from __future__ import annotations
 

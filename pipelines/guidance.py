@@ -3,9 +3,9 @@
     classifier-free guidance   guided = D(x, null label) + w (D(x, label) - D(x, null label))     (Ho & Salimans 2022)
     AutoGuidance               guided = D_weak(x, label) + w (D(x, label) - D_weak(x, label))     (Karras et al. 2024)
 
-D is what the transformer predicts. The weak model is a smaller one, or one that was trained for less time, with the
-same training target and on the same data (arXiv 2406.02507, eq. 5). The equation there is for denoised images; at one
-noise level it is the same for noise, v and the flow velocity, which depend linearly on them.
+D is the transformer's prediction. The weak model is smaller, or was trained for less time, with the same training
+target and on the same data (arXiv 2406.02507, eq. 5). The equation there is for denoised images. At one noise level it
+is the same for noise, v and the flow velocity, which depend linearly on them.
 """
 
 from __future__ import annotations
@@ -37,16 +37,20 @@ class GuidanceMixin(_Base):
         """Load a saved denoiser as the guidance model: the folder of a model or of its pipeline, or a name on the Hub.
 
         Raises:
-            ValueError: it does not exist, or does not fit the transformer: other latents, classes or training target.
+            ValueError: the model does not exist, or differs from the transformer in latents, classes or target.
         """
         saved = find_weights(name)
         if saved is None:
-            raise ValueError(f"guidance model {name!r}: give the folder of a saved model or pipeline, or its Hub name")
+            raise ValueError(
+                f"guidance model {name!r} not found; give the folder of a saved model or pipeline, or its Hub name"
+            )
         kind = getattr(diffusers, str(saved.scheduler_config.get("_class_name")), None)
         target = None if kind is None else prediction_of(kind.from_config(dict(saved.scheduler_config)))
         own = self.config.prediction_type
         if None not in (target, own) and target != own:
-            raise ValueError(f"the guidance model predicts {target}, the transformer {own}; use one of the same target")
+            raise ValueError(
+                f"the guidance model predicts {target}, but the transformer {own}; use one with the same target"
+            )
         model = create_model(name)
         check_guidance_model(model, self.transformer)
         self.register_modules(guidance_model=model.to(self.device, self.transformer.dtype).eval())
@@ -90,13 +94,13 @@ def check_guidance_model(weak: ModelMixin, transformer: ModelMixin) -> None:
     """Raise a ValueError unless a model can guide another one: equal latents, and equal classes or none."""
     if weak.config.in_channels != transformer.config.in_channels:
         raise ValueError(
-            f"the guidance model takes {weak.config.in_channels} channels, the transformer "
+            f"the guidance model takes {weak.config.in_channels} channels, but the transformer "
             f"{transformer.config.in_channels}; use one that was trained on the same latents"
         )
     classes, own = null_label(weak), null_label(transformer)
     if classes is not None and classes != own:
         shown = "none" if own is None else own
         raise ValueError(
-            f"the guidance model has {classes} classes, the transformer {shown}; use one with the same classes or "
+            f"the guidance model has {classes} classes, but the transformer {shown}; use one with the same classes or "
             "without classes"
         )

@@ -48,26 +48,26 @@ def read_images(image: Any, codec: LatentCodec, height: int | None = None, width
 
 
 def read_mask(mask: Any, codec: LatentCodec, height: int, width: int) -> Tensor:
-    """Return a mask (N, 1, H, W) of 0 (keep) and 1 (draw anew): white pixels, at least 0.5, are drawn anew.
+    """Return a mask (N, 1, H, W) of 0 (keep) and 1 (repaint): white pixels, at least 0.5, are repainted.
 
     Raises:
         ValueError: there is no mask, or it has another type.
     """
     if mask is None:
-        raise ValueError("mask_image is missing; give an image that is white where the pipeline draws anew")
+        raise ValueError("mask_image is missing; give an image that is white where the pipeline repaints")
     processor = VaeImageProcessor(
         vae_scale_factor=codec.compression,
-        vae_latent_channels=-1,  # no mask is taken for latents
+        vae_latent_channels=-1,  # never treat a mask as latents
         do_normalize=False,
         do_binarize=True,
         do_convert_grayscale=True,
     )
     pixels = processor.preprocess(mask, height=height, width=width)
     if pixels.ndim != 4 or pixels.shape[1] != 1:
-        raise ValueError(f"mask_image has the shape {tuple(pixels.shape)}; give one channel: (N, 1, H, W) or (N, H, W)")
+        raise ValueError(f"mask_image has shape {tuple(pixels.shape)}; give one channel: (N, 1, H, W) or (N, H, W)")
     return pixels.float()
 
 
 def latent_mask(mask: Tensor, codec: LatentCodec) -> Tensor:
-    """Return the mask of latents (N, 1, h, w): a position is drawn anew if one of its pixels (N, 1, H, W) is."""
+    """Return the mask of latents (N, 1, h, w): a position is repainted if one of its pixels (N, 1, H, W) is."""
     return F.max_pool2d(mask, codec.compression)

@@ -26,8 +26,8 @@ from .starts import ImageStart
 class IPTV2Img2ImgPipeline(IPTV2Pipeline):
     """Pipeline that changes images towards a class.
 
-    It has the components of `IPTV2Pipeline`. ``IPTV2Img2ImgPipeline.from_pipe(pipe)`` makes it from one and shares the
-    weights.
+    It has the components of `IPTV2Pipeline`. ``IPTV2Img2ImgPipeline.from_pipe(pipe)`` creates it from such a pipeline
+    and shares the weights.
     """
 
     __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
@@ -62,7 +62,7 @@ class IPTV2Img2ImgPipeline(IPTV2Pipeline):
                 label.
             image: PIL image, array (N, H, W, 3) or tensor (N, 3, H, W) in [0, 1], a list of these, or latents
                 (N, C, h, w) in model units. One for all labels, or one per label.
-            strength: part of the steps that is done, in [0, 1]. 0 returns the image after the VAE's round trip; 1 keeps
+            strength: fraction of the steps that run, in [0, 1]. 0 returns the image after the VAE's round trip; 1 keeps
                 almost nothing of it.
             height, width: size in pixels to which the images are resized; None for their own size.
             num_inference_steps: number of steps at strength 1.

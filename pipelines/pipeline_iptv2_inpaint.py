@@ -1,4 +1,4 @@
-"""IPTV2InpaintPipeline: draw a part of an image anew and keep the rest exactly.
+"""IPTV2InpaintPipeline: repaint a part of an image and keep the rest exactly.
 
     x_{t-1}  = mask * step(x_t) + (1 - mask) * add_noise(x_0, noise, t-1)     after every step, in latents
     image    = mask * decode(x_0) + (1 - mask) * original                     after decoding, in pixels
@@ -24,10 +24,10 @@ from .starts import MaskedStart
 
 
 class IPTV2InpaintPipeline(IPTV2Pipeline):
-    """Pipeline that draws a part of images anew, with content of a class.
+    """Pipeline that repaints a part of images with content of a class.
 
-    It has the components of `IPTV2Pipeline`. ``IPTV2InpaintPipeline.from_pipe(pipe)`` makes it from one and shares the
-    weights.
+    It has the components of `IPTV2Pipeline`. ``IPTV2InpaintPipeline.from_pipe(pipe)`` creates it from such a pipeline
+    and shares the weights.
     """
 
     __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
@@ -56,16 +56,16 @@ class IPTV2InpaintPipeline(IPTV2Pipeline):
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Draw a part of images anew. The arguments that are not listed here are those of `IPTV2Pipeline`.
+        """Repaint a part of images. The arguments that are not listed here are those of `IPTV2Pipeline`.
 
         Args:
             class_labels: class of each image, or one class for all; None for an unconditional model, or for the null
                 label.
             image: PIL image, array (N, H, W, 3) or tensor (N, 3, H, W) in [0, 1], a list of these, or latents
                 (N, C, h, w) in model units. One for all labels, or one per label.
-            mask_image: PIL image, array (N, H, W) or tensor (N, 1, H, W) in [0, 1]: white (at least 0.5) is drawn anew,
+            mask_image: PIL image, array (N, H, W) or tensor (N, 1, H, W) in [0, 1]: white (at least 0.5) is repainted,
                 black is kept exactly. It is resized to the image. One for all images, or one per image.
-            strength: part of the steps that is done inside the mask, in [0, 1]; see `IPTV2Img2ImgPipeline`.
+            strength: fraction of the steps that run inside the mask, in [0, 1]; see `IPTV2Img2ImgPipeline`.
             height, width: size in pixels to which the images are resized; None for their own size.
             num_inference_steps: number of steps at strength 1.
 

@@ -1,6 +1,6 @@
-"""What a sampling starts from: pure noise, a noisy image, or a noisy image of which a part is kept.
+"""Starts of a sampling: pure noise, a noisy image, or a noisy image of which a part is kept.
 
-`IPTV2Pipeline` and its sub-classes share one sampling loop, which asks a `Start` for what differs between them.
+`IPTV2Pipeline` and its sub-classes share one sampling loop. A `Start` has the steps in which they differ.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ImageStart(Start):
 
     Args:
         images: images (N, 3, H, W) in [-1, 1], or latents (N, C, h, w).
-        strength: part of the steps that is sampled, in [0, 1].
+        strength: fraction of the steps that run, in [0, 1].
         codec: codec of the pipeline's VAE.
 
     Raises:
@@ -62,11 +62,11 @@ class ImageStart(Start):
 
     def __init__(self, images: Tensor, strength: float, codec: LatentCodec):
         if not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength}; it must lie in [0, 1]")
+            raise ValueError(f"strength is {strength}; it must be in [0, 1]")
         self.strength = strength
         self.count = len(images)
         self.pixels = None if images.shape[1] == codec.latent_channels else images
-        # the posterior's mean: the result depends on the generator through the noise only
+        # the posterior's mean: the result depends on the generator only through the noise
         self.clean = images if self.pixels is None else codec.encode(images, sample_posterior=False)
         self.size = codec.image_size(*self.clean.shape[-2:])
 
@@ -92,14 +92,14 @@ class ImageStart(Start):
 
 
 class MaskedStart(ImageStart):
-    """Images with noise, of which the pixels outside of a mask are kept.
+    """Images with noise, of which the pixels outside a mask are kept.
 
-    After every step the latents outside of the mask are replaced by those of the image with the noise of the next
-    timestep. After decoding, the pixels outside of the mask are replaced by those of the image.
+    After every step, the image's latents with the noise of the next timestep replace the latents outside the mask.
+    After decoding, the image's pixels replace those outside the mask.
 
     Args:
         images, strength, codec: see `ImageStart`.
-        mask_image: white where the images are drawn anew; see `read_mask`. One, or one per image.
+        mask_image: white where the images are repainted; see `read_mask`. One, or one per image.
 
     Raises:
         ValueError: the numbers of masks and images differ, or the strength is out of range.
@@ -107,7 +107,7 @@ class MaskedStart(ImageStart):
 
     def __init__(self, images: Tensor, mask_image: Any, strength: float, codec: LatentCodec):
         super().__init__(images, strength, codec)
-        self.mask = read_mask(mask_image, codec, *self.size).to(images.device)  # (1 or N, 1, H, W); 1: draw anew
+        self.mask = read_mask(mask_image, codec, *self.size).to(images.device)  # (1 or N, 1, H, W); 1: repaint
         if len(self.mask) != 1 and self.count not in (1, len(self.mask)):
             raise ValueError(f"{len(self.mask)} masks for {self.count} images; give one, or one per image")
         self.count = max(self.count, len(self.mask))
@@ -119,13 +119,13 @@ class MaskedStart(ImageStart):
         return super().latents(scheduler, noise, timesteps)
 
     def after_step(self, latents: Tensor, step: int) -> Tensor:
-        """Return the latents, with those of the image outside of the mask."""
+        """Return the latents, with those of the image outside the mask."""
         last = step + 1 == len(self.steps)
         known = self.clean if last else self.noisy(self.scheduler, self.noise, self.steps[step + 1])
         return torch.where(repeat_to(self.latent_mask, len(latents)) > 0, latents, known)
 
     def finish(self, decoded: Tensor) -> Tensor:
-        """Return the decoded images, with the pixels of the originals outside of the mask."""
+        """Return the decoded images, with the pixels of the originals outside the mask."""
         if self.pixels is None:  # the user gave latents
             return decoded
         original, mask = (repeat_to(part, len(decoded)) for part in (self.pixels, self.mask))

@@ -33,7 +33,7 @@ BATCH = 16  # number of images that are drawn together
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         "iptv2-generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,10 +53,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--strength",
         type=float,
-        help="how far --image is changed, from 0 (not at all) to 1 (drawn anew) [0.8; with --mask 1]",
+        help="how much --image changes, from 0 (not at all) to 1 (completely) [0.8; with --mask 1]",
     )
     add(
-        "--mask", type=user_path, metavar="FILE", help="image that is white where --image is drawn anew; the rest stays"
+        "--mask",
+        type=user_path,
+        metavar="FILE",
+        help="image that is white where --image is repainted; all other pixels are kept",
     )
     add(
         "--guidance-model",
@@ -176,7 +179,7 @@ def list_classes(pipeline: IPTV2Pipeline, *, as_json: bool) -> int:
 def draw(
     pipeline: IPTV2Pipeline, labels: list[int | None], arguments: argparse.Namespace, given: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Draw and write the images, each batch as soon as it is drawn; returns file, class and seed of each image.
+    """Draw the images and write each batch as soon as it is ready; return file, class and seed of each image.
 
     `given` are further arguments of the pipeline.
     """
@@ -216,7 +219,7 @@ def draw(
 
 
 def check_grid(grid: Path) -> None:
-    """Raise an error if the sheet cannot be written under this name. Its folder is created."""
+    """Raise an error if the grid cannot be written under this name. Its folder is created."""
     from PIL import Image
 
     Image.init()
@@ -226,7 +229,7 @@ def check_grid(grid: Path) -> None:
 
 
 def file_stems(names: dict[int | None, str]) -> dict[int | None, str]:
-    """Return the beginning of each class's file names: its name, and its number where two names look alike."""
+    """Return the beginning of each class's file names: its name, with its number if two names look the same."""
     shown = {
         label: re.sub(r"[^\w.-]+", "-", name).encode()[:80].decode(errors="ignore") for label, name in names.items()
     }

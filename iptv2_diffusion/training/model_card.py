@@ -1,4 +1,4 @@
-"""Model cards: README.md with YAML metadata, which the Hub reads, beside the weights of every training."""
+"""Model cards: README.md with YAML metadata for the Hub, next to the weights of every training."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ Licence of the weights: {{ license }}.
 
 @dataclass(frozen=True, kw_only=True)
 class CardContents:
-    """What a recipe says about its result.
+    """A recipe's description of its result.
 
     Attributes:
         summary: one or two sentences about the model.
@@ -81,8 +81,8 @@ class CardContents:
         repository: name on the Hub; None for a folder.
         tags: further tags for the Hub.
         metrics: values of the last evaluation by name; see `last_metrics`.
-        picture: image file that is copied beside the card.
-        caption: sentence about the picture.
+        picture: image file that is copied next to the card.
+        caption: sentence about the image.
         base_model: name or folder of the model that the training started from, or a preset.
     """
 
@@ -115,8 +115,8 @@ def write_card(folder: Path, config: TrainingConfig, contents: CardContents, *, 
 
     Args:
         folder: folder of the saved model, directly in `config.output_dir`.
-        config: of the run.
-        contents: of the card.
+        config: configuration of the run.
+        contents: contents of the card.
         step: number of optimiser steps done.
         seconds: duration of the training.
 

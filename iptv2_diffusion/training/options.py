@@ -99,7 +99,7 @@ def option(
 
 
 def lora_rank_option() -> Any:
-    """The option of the recipes that can train an adapter instead of the weights."""
+    """Return the option of the recipes that can train an adapter instead of the weights."""
     return option(
         None,
         "rank of a LoRA adapter that is trained instead of the weights of a saved model; none: train all weights",
@@ -303,7 +303,7 @@ class TrainingConfig(Config):
     )
     push_to_hub: bool | str = option(
         False,
-        "upload the result with its card to the Hub, to the repository of this name; true: that of output_dir's name",
+        "repository on the Hub to upload the result and its card to; true: the repository named after output_dir",
         **_HUB,
     )
     hub_private: bool = option(False, "make the repository of push_to_hub private if it is new", **_HUB)

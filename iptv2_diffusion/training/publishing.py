@@ -1,4 +1,4 @@
-"""Upload of a training's result to the Hub. What can fail, a token or the network, fails before the training."""
+"""Upload of a training's result to the Hub. A missing token or network is reported before the training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def create_repository(config: TrainingConfig) -> str | None:
         which uploads nothing.
 
     Raises:
-        ConfigError: the Hub is switched off or out of reach, there is no token, or the token may not write there.
+        ConfigError: the Hub is disabled or unreachable, there is no token, or the token has no write access.
     """
     if not config.push_to_hub:
         return None
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError("push_to_hub needs the Hub, and HF_HUB_OFFLINE is set; unset it, or leave push_to_hub out")
+        raise ConfigError("push_to_hub needs the Hub, but HF_HUB_OFFLINE is set; unset it, or leave push_to_hub out")
     if get_token() is None:
         raise ConfigError(
             "push_to_hub needs a token of the Hub; run `hf auth login`, or set HF_TOKEN, or leave push_to_hub out"
@@ -36,7 +36,7 @@ def create_repository(config: TrainingConfig) -> str | None:
         return None
     wanted = Path(config.output_dir).resolve().name if config.push_to_hub is True else config.push_to_hub
     try:
-        with user_errors(Exception):  # of the name, the network or the Hub: various types of several libraries
+        with user_errors(Exception):  # a bad name, the network or the Hub: several libraries raise many types
             name = HfApi().create_repo(wanted, exist_ok=True, private=config.hub_private).repo_id
     except UserError as error:
         raise ConfigError(f"push_to_hub cannot write to {wanted}: {str(error)[:300]}") from error
@@ -59,6 +59,6 @@ def upload(folder: Path, repository: str | None, *, step: int) -> None:
     except UserError as error:
         again = f"hf upload {repository} {shlex.quote(str(folder))}"
         raise UserError(
-            f"the result is in {folder}, but its upload failed: {str(error)[:300]}; repeat: {again}"
+            f"the result is in {folder}, but its upload failed: {str(error)[:300]}; to repeat it, run {again}"
         ) from error
     print(f"uploaded {folder} to {done.commit_url.split('/commit/')[0]}")

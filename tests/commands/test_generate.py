@@ -104,7 +104,9 @@ def test_a_guidance_model(draw, pipeline, tmp_path):
     assert draw("bee", "-n", 1, "-o", "guided", "--guidance-model", tmp_path / "weak") == 0
     assert abs(pixels("generated/bee-0.png") - pixels("guided/bee-0.png")).max() > 1
     create_model("tiny", num_class_embeds=5).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"cannot load .*other: the guidance model has 5 classes, the transformer 3"):
+    with pytest.raises(
+        UserError, match=r"cannot load .*other: the guidance model has 5 classes, but the transformer 3"
+    ):
         draw("bee", "--guidance-model", tmp_path / "other")
 
 

@@ -118,7 +118,7 @@ class TestWhatAnImageDependsOn:
             run("guided", "--num_samples", 3)
         with pytest.raises(UserError, match=r"cannot load absent: no such folder here.*guidance model 'absent'"):
             run("other", "--guidance_model", "absent")
-        with pytest.raises(UserError, match="the guidance model predicts epsilon, the transformer flow"):
+        with pytest.raises(UserError, match="the guidance model predicts epsilon, but the transformer flow"):
             run("other", "--guidance_model", pipelines["dit"])
 
     @pytest.mark.parametrize("batch_size", [1, 5])

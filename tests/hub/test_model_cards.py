@@ -214,7 +214,7 @@ def test_the_name_is_that_of_the_folder_and_a_dry_run_uploads_nothing(pictures, 
 def test_a_failed_upload_says_how_to_repeat_it(pictures, tmp_path, hub):
     hub.refuse = 507
     with pytest.raises(
-        UserError, match=r"its upload failed: .* the disk of the Hub is full; repeat: hf upload me/run "
+        UserError, match=r"its upload failed: .* the disk of the Hub is full; to repeat it, run hf upload me/run "
     ) as error:
         restore(pictures, tmp_path / "run", "--push_to_hub")
     assert "\n" not in str(error.value)
@@ -224,7 +224,7 @@ def test_a_failed_upload_says_how_to_repeat_it(pictures, tmp_path, hub):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("offline", "push_to_hub needs the Hub, and HF_HUB_OFFLINE is set"),
+        ("offline", "push_to_hub needs the Hub, but HF_HUB_OFFLINE is set"),
         ("no token", r"push_to_hub needs a token of the Hub; run `hf auth login`, or set HF_TOKEN"),
         ("wrong token", r"push_to_hub cannot write to run: .*401"),
         ("wrong name", r"push_to_hub cannot write to a//b: "),

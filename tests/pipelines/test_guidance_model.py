@@ -121,8 +121,14 @@ def test_it_is_a_component_that_is_saved_and_may_be_absent(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_class_embeds": 5}, "the guidance model has 5 classes, the transformer 3; use one with the same classes"),
-        ({"in_channels": 8, "out_channels": 8}, "the guidance model takes 8 channels, the transformer 4; use one that"),
+        (
+            {"num_class_embeds": 5},
+            "the guidance model has 5 classes, but the transformer 3; use one with the same classes",
+        ),
+        (
+            {"in_channels": 8, "out_channels": 8},
+            "the guidance model takes 8 channels, but the transformer 4; use one that",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(config, message):

@@ -185,7 +185,7 @@ class TestImageToImage:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"strength": 1.5}, r"strength is 1.5; it must lie in \[0, 1\]"),
+            ({"strength": 1.5}, r"strength is 1.5; it must be in \[0, 1\]"),
             ({"image": None}, "image is missing; give a PIL image"),
             ({"image": []}, "image is missing"),
             ({"image": "cat.png"}, "incorrect format"),
@@ -245,7 +245,7 @@ class TestInpainting:
         ("mask", "message"),
         [
             (None, "mask_image is missing; give an image that is white where"),
-            (torch.zeros(1, 3, 64, 64), r"mask_image has the shape \(1, 3, 64, 64\); give one channel"),
+            (torch.zeros(1, 3, 64, 64), r"mask_image has shape \(1, 3, 64, 64\); give one channel"),
             (torch.zeros(3, 1, 64, 64), "3 masks for 2 images; give one, or one per image"),
         ],
     )

@@ -105,7 +105,9 @@ def test_an_adapter_trains_and_leaves_the_base_unchanged(photos):
     np.testing.assert_allclose(restore(pipeline), plain, atol=1e-4)
     pipeline.unload_lora_weights()
     np.testing.assert_allclose(restore(pipeline), plain, atol=1e-6)
-    with pytest.raises(ValueError, match="this is no adapter of a IPTV2RestorationModel: it names the layers other"):
+    with pytest.raises(
+        ValueError, match="this is not an adapter of a IPTV2RestorationModel: it names the layers other"
+    ):
         pipeline.load_lora_weights({"model.other.lora_A.weight": torch.zeros(4, 4)})
     card = ModelCard.load(folder / "lora/README.md")
     assert "lora" in card.data.tags

@@ -12,10 +12,10 @@ SHOWN_CLASSES = 10
 
 
 def denoiser_card(config: LDMConfig, folder: Path, pipeline: IPTV2Pipeline, repository: str | None) -> CardContents:
-    """Return what the card of the pipeline says.
+    """Return the contents of the pipeline's card.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         folder: folder of the pipeline in the run's folder, which has samples.png.
         pipeline: the saved pipeline.
         repository: name on the Hub; None for the folder.
@@ -41,14 +41,14 @@ def denoiser_card(config: LDMConfig, folder: Path, pipeline: IPTV2Pipeline, repo
 
 
 def adapter_card(config: LDMConfig, folder: Path, pipeline: IPTV2Pipeline, repository: str | None) -> CardContents:
-    """Return what the card of the adapter says; arguments as for `denoiser_card`."""
+    """Return the contents of the adapter's card. The arguments are those of `denoiser_card`."""
     card = denoiser_card(config, folder, pipeline, repository)
     code = usage(config, pipeline, config.model, adapter=str(repository or folder))
     return of_adapter(card, config.lora_rank or 0, config.model, code)
 
 
 def usage(config: LDMConfig, pipeline: IPTV2Pipeline, name: str, adapter: str | None = None) -> str:
-    """Return Python code that draws an image with a pipeline, and an adapter, of these names."""
+    """Return Python code that draws an image with the pipeline `name` and, if given, an adapter."""
     label = f"{next(iter(pipeline.labels))!r}, " if pipeline.labels else ""
     load = [f"pipe.load_lora_weights({adapter!r})"] if adapter else []
     lines = [

@@ -131,7 +131,7 @@ def save_pipeline(
 def restorer_card(
     config: RestorationConfig, folder: Path, picture: Path | None, repository: str | None
 ) -> CardContents:
-    """What the model card says."""
+    """Return the contents of the model card."""
     kinds = config.tasks or (", ".join(config.degradations),)
     removed = "pairs of degraded and clean images" if config.layout != "clean" else " or ".join(kinds)
     return CardContents(
@@ -149,7 +149,7 @@ def restorer_card(
 
 
 def usage(name: str, *load: str) -> str:
-    """Python code that restores an image by the pipeline of this name; `load` are further lines."""
+    """Return Python code that restores an image with the pipeline of this name; `load` has further lines."""
     pipeline = f"pipe = IPTV2RestorationPipeline.from_pretrained({name!r})"
     restore = 'image = pipe("photo.png").images[0]'
     return "\n".join(["from iptv2_diffusion import IPTV2RestorationPipeline", "", pipeline, *load, restore])

@@ -90,7 +90,7 @@ def save_results(trainer: Trainer, task: VAETask, accelerator: Accelerator, repo
 
 
 def vae_card(config: VAEConfig, folder: Path, psnr: float, picture: Path, repository: str | None) -> CardContents:
-    """What the model card says."""
+    """Return the contents of the model card."""
     height, width = config.size
     return CardContents(
         repository=repository,
