@@ -96,7 +96,8 @@ class Listing:
     def summary(self) -> str | None:
         """Return one line about images that were left out; None if there are none."""
         counts = {key: n for key, n in self.left_out.items() if key[1] in OTHER_PICTURES or "UTF-8" in key[0]}
-        counts |= {key: n for key, n in self.left_out.items() if key[0].startswith(("no readable", "without", "link"))}
+        problems = ("no readable", "without", "link", "broken link")
+        counts |= {key: n for key, n in self.left_out.items() if key[0].startswith(problems)}
         if not counts:
             return None
         parts = [f"{n} {suffix or 'without suffix'} ({reason})" for (reason, suffix), n in sorted(counts.items())]

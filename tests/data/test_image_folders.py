@@ -64,7 +64,7 @@ class TestFolders:
         assert len(load_image_dataset(tmp_path)) == 2
         split = "test" if test.lower().startswith("test") else "validation"
         assert len(load_image_dataset(tmp_path, split=split)) == 1
-        with pytest.raises(ValueError, match=r'no split "heldout"; there are: '):
+        with pytest.raises(ValueError, match=r'no split "heldout"; the splits are: '):
             load_image_dataset(tmp_path, split="heldout")
 
     def test_two_folders_of_one_split(self, tmp_path):

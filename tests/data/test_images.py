@@ -107,7 +107,7 @@ class TestSources:
         picture().save(root / "test" / "dog" / "x.png")
         assert len(load_image_dataset(root)) == 4
         assert len(load_image_dataset(root, split="test")) == 1
-        with pytest.raises(ValueError, match='no split "val"; there are: test, train'):
+        with pytest.raises(ValueError, match='no split "val"; the splits are: test, train'):
             load_image_dataset(root, split="val")
 
     def test_a_class_called_train_is_not_a_split(self, labelled: Path) -> None:
@@ -169,7 +169,7 @@ class TestSources:
 
         assert paths("train") == ["000.png", "001.png", "002.png"]
         assert paths("val") == ["003.png", "004.png"]
-        with pytest.raises(ValueError, match='no split "test"; there are: train, val'):
+        with pytest.raises(ValueError, match='no split "test"; the splits are: train, val'):
             paths("test")
         write_shard(tmp_path / "shards" / "more" / "0.tar", pictures, (0,))
         with pytest.raises(ValueError, match="train, val are names of splits, but more next to them"):
@@ -246,7 +246,7 @@ class TestWrongSources:
             load_image_dataset(tmp_path)
 
     def test_column_that_is_not_there(self, parquet: Path) -> None:
-        with pytest.raises(ValueError, match='no image column "jpg"; there are: picture_file, kind, note'):
+        with pytest.raises(ValueError, match='no image column "jpg"; the columns are: picture_file, kind, note'):
             load_image_dataset(parquet, image_column="jpg")
         with pytest.raises(ValueError, match='no label column "class"'):
             load_image_dataset(parquet, label_column="class")

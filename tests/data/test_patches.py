@@ -276,7 +276,7 @@ def test_layouts(tmp_path, layout, split):
 
 
 def test_layout_errors(tmp_path):
-    with pytest.raises(ValueError, match="none of folders, sidd"):
+    with pytest.raises(ValueError, match="choose one of folders, sidd"):
         find_pairs("imagenet", tmp_path)
     with pytest.raises(ValueError, match=r"RealBlur_R_test_list\.txt does not exist"):
         find_pairs("realblur_r", tmp_path, "test")

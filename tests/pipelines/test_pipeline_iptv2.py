@@ -176,7 +176,7 @@ class TestSchedulers:
         flow, noise = (DiffusionObjective.make_scheduler(kind) for kind in ("flow", "epsilon"))
         pipe = make_pipeline(scheduler=flow)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(flow.config)
-        with pytest.raises(ValueError, match=r"trained for flow matching, and DPMSolver.* use FlowMatchEuler"):
+        with pytest.raises(ValueError, match=r"trained for flow matching, but DPMSolver.* use one such as FlowMatchEuler"):
             pipe(0, num_inference_steps=2)
         pipe.save_pretrained(tmp_path)  # with that scheduler
         for options in ({}, {"scheduler": DDIMScheduler(clip_sample=False)}):
@@ -186,7 +186,7 @@ class TestSchedulers:
         assert pipe(0, num_inference_steps=2, output_type="pt").images.isfinite().all()
         pipe = make_pipeline(scheduler=noise)
         pipe.scheduler = flow
-        with pytest.raises(ValueError, match="trained for noise or v-prediction, and FlowMatchEuler"):
+        with pytest.raises(ValueError, match="trained for noise or v-prediction, but FlowMatchEuler"):
             pipe(0, num_inference_steps=2)
 
     def test_scheduler_that_clips_latents_is_reported(self, caplog):

@@ -303,7 +303,7 @@ def test_a_dry_run_of_every_shipped_configuration(script, main, ground, tmp_path
         (["--data", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--data", "EMPTY"], "holds neither images"),
         (["--train_split", "test"], 'no split "test"'),
-        (["--image_column", "picture"], 'no image column "picture"; there are: image, label'),
+        (["--image_column", "picture"], 'no image column "picture"; the columns are: image, label'),
         (["--vae", "/no/such/vae"], "/no/such/vae"),
         (["--resolution", 30], "height 30 is not a multiple of the VAE's 4; use 28 or 32"),
         (["--model", "iptv2-z"], "iptv2-s"),
