@@ -176,7 +176,9 @@ class TestSchedulers:
         flow, noise = (DiffusionObjective.make_scheduler(kind) for kind in ("flow", "epsilon"))
         pipe = make_pipeline(scheduler=flow)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(flow.config)
-        with pytest.raises(ValueError, match=r"trained for flow matching, but DPMSolver.* use one such as FlowMatchEuler"):
+        with pytest.raises(
+            ValueError, match=r"trained for flow matching, but DPMSolver.* use one such as FlowMatchEuler"
+        ):
             pipe(0, num_inference_steps=2)
         pipe.save_pretrained(tmp_path)  # with that scheduler
         for options in ({}, {"scheduler": DDIMScheduler(clip_sample=False)}):
