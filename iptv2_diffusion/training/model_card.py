@@ -40,9 +40,9 @@ TEMPLATE = """---
 {{ usage }}
 ```
 
-The code needs the package `iptv2-diffusion`. `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` of
-diffusers also load the weights, after `import iptv2_diffusion`. Without this import, diffusers reports that it has no
-class of this name.
+The code needs the package `iptv2-diffusion`.{% if is_pipeline %} `DiffusionPipeline.from_pretrained` and
+`AutoModel.from_pretrained` of diffusers also load the weights, after `import iptv2_diffusion`. Without this import,
+diffusers reports that it has no class of this name.{% endif %}
 
 ## Training
 
@@ -84,6 +84,7 @@ class CardContents:
         picture: image file that is copied next to the card.
         caption: sentence about the image.
         base_model: name or folder of the model that the training started from, or a preset.
+        is_pipeline: whether the folder is that of a pipeline, rather than of a VAE or an adapter.
     """
 
     summary: str
@@ -95,6 +96,7 @@ class CardContents:
     picture: Path | None = None
     caption: str = ""
     base_model: str | None = None
+    is_pipeline: bool = True
 
 
 def of_adapter(card: CardContents, rank: int, base: str, usage: str) -> CardContents:
@@ -107,7 +109,7 @@ def of_adapter(card: CardContents, rank: int, base: str, usage: str) -> CardCont
         usage: Python code that loads both.
     """
     summary = f"A LoRA adapter of rank {rank} for the attention layers of `{base}`."
-    return replace(card, summary=summary, tags=(*card.tags, "lora"), usage=usage)
+    return replace(card, summary=summary, tags=(*card.tags, "lora"), usage=usage, is_pipeline=False)
 
 
 def write_card(folder: Path, config: TrainingConfig, contents: CardContents, *, step: int, seconds: float) -> Path:
@@ -129,7 +131,7 @@ def write_card(folder: Path, config: TrainingConfig, contents: CardContents, *, 
     named = contents.repository or str(Path(config.output_dir).resolve())
     title = named.replace("\\", "/").split("/")[-1]
     picture = contents.picture
-    text = ModelCard.from_template(
+    card = ModelCard.from_template(
         card_data=card_data(title, config, contents),
         template_str=TEMPLATE,
         title=title,
@@ -137,20 +139,21 @@ def write_card(folder: Path, config: TrainingConfig, contents: CardContents, *, 
         picture=picture.name if picture is not None else None,
         caption=contents.caption,
         usage=contents.usage,
+        is_pipeline=contents.is_pipeline,
         data=f"`{config.data}`",
         data_license=config.data_license or "unknown",
         steps=f"{step:,}",
         batch_size=config.batch_size,
         minutes=f"{seconds / 60:.1f}",
         seed=config.seed,
-        average="those of the last step" if not config.averages else "their exponential moving average (EMA)",
+        average="the exponential moving average (EMA) of the weights" if config.averages else "those of the last step",
         command=run_command(),
         results=contents.metrics,
         license=config.license or "not stated",
     )
-    card = str(populate_model_card(text, tags=["ipt-v2", *contents.tags]))
+    text = str(populate_model_card(card, tags=["ipt-v2", *contents.tags])).strip() + "\n"
     record = OwnFolder(folder.parent, "")
-    files = {CARD: card.encode(), **({picture.name: picture.read_bytes()} if picture is not None else {})}
+    files = {CARD: text.encode(), **({picture.name: picture.read_bytes()} if picture is not None else {})}
     with user_errors(OSError, ValueError):
         for file, content in files.items():
             if not record.is_foreign(f"{folder.name}/{file}"):

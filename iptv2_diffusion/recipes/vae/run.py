@@ -108,4 +108,5 @@ images = codec.decode(latents)""",
         metrics={"heldout_psnr": psnr},
         picture=picture,
         caption="Held-out images above their reconstructions.",
+        is_pipeline=False,
     )
