@@ -52,6 +52,7 @@ from .starts import Start
 
 logger = logging.getLogger(__name__)
 
+MOST_STEPS = 100_000  # of a call; more would only fill the memory with timesteps
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEARNED_VARIANCES = ("learned", "learned_range")
 # Schedulers that use a variance predicted by the model
@@ -211,8 +212,8 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raise a ValueError for an argument of `__call__` that is out of range."""
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
+        if not 1 <= num_inference_steps <= MOST_STEPS:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must lie in [1, {MOST_STEPS}]")
         if not math.isfinite(guidance_scale):
             raise ValueError(
                 f"guidance_scale is {guidance_scale}; it must be a finite number, such as 4 (1: no guidance)"

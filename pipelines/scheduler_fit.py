@@ -192,8 +192,21 @@ def sampling_timesteps(
             raise ValueError(f"{type(scheduler).__name__} takes no {name}; leave them out, or use another scheduler")
     if timesteps is None and sigmas is None:
         scheduler.set_timesteps(num_inference_steps, device=device)
+        _check_finite(scheduler)
         return scheduler.timesteps
     # late: that module imports text encoders, which takes a second
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
     return retrieve_timesteps(scheduler, device=device, timesteps=timesteps, sigmas=sigmas)[0]
+
+
+def _check_finite(scheduler: SchedulerMixin) -> None:
+    """Raise a ValueError if the scheduler's settings make its timesteps or noise levels NaN or infinite."""
+    values = (scheduler.timesteps, getattr(scheduler, "sigmas", None))
+    if not all(torch.as_tensor(value).isfinite().all() for value in values if value is not None):
+        shift = scheduler.config.get("shift")
+        setting = "" if shift is None else f" with shift={shift}"
+        raise ValueError(
+            f"{type(scheduler).__name__}{setting} gives timesteps that are NaN or infinite; use the settings that the "
+            "pipeline was saved with"
+        )

@@ -172,7 +172,7 @@ def list_classes(pipeline: IPTV2Pipeline, *, as_json: bool) -> int:
     elif not names:
         print("the pipeline has no classes: it draws without a label")
     else:
-        print("\n".join(f"{number:>5}  {name}".rstrip() for number, name in names.items()))
+        print("\n".join(f"{number:>5}  {printable(name)}".rstrip() for number, name in names.items()))
     return 0
 
 

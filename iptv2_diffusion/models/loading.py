@@ -6,9 +6,11 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from iptv2_diffusion.messages import one_line
@@ -68,6 +70,7 @@ def check_complete(model: nn.Module) -> None:
             f"the weights of this {type(model).__name__} are incomplete: {_listed(empty)} missing in its file; "
             "download or save it again"
         )
+    check_dtypes(model, str(model.config.get("_name_or_path") or ""))
 
 
 def load_whole(model_class: type[diffusers.ModelMixin], *args: Any, **kwargs: Any) -> diffusers.ModelMixin:
@@ -146,11 +149,26 @@ def check_loaded(model: diffusers.ModelMixin, name: str, info: dict[str, Any]) -
     ]
     problems = [f"{_listed(keys)} {word}" for keys, word in ((missing, "missing"), (unexpected, "unexpected")) if keys]
     problems += [f"{_listed(misshapen)} misshapen"] if misshapen else []
-    if problems:
+    if not problems:
+        check_dtypes(model, name)
+    else:
         raise ValueError(
             f"{name} does not hold the weights of this {type(model).__name__}: {'; '.join(problems)}"
             f"{_resemblance(model, missing, unexpected)}"
         )
+
+
+def check_dtypes(model: nn.Module, folder: str) -> None:
+    """Raise a ValueError if a folder stores weights as whole or complex numbers, which loading would cast to floats."""
+    if not Path(folder).is_dir() or "quantization_config" in model.config:
+        return
+    floats = {key for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            dtypes = {key: file.get_slice(key).get_dtype() for key in floats.intersection(file.keys())}
+        odd = sorted(key for key, dtype in dtypes.items() if dtype.startswith(("I", "U", "BOOL", "C")))
+        if odd:
+            raise ValueError(f"{path}: {_listed(odd)} stored as {dtypes[odd[0]]}, not as floats; save the model again")
 
 
 def probable_content(keys: Iterable[str]) -> str | None:

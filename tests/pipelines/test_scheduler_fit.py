@@ -191,6 +191,18 @@ class TestRefusals:
             pipe(0, num_inference_steps=2)
         assert "; use " in str(caught.value)
 
+    @pytest.mark.parametrize("shift", [0, float("nan")])
+    def test_a_shift_without_timesteps(self, shift):
+        pipe = pipeline_of("flow")
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        with pytest.raises(ValueError, match=f"with shift={shift} gives timesteps that are NaN or infinite; use"):
+            pipe(0, num_inference_steps=2)
+
+    @pytest.mark.parametrize("steps", [0, -5, 10**9, 10**30])
+    def test_numbers_of_steps_that_no_memory_holds(self, steps):
+        with pytest.raises(ValueError, match=rf"num_inference_steps is {steps}; it must lie in \[1, 100000\]"):
+            pipeline_of("flow")(0, num_inference_steps=steps)
+
     def test_a_saved_pipeline_remembers(self, tmp_path):
         from iptv2_diffusion import create_model
 

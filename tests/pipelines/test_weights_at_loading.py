@@ -86,6 +86,24 @@ def test_what_the_file_seems_to_be_instead(damaged, kind, component, change, mes
         create_model(str(folder / component))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize(("kind", "component"), COMPONENTS)
+def test_whole_and_complex_numbers_are_no_weights(damaged, kind, component, dtype):
+    def cast_one(weights):
+        name = sorted(weights)[0]
+        weights[name] = weights[name].to(dtype)
+
+    folder = damaged(kind, component, cast_one)
+    with pytest.raises(ValueError, match=r"safetensors: 1 weight \(.*\) is stored as [IUBC]\w+, not as floats"):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_floats_of_every_width_load(damaged, dtype):
+    folder = damaged("iptv2", "transformer", lambda weights: {k: v.to(dtype) for k, v in weights.items()})
+    assert DiffusionPipeline.from_pretrained(folder).transformer.dtype == torch.float32
+
+
 def test_the_weights_of_another_component_are_recognised(saved, damaged):
     vae = load_file(Path(saved["iptv2"]) / "vae" / WEIGHTS)
     with pytest.raises(ValueError, match="the file seems to be the weights of a VAE"):
