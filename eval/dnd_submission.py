@@ -21,7 +21,7 @@ from iptv2_diffusion.data.own_folder import OwnFolder
 from iptv2_diffusion.data.real_noise import DND
 from iptv2_diffusion.evaluation.dnd_files import bundle, crop_path, write_crop
 from iptv2_diffusion.files import user_path
-from iptv2_diffusion.training.errors import UserError, run_main, user_errors
+from iptv2_diffusion.training.errors import UserError, loading, run_main, user_errors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,20 +44,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="device to run on: cpu, cuda or mps [cpu]")
     parser.add_argument("--num_threads", type=int, help="CPU threads [the choice of torch]")
     options = parser.parse_args(argv)
-    if options.num_threads:
+    if options.num_threads is not None:
+        if options.num_threads < 1:
+            parser.error(f"--num_threads is {options.num_threads}; it must be at least 1")
         torch.set_num_threads(options.num_threads)
     with user_errors(OSError, ValueError, ImportError):
         data = DND(options.data)
         folder = OwnFolder.claim(options.output, "a submission to DND", earlier=made_before_records)
         denoise(data, missing(data, folder), options, folder)
-        print(f"submit the {len(data)} files of {bundle(data, options.output)}")
+        print(f"submit the {len(data)} files of {bundle(data, folder)}")
     return 0
 
 
 def made_before_records(folder: Path) -> list[str] | None:
-    """Return the crops that a version without records wrote; None if the folder is something else."""
+    """Return the files that a version without records wrote; None if the folder is something else."""
     names = [path.name for path in folder.iterdir() if re.fullmatch(r"\d{4}_\d{2}\.mat", path.name)]
-    return names or None
+    bundles = [path.name for path in (folder / "bundled").glob("*") if re.fullmatch(r"\d{4}\.mat", path.name)]
+    return [*names, *(f"bundled/{name}" for name in bundles)] if names else None
 
 
 def missing(data: DND, folder: OwnFolder) -> dict[int, list[int]]:
@@ -73,8 +76,10 @@ def denoise(data: DND, todo: dict[int, list[int]], options: argparse.Namespace, 
     """Denoise the crops and write each as soon as it is ready."""
     from iptv2_diffusion import IPTV2RestorationPipeline
 
+    with loading(options.model):
+        pipeline = IPTV2RestorationPipeline.from_pretrained(options.model)
     with user_errors(RuntimeError, AssertionError):  # no such device
-        pipeline = IPTV2RestorationPipeline.from_pretrained(options.model).to(options.device)
+        pipeline.to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     takes_sigma = pipeline.model.config.sigma_conditioning is not None
     for index, numbers in todo.items():

@@ -308,6 +308,8 @@ def made_before_records(folder: Path) -> list[str] | None:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write the results."""
     options = parse(argv)
+    if options.num_threads < 1:
+        raise UserError(f"--num_threads is {options.num_threads}; it must be at least 1")
     torch.set_num_threads(options.num_threads)
     keep_freed_memory()
     with user_errors(OSError, ValueError, ModuleNotFoundError):

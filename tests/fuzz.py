@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import logging
+import multiprocessing
 import os
 import random
 import resource
@@ -23,6 +25,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -84,6 +87,31 @@ def run_one(target: Callable[[random.Random, Path], None], rng: random.Random, s
     return None
 
 
+def fuzz(
+    targets: Targets, names: list[str], options: argparse.Namespace, number: int, end: float, results: Connection
+) -> None:
+    """Run inputs from `number` on until the time `end`, and send (number, target, finding) of each."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, -1))
+    kept = set()
+    while time.monotonic() < end:
+        rng = random.Random(f"{options.seed} {number}")
+        name = rng.choice(names)
+        results.send((number, name, None))
+        inner = targets.scratch / "one" / "inner"
+        shutil.rmtree(inner.parent, ignore_errors=True)
+        inner.mkdir(parents=True)
+        told = run_one(getattr(targets, name), rng, inner)
+        if told:
+            results.send((number, name, told))
+            if told.split(": ")[0] not in kept:
+                kept.add(told.split(": ")[0])
+                path = options.output / f"{name}-{number}.bin"
+                path.write_bytes(targets.input)
+                print(f"[{number}] {name}: {told} ({path})", flush=True)
+        number += 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
@@ -102,28 +130,30 @@ def main() -> int:
     signal.signal(signal.SIGPROF, alarm)
     found: dict[str, int] = collections.Counter()
     counts: dict[str, int] = collections.Counter()
+    end, number = time.monotonic() + 60 * options.minutes, 0
     with tempfile.TemporaryDirectory() as scratch:
         names = options.targets or list(WEIGHTED)
         targets = Targets(Path(scratch))
         targets.prepare(names)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, -1))
-        end, number = time.monotonic() + 60 * options.minutes, 0
         while time.monotonic() < end:
-            rng = random.Random(f"{options.seed} {number}")
-            name, number = rng.choice(names), number + 1
-            inner = Path(scratch) / "one" / "inner"
-            inner.mkdir(parents=True)
-            told = run_one(getattr(targets, name), rng, inner)
-            shutil.rmtree(inner.parent)
-            counts[name] += 1
-            if told:
-                key = f"{name}: {told.split(': ')[0]}"
-                found[key] += 1
-                if found[key] == 1:
-                    kept = options.output / f"{name}-{number - 1}.bin"
-                    kept.write_bytes(targets.input)
-                    print(f"[{number - 1}] {name}: {told} ({kept})", flush=True)
+            ours, theirs = multiprocessing.Pipe(duplex=False)
+            arguments = (targets, names, options, number, end, theirs)
+            child = multiprocessing.get_context("fork").Process(target=fuzz, args=arguments)
+            child.start()
+            theirs.close()
+            name = None
+            with contextlib.suppress(EOFError):
+                while True:
+                    number, name, told = ours.recv()
+                    if told is None:  # it begins
+                        counts[name] += 1
+                        continue
+                    found[f"{name}: {told.split(': ')[0]}"] += 1
+            child.join()
+            if child.exitcode and name:  # such as a segmentation fault in a library
+                found[f"{name}: ended the process"] += 1
+                print(f"[{number}] {name}: ended the process with {child.exitcode}", flush=True)
+            number += 1
     print(f"{number} inputs ({', '.join(f'{n} {c}' for n, c in sorted(counts.items()))}), {len(found)} findings")
     for key, count in found.items():
         print(f"  {count} x {key}")

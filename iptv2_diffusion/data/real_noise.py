@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from iptv2_diffusion.data.matlab_files import read_mat
 from iptv2_diffusion.messages import one_line
 
 __all__ = ["DND", "sidd_validation_blocks"]
@@ -85,18 +86,6 @@ def read_hdf5(path: Path, read: Callable):
     except Exception as error:  # h5py raises many types for a damaged file, such as RuntimeError and AttributeError
         reason = one_line(error, 160)
         raise ValueError(f"{path} is not in DND's format: {reason}") from error
-
-
-def read_mat(path: Path, name: str) -> np.ndarray:
-    """Read a variable of a MATLAB file. Raises a ValueError with the reason if the file is damaged or lacks it."""
-    from scipy.io import loadmat
-
-    try:
-        return loadmat(path)[name]
-    except OSError:
-        raise
-    except Exception as error:  # SciPy raises many types for a damaged file
-        raise ValueError(one_line(error, 160)) from error
 
 
 def sidd_validation_blocks(root: str | Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

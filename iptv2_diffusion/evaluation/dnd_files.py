@@ -11,8 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from scipy.io import savemat
 
-from iptv2_diffusion.data.real_noise import DND, read_mat
+from iptv2_diffusion.data.matlab_files import read_mat
+from iptv2_diffusion.data.own_folder import OwnFolder
+from iptv2_diffusion.data.real_noise import DND
 from iptv2_diffusion.files import atomic
 
 __all__ = ["bundle", "crop_path", "write_crop"]
@@ -28,7 +31,7 @@ def write_crop(output: Path, index: int, crop: int, denoised: np.ndarray) -> Non
     save_mat(crop_path(output, index, crop), {"Idenoised_crop": denoised.clip(0, 1).astype(np.float32)})
 
 
-def bundle(data: DND, output: Path) -> Path:
+def bundle(data: DND, output: OwnFolder) -> Path:
     """Collect the crops of each photograph in one file under output/bundled, the folder to submit.
 
     Returns:
@@ -36,26 +39,29 @@ def bundle(data: DND, output: Path) -> Path:
 
     Raises:
         OSError: a crop is missing.
-        ValueError: the file of a crop is damaged.
+        ValueError: the file of a crop is damaged or of another kind, or a file of a bundle was not made here.
     """
-    folder = output / "bundled"
-    folder.mkdir(exist_ok=True)
     for index, boxes in enumerate(data.boxes):
         cell = np.empty(len(boxes), dtype=object)
-        for crop in range(len(boxes)):
-            path = crop_path(output, index, crop)
+        for crop, (top, left, bottom, right) in enumerate(boxes):
+            path = crop_path(output.folder, index, crop)
             try:
                 cell[crop] = read_mat(path, "Idenoised_crop")
             except ValueError as error:
-                raise ValueError(f"{path} is damaged; delete it and run the same command again") from error
+                raise ValueError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+            shape = (bottom - top, right - left, 3)
+            if cell[crop].shape != shape or cell[crop].dtype != np.float32:
+                raise ValueError(
+                    f"{path} holds {cell[crop].shape} of {cell[crop].dtype}, not {tuple(map(int, shape))} of float32; "
+                    "delete it and run the same command again"
+                )
         contents = {"Idenoised": cell, "israw": False, "eval_version": "1.0"}
-        save_mat(folder / f"{index + 1:04d}.mat", contents)
-    return folder
+        with output.writing(f"bundled/{index + 1:04d}.mat") as temporary:
+            savemat(temporary, contents, appendmat=False)
+    return output.folder / "bundled"
 
 
 def save_mat(path: Path, contents: dict) -> None:
     """Write a MATLAB file atomically: to a temporary file first, then renamed."""
-    from scipy.io import savemat
-
     with atomic(path) as temporary:
         savemat(temporary, contents, appendmat=False)

@@ -9,6 +9,7 @@ from iptv2_diffusion.training.errors import ConfigError
 from iptv2_diffusion.training.options import Config, option
 
 CPU_GROUP_SIZE = 8
+MOST_COUNTED = 10_000_000  # images whose labels are spread in a list
 LABEL_WORDS = ("balanced", "random", "none")
 
 
@@ -79,6 +80,11 @@ class GenerationConfig(Config):
         """Raise a `ConfigError` that names the options if two of them contradict each other."""
         if self.class_counts is not None and self.labels != "balanced":
             raise ConfigError(f"class_counts needs balanced labels, but labels is {self.labels}; leave one out")
+        if self.class_counts is not None and sum(self.class_counts) > MOST_COUNTED:
+            raise ConfigError(
+                f"class_counts adds up to {sum(self.class_counts)}, more than {MOST_COUNTED}; divide the numbers by a "
+                "common factor"
+            )
         start, stop = self.guidance_interval
         if start >= stop:
             raise ConfigError(f"guidance_interval is {start:g},{stop:g}; the first number must be the smaller one")

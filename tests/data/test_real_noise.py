@@ -4,8 +4,9 @@ import h5py
 import numpy as np
 import pytest
 from real_noise_copies import BOXES, SIDE, write_dnd, write_sidd_validation
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
+from iptv2_diffusion.data.matlab_files import read_mat
 from iptv2_diffusion.data.real_noise import DND, sidd_validation_blocks
 
 
@@ -62,3 +63,48 @@ def test_the_validation_blocks_of_sidd(tmp_path):
         (tmp_path / "ValidationGtBlocksSrgb.mat").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"ValidationGtBlocksSrgb\.mat is not in SIDD's format"):
             list(sidd_validation_blocks(tmp_path))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_numeric_arrays_are_read_as_by_scipy(tmp_path, compressed):
+    random = np.random.default_rng(0)
+    arrays = {
+        f"{dtype}_{number}": (random.random(shape) * 100).astype(dtype)
+        for dtype in ("f8", "f4", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
+        for number, shape in enumerate([(2, 3, 4), (1, 1), (3, 1), (5, 7), (0, 3), (2, 1, 2, 1, 2)])
+    }
+    savemat(
+        tmp_path / "x.mat", {"text": "hello", "cell": np.array([1, "a"], object), **arrays}, do_compression=compressed
+    )
+    expected = loadmat(tmp_path / "x.mat")
+    for name in arrays:
+        found = read_mat(tmp_path / "x.mat", name)
+        assert found.dtype == expected[name].dtype.newbyteorder("=")
+        assert np.array_equal(found, expected[name])
+    for name in ("text", "cell", "absent"):
+        with pytest.raises(ValueError, match=f"{name} is no array of real|no numeric array {name}"):
+            read_mat(tmp_path / "x.mat", name)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_any_damage_is_an_error_and_never_the_end_of_the_process(tmp_path, compressed):
+    whole_array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    savemat(tmp_path / "x.mat", {"before": 1, "x": whole_array}, do_compression=compressed)
+    whole, random = (tmp_path / "x.mat").read_bytes(), np.random.default_rng(0)
+    told = []
+    for number in range(3000):
+        damaged = bytearray(whole)
+        place = random.integers(120, len(whole))
+        if number % 3 == 0:
+            damaged = damaged[:place]
+        elif number % 3 == 1:
+            damaged[place] = random.integers(256)
+        else:
+            damaged[place : place + 4] = random.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f"])
+        (tmp_path / "y.mat").write_bytes(damaged)
+        try:
+            assert read_mat(tmp_path / "y.mat", "x").ndim
+        except ValueError as error:
+            told.append(str(error))
+    assert len(told) > 1000
+    assert not any("\n" in text for text in told)

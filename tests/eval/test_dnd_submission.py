@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from real_noise_copies import write_dnd
-from scipy.io import loadmat, whosmat
+from scipy.io import loadmat, savemat, whosmat
 from script_loading import load_script
 
 from iptv2_diffusion import IPTV2RestorationPipeline, create_model
@@ -66,6 +66,53 @@ def test_the_same_command_resumes(setting, capsys):
     assert all(p.stat().st_mtime_ns == time for p, time in times.items() if p != lost)
 
 
+def foreign_mat(path):
+    savemat(path, {"x": 1})
+
+
+def small_mat(path):
+    savemat(path, {"Idenoised_crop": np.zeros((3, 3), np.float32)})
+
+
+def flipped(path):
+    whole = bytearray(path.read_bytes())
+    whole[-200:-100] = bytes(100 * [0xFF])
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("0001_02.mat", lambda path: path.write_bytes(b""), r"0001_02\.mat is damaged \(it is no MATLAB file"),
+        ("0001_02.mat", lambda path: path.write_bytes(b"mine" * 2000), r"0001_02\.mat is damaged"),
+        ("0001_02.mat", flipped, r"0001_02\.mat is damaged \(it is cut short\); delete it"),
+        ("0001_02.mat", foreign_mat, r"0001_02\.mat is damaged \(it has no numeric array Idenoised_crop\)"),
+        ("0001_02.mat", small_mat, r"0001_02\.mat holds \(3, 3\) of float32, not \(32, 32, 3\) of float32; delete it"),
+    ],
+)
+def test_foreign_and_damaged_files_are_one_line_and_are_kept(setting, name, change, told):
+    """In a folder of a version without records, where every crop counts as made."""
+    folder, words = setting
+    script.main(words)
+    (folder / "out/IPTV2_RECORD").unlink()
+    change(folder / "out" / name)
+    content = (folder / "out" / name).read_bytes()
+    with pytest.raises(UserError, match=told) as caught:
+        script.main(words)
+    assert "\n" not in str(caught.value)
+    assert (folder / "out" / name).read_bytes() == content
+
+
+def test_a_bundle_of_somebody_else_is_kept(setting):
+    folder, words = setting
+    (folder / "out/bundled").mkdir(parents=True)
+    (folder / "out/IPTV2_RECORD").write_text('{"kind": "a submission to DND"}\n')
+    (folder / "out/bundled/0001.mat").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"bundled/0001\.mat was not made here; move it away"):
+        script.main(words)
+    assert (folder / "out/bundled/0001.mat").read_bytes() == b"mine"
+
+
 def test_errors_are_one_line(setting):
     folder, words = setting
     (folder / "file").write_text("")
@@ -73,3 +120,7 @@ def test_errors_are_one_line(setting):
         script.main([*words, "--data", str(folder)])
     with pytest.raises(UserError, match="file"):
         script.main([*words, "--output", str(folder / "file/out")])
+    with pytest.raises(UserError, match=r"cannot load .*absent: no such folder here"):
+        script.main([*words, "--model", str(folder / "absent")])
+    with pytest.raises(SystemExit):
+        script.main([*words, "--num_threads", "-1"])

@@ -215,6 +215,8 @@ class TestLabelsAndFormats:
         assert labels[:5].count(2) in (3, 4)  # spread, not one class after another
         with pytest.raises(ConfigError, match="class_counts is 1,0,7; each must be at least 1"):
             script.SamplesConfig(class_counts=[1, 0, 7])
+        with pytest.raises(ConfigError, match="class_counts adds up to 10000000000, more than 10000000"):
+            script.SamplesConfig(class_counts=[10**10 - 2, 1, 1])
 
     def test_images_follow_their_labels(self, run, reference):
         null, random = pixels(run("null", "--labels", "none")), pixels(run("random", "--labels", "random"))
