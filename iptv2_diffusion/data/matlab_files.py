@@ -46,7 +46,7 @@ def read_mat(path: Path, name: str) -> np.ndarray:
                 raise ValueError(f"a compressed array is damaged ({error})") from error
             if not stream.eof:
                 raise ValueError(f"a compressed array is cut short, or has more than {MOST_BYTES >> 30} GB")
-            kind, data = next(_elements(data, order), (None, data))
+            kind, data = next(_elements(data, order), (0, data))  # 0 is no type of an element
         if kind == ARRAY and (array := _array(data, order, name)) is not None:
             return array
     raise ValueError(f"it has no numeric array {name}")

@@ -62,7 +62,7 @@ def align_weights(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def check_complete(model: nn.Module) -> None:
+def check_complete(model: diffusers.ModelMixin) -> None:
     """Raise a ValueError that names the weights without values, which are still on the meta device."""
     empty = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
     if empty:
@@ -158,7 +158,7 @@ def check_loaded(model: diffusers.ModelMixin, name: str, info: dict[str, Any]) -
         )
 
 
-def check_dtypes(model: nn.Module, folder: str) -> None:
+def check_dtypes(model: diffusers.ModelMixin, folder: str) -> None:
     """Raise a ValueError if a folder stores weights as whole or complex numbers, which loading would cast to floats."""
     if not Path(folder).is_dir() or "quantization_config" in model.config:
         return
