@@ -187,7 +187,7 @@ class TestRefusals:
             self.run(script, ground, tmp_path, "--allow_small_n", "false", "--num_samples", 1281)
         with pytest.raises(ConfigError, match="there are 3 images to compare; use at least 4"):
             self.run(script, ground, tmp_path, "--num_samples", 3)
-        with pytest.raises(ConfigError, match=f"pca_components is 14, but {COUNT + 2} references of .* have 13"):
+        with pytest.raises(ConfigError, match=f"pca_components is 14, but {COUNT + 2} references of .* allow 13"):
             self.run(script, ground, tmp_path, "--pca_components", 14)
         assert not (tmp_path / "out").exists()  # refused before sampling
 

@@ -396,7 +396,7 @@ class TestOutputs:
         assert len(make_pipeline()(0, num_inference_steps=1, return_dict=False)[0]) == 1
 
     def test_unknown_type(self):
-        with pytest.raises(ValueError, match="output_type 'jpg': use one of pil, np, pt, latent"):
+        with pytest.raises(ValueError, match="output_type is 'jpg'; use one of pil, np, pt, latent"):
             make_pipeline()(0, output_type="jpg")
 
 
