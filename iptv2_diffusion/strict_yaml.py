@@ -85,15 +85,19 @@ def read_yaml(text: str) -> Any:
     """Parse a YAML text, or a JSON text, which is YAML. Raises a `StrictSyntaxError`."""
     try:
         value = yaml.load(text, Loader=_Loader)
-        if _count(value, {}) > MOST_VALUES:
-            raise StrictSyntaxError(f"it repeats anchors to more than {MOST_VALUES} values; write them out")
-        return value
     except yaml.YAMLError as error:
         raise StrictSyntaxError(one_line(error)) from error
     except StrictSyntaxError:
         raise
     except (ValueError, TypeError, RecursionError, AttributeError, KeyError) as error:  # from yaml's constructors
         raise StrictSyntaxError(f"it cannot be read ({one_line(error)})") from error
+    try:
+        count = _count(value, {})
+    except RecursionError as error:  # an anchor inside itself
+        raise StrictSyntaxError(f"it cannot be read ({one_line(error)})") from error
+    if count > MOST_VALUES:
+        raise StrictSyntaxError(f"it repeats anchors to more than {MOST_VALUES} values; write them out")
+    return value
 
 
 def read_yaml_texts(text: str) -> dict[str, str]:

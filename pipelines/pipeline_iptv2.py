@@ -34,7 +34,6 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -57,20 +56,6 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEARNED_VARIANCES = ("learned", "learned_range")
 # Schedulers that use a variance predicted by the model
 VARIANCE_SCHEDULERS = (DDPMScheduler, DDPMParallelScheduler)
-
-EXAMPLE_DOC_STRING = """
-        Examples:
-            ```py
-            >>> import torch
-            >>> from diffusers import FlowMatchHeunDiscreteScheduler
-            >>> from iptv2_diffusion import IPTV2Pipeline
-
-            >>> pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
-            >>> pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
-            >>> seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]  # one per image
-            >>> images = pipe(["food_drink", "flags"], num_images_per_label=4, generator=seeds).images
-            ```
-"""
 
 
 class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2LoraLoaderMixin):
@@ -235,6 +220,12 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
         if unknown:
             raise ValueError(f"callbacks receive {', '.join(self._callback_tensor_inputs)}, not {unknown}")
 
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the transformer was trained on."""
+        size = self.transformer.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
     def prepare_latents(
         self,
         batch: int,
@@ -245,10 +236,7 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
         device: torch.device,
     ) -> Tensor:
         """Return the initial noise (B, C, h, w) float32 of unit variance, drawn or checked."""
-        sample_size = self.transformer.config.sample_size
-        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-        if latents is not None and latents.ndim == 4:
-            size = tuple(latents.shape[-2:])
+        size = self.sample_size if latents is None or latents.ndim != 4 else tuple(latents.shape[-2:])
         if height is not None or width is not None:
             default_height, default_width = self.codec.image_size(*size)
             size = self.codec.latent_size(
@@ -412,7 +400,6 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
     # --- the call ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         class_labels: Label | Sequence[Label] | Tensor | np.ndarray | None = None,
@@ -467,6 +454,16 @@ class IPTV2Pipeline(DiffusionPipeline, ClassLabelsMixin, GuidanceMixin, IPTV2Lor
             NonFiniteImageError: a ValueError; an image has NaN or infinity. Its ``images`` are the valid images.
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from diffusers import FlowMatchHeunDiscreteScheduler
+            >>> from iptv2_diffusion import IPTV2Pipeline
+
+            >>> pipe = IPTV2Pipeline.from_pretrained("assets/iptv2-emoji64")
+            >>> pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+            >>> seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]  # one per image
+            >>> images = pipe(["food_drink", "flags"], num_images_per_label=4, generator=seeds).images
+            ```
         """
         options = dict(locals())
         del options["self"]

@@ -33,7 +33,7 @@ class IPTV2Img2ImgPipeline(IPTV2Pipeline):
     __module__ = "iptv2_diffusion"  # saved pipelines record this name, so that the file can move
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # type: ignore[override]  # the arguments of diffusers' pipelines for this task
         self,
         class_labels: Label | Sequence[Label] | Tensor | np.ndarray | None = None,
         image: Any = None,

@@ -116,13 +116,14 @@ class MaskedStart(ImageStart):
     def latents(self, scheduler: SchedulerMixin, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the images' latents with the noise of the first timestep."""
         self.scheduler, self.noise, self.steps = scheduler, noise, timesteps
+        self.repainted = repeat_to(self.latent_mask, len(noise)) > 0
         return super().latents(scheduler, noise, timesteps)
 
     def after_step(self, latents: Tensor, step: int) -> Tensor:
         """Return the latents, with those of the image outside the mask."""
         last = step + 1 == len(self.steps)
         known = self.clean if last else self.noisy(self.scheduler, self.noise, self.steps[step + 1])
-        return torch.where(repeat_to(self.latent_mask, len(latents)) > 0, latents, known)
+        return torch.where(self.repainted, latents, known)
 
     def finish(self, decoded: Tensor) -> Tensor:
         """Return the decoded images, with the pixels of the originals outside the mask."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import random
 import tarfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from hostile_images import ODD_TAGS, encoded, garbage_exif, tiff
@@ -199,3 +201,12 @@ def nasty_line(rng: random.Random, options: list[str], words: tuple[str, ...]) -
         name, value = rng.choice(options), rng.choice((*words, *NASTY))
         line += rng.choice(([name, value], [f"{name}={value}"], [name], [value]))
     return line
+
+
+def mutate_file(path: Path, rng: random.Random, binary: Callable[[bytes, random.Random], bytes] = mutate) -> bytes:
+    """Mutate a file in place, JSON as text and others by `binary`; return its new content."""
+    content = path.read_bytes()
+    is_text = path.suffix == ".json"
+    changed = mutate_text(content.decode(), rng).encode("utf-8", "replace") if is_text else binary(content, rng)
+    path.write_bytes(changed)
+    return changed

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from fuzz_inputs import (
     mutate,
+    mutate_file,
     mutate_safetensors,
     mutate_text,
     nasty_line,
@@ -158,13 +159,7 @@ class Targets:
         kind = rng.choice(sorted(self.folders))
         shutil.copytree(self.folders[kind], scratch / "p")
         path = rng.choice(sorted(p for p in (scratch / "p").rglob("*") if p.is_file()))
-        content = path.read_bytes()
-        if path.suffix == ".json":
-            self.input = mutate_text(content.decode(), rng).encode("utf-8", "replace")
-        else:
-            self.input = mutate(content, rng)
-        path.write_bytes(self.input)
-        self.input = str(path.relative_to(scratch)).encode() + b"\n" + self.input
+        self.input = str(path.relative_to(scratch)).encode() + b"\n" + mutate_file(path, rng)
         with loading(str(scratch / "p")):
             pipeline = DiffusionPipeline.from_pretrained(scratch / "p")
             if path.parent.name in ("transformer", "model"):
@@ -250,13 +245,7 @@ class Targets:
         open_or_make, sound = self.cached
         shutil.copytree(sound, scratch / "cache")
         path = rng.choice(sorted(p for p in (scratch / "cache").rglob("*") if p.is_file()))
-        content = path.read_bytes()
-        if path.suffix == ".json":
-            self.input = mutate_text(content.decode(), rng).encode("utf-8", "replace")
-        else:
-            self.input = mutate_safetensors(content, rng)
-        path.write_bytes(self.input)
-        self.input = path.name.encode() + b"\n" + self.input
+        self.input = path.name.encode() + b"\n" + mutate_file(path, rng, mutate_safetensors)
         with contextlib.redirect_stderr(io.StringIO()):  # bars
             cache = open_or_make(scratch / "cache")
         assert cache.means(torch.arange(len(cache))).shape == (len(cache), 4, 4, 4)
@@ -286,10 +275,7 @@ class Targets:
         path = rng.choice(sorted(p for p in (scratch / "run").rglob("*") if p.is_file()))
         if rng.random() < 0.6:
             path = scratch / "run" / "checkpoint-00000003" / "manifest.json"
-        content = path.read_bytes()
-        is_text = path.suffix == ".json"
-        self.input = mutate_text(content.decode(), rng).encode("utf-8", "replace") if is_text else mutate(content, rng)
-        path.write_bytes(self.input)
+        self.input = mutate_file(path, rng)
         if rng.random() < 0.1:
             path.unlink()
         (scratch / "mine").write_bytes(b"mine")

@@ -146,9 +146,7 @@ def from_image(pipeline: IPTV2Pipeline, arguments: argparse.Namespace) -> tuple[
         given["mask_image"] = read_picture(arguments.mask)
     if arguments.strength is not None:
         given["strength"] = arguments.strength
-    sample_size = pipeline.transformer.config.sample_size
-    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    height, width = pipeline.codec.image_size(*sides)
+    height, width = pipeline.codec.image_size(*pipeline.sample_size)
     given |= {"height": arguments.height or height, "width": arguments.width or width}
     return (IPTV2Img2ImgPipeline if arguments.mask is None else IPTV2InpaintPipeline).from_pipe(pipeline), given
 
